@@ -1,0 +1,1532 @@
+"""Everything the five methods share: reading videos, data sets, optical flow, the backbone, and the plumbing of a run.
+
+Nothing in this file is an equation of one of the five papers; those are in mofo.py and its siblings.  Sections, in the
+order in which a reader meets them:
+
+    1 config    2 processes and devices    3 video    4 data sets    5 augmentation
+    6 optical flow    7 backbone    8 checkpoints of other people    9 run    10 pictures
+
+Clips are uint8 (B, 3, T, H, W) tensors until the network sees them.  Boxes are (x1, y1, x2, y2) in pixels, x2 and y2
+exclusive.  `hidden` is a bool mask over tokens, True = masked.  Tokens are in (t, h, w) order, t slowest.
+"""
+import argparse
+import contextlib
+import csv
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import typing
+from bisect import bisect_right
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_large, raft_small
+from torchvision.ops import StochasticDepth
+from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid, save_image
+from tqdm import tqdm
+
+
+class UserError(SystemExit):
+    """A mistake that the user can mend: ends the program with one line that says what, where, and what to do."""
+
+    def __init__(self, message):
+        super().__init__(f"error: {message}")
+
+
+# ---- 1. Config -------------------------------------------------------------------------------------------------------
+
+def parse_config(Config, recipes, argv=None):
+    """Fill the dataclass `Config` from its defaults, then `recipes[data]`, then the command line.
+
+    Every field is a flag (`mask_ratio` -> `--mask-ratio`, bools also `--no-...`), its comment is the help text.  A `data`
+    that names no recipe is a path of the user's own and takes `recipes["custom"]`.  Raises UserError on an unknown flag
+    or a value of the wrong type.
+    """
+    types = typing.get_type_hints(Config)
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, description=(
+        f"Recipes for --data: {', '.join(recipes)}. Defaults below are those of the class; a recipe overrides them."))
+    for field in dataclasses.fields(Config):
+        name, kind = "--" + field.name.replace("_", "-"), types[field.name]
+        text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(name, type=_value(kind), help=text, metavar=field.name.upper())
+    flags = sorted(parser._option_string_actions)
+
+    def complain(message):
+        for word in re.findall(r"--[\w-]+", message) if "unrecognized" in message else []:
+            near = difflib.get_close_matches(word, flags, 1)
+            message = f"unknown flag {word}" + (f", did you mean {near[0]}?" if near else "") + " (--help lists them all)"
+        raise UserError(message)
+    parser.error = complain
+
+    argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in (sys.argv[1:] if argv is None else argv)]
+    given = vars(parser.parse_args(argv))
+    data = given.get("data", Config.data)
+    return Config(**{**recipes.get(data, recipes["custom"]), "data": data, **given})
+
+
+def _value(kind):
+    """A parser for one field type; `float | None` also accepts the word none."""
+    kinds = [k for k in typing.get_args(kind) if k is not type(None)] or [kind]
+
+    def parse(text):
+        return None if type(None) in typing.get_args(kind) and text.lower() == "none" else kinds[0](text)
+    parse.__name__ = kinds[0].__name__                                  # argparse names it in its message
+    return parse
+
+
+# ---- 2. Processes and devices ----------------------------------------------------------------------------------------
+
+class Env(NamedTuple):
+    """Where this process runs: its device, its rank among `world` processes, the autocast type (None = fp32)."""
+    device: torch.device
+    rank: int
+    world: int
+    amp: torch.dtype | None
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+
+
+def setup(seed=0):
+    """Join the processes that torchrun started (one GPU each; nccl on GPUs, gloo on CPUs), or be the only one.
+
+    Autocast is bf16, or fp16 on GPUs that lack it (then with a GradScaler); CPUs compute in fp32.
+    """
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    amp = None
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                       # fp32 matmuls that remain may use TF32
+        torch.backends.cudnn.benchmark = True
+        amp = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    torch.manual_seed(seed)
+    return Env(device, rank, world, amp)
+
+
+def shutdown():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def print0(*words):
+    """Print on the first process only, past a progress bar if there is one."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(" ".join(map(str, words)))
+        sys.stdout.flush()
+
+
+def all_reduce_mean(x):
+    """Mean of the tensor over all processes (itself where there is one)."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
+def barrier():
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class RowGenerator(torch.Generator):
+    """A torch.Generator for one step that knows which rows of the global batch this process computes (see `rand`)."""
+    first, total = 0, None
+
+
+def rand(rows, *shape, generator=None, device="cpu"):
+    """Uniform numbers (rows, *shape) in [0, 1).  With a RowGenerator the numbers are drawn for the whole global batch and this
+    process keeps its rows, so that neither the number of GPUs nor accumulation changes what a clip gets (our choice)."""
+    first, total = (generator.first, generator.total) if isinstance(generator, RowGenerator) else (0, rows)
+    return torch.rand(total, *shape, generator=generator, device=device)[first:first + rows]
+
+
+# ---- 3. Video ------------------------------------------------------------------------------------------------------
+
+# Frame n is the n-th frame that decoding the whole file yields. mp4 and mov list their packets in the header, so only
+# the groups (a key packet up to the next one) that hold wanted frames are read, whatever the length. webm, mkv and
+# ts do not: all their packets are read, though not decoded. Copy long films once: `ffmpeg -i a.mkv -c copy a.mp4`.
+BY_TIME = {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1"}     # a frame has the time stamp of its packet. Elsewhere it
+#                                                      may not (packed B-frames of MPEG-4): count from the first frame.
+
+
+class VideoError(ValueError):
+    """The file cannot be read as a video; the message begins with its path."""
+
+
+class _Untimed(Exception):
+    """Time stamps do not tell which frame is which: count them."""
+
+
+class VideoInfo(NamedTuple):
+    frames: int
+    fps: float          # mean frame rate
+    height: int         # as displayed: after the rotation in the metadata
+    width: int
+    seconds: float
+
+
+class Video(contextlib.AbstractContextManager):
+    """A video file, opened once; use it in `with`. A broken file raises VideoError, now or in read()."""
+
+    def __init__(self, path):
+        self.path, self.file = os.fspath(path), None
+        self._open()
+
+    def __exit__(self, *_):
+        if self.file is not None:
+            self.file.close()
+
+    @contextlib.contextmanager
+    def _guard(self):
+        try:
+            yield
+        except av.error.FFmpegError as error:
+            raise VideoError(f"{self.path}: {error.strerror}") from error
+
+    def _open(self, count=False):
+        """Opens the file and finds its groups; count=True labels frames by counting them, whatever the codec."""
+        self.__exit__()
+        try:
+            with self._guard():
+                self.file = av.open(self.path, metadata_errors="ignore")
+                self._find_groups(count)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _find_groups(self, count):
+        stream = self.stream = next(iter(self.file.streams.video), None)
+        if stream is None or stream.codec_context is None:
+            raise VideoError(f"{self.path}: no video stream, or none that can be decoded")
+        self.codec, self.packets, index = stream.codec_context, None, stream.index_entries
+        self.codec.thread_count, self.codec.thread_type = 1, "NONE"         # clips run in parallel, at less cost
+        packets = (p for p in self.file.demux(stream) if p.size)
+        head = next(packets, None)
+        if head is None:
+            raise VideoError(f"{self.path}: no frames")
+        self.counted = count or self.codec.name not in BY_TIME or head.pts is None
+        self.start = stream.start_time or 0
+        # A file cut at an open group has frames below head.pts, never shown: it needs the list of all packets.
+        if not self.counted and 0 < stream.frames == len(index) and head.is_keyframe and head.pts <= self.start:
+            keys = [0]                                                      # key to key: films have 100,000s of packets
+            while (k := index.search_timestamp(index[keys[-1]].timestamp + 1, backward=False)) > 0:
+                keys.append(k)
+            self.keys = [*keys, len(index)]                                 # where each group begins, in decode order
+            sizes = [b - a for a, b in pairwise(self.keys)]
+            for j in {0, len(sizes) - 1}:                                   # only here do usual edit lists hide frames
+                sizes[j] -= sum(entry.is_discard for entry in index[self.keys[j]:self.keys[j + 1]])
+        else:
+            self.packets = [head, *packets]
+            self.counted |= any(p.pts is None for p in self.packets)
+            keys = [i for i, p in enumerate(self.packets) if p.is_keyframe] or [0]
+            self.start = self.packets[keys[0]].pts
+            self.keys = [*sorted({0, *keys}), len(self.packets)]
+            sizes = [sum(map(self._shown, self.packets[a:b])) for a, b in pairwise(self.keys)]
+        self.first = [0, *accumulate(sizes)]                                # display ordinal of each group; the total
+        if not self.first[-1]:
+            raise VideoError(f"{self.path}: no frames")
+
+    def _shown(self, packet):
+        hidden = self.codec.name == "vp8" and not bytes(packet)[0] & 16     # VP8 alt-ref: a packet only to refer to
+        return not (packet.is_discard or hidden or not self.counted and packet.pts < self.start)
+
+    @functools.cached_property
+    def info(self):
+        """VideoInfo; decodes the first frame, the only place that tells the rotation."""
+        height, width = self.read([0]).shape[1:3]
+        frames, stream = self.first[-1], self.stream
+        fps = float(stream.average_rate or stream.guessed_rate or 25)
+        seconds = float((stream.duration or 0) * stream.time_base) or (self.file.duration or 0) / 1e6 or frames / fps
+        return VideoInfo(frames, fps, height, width, seconds)
+
+    def _group(self, j):
+        """Group j -> [(packet, display ordinal or None)] in decode order; _Untimed if it does not fit the index."""
+        a, b = self.keys[j], self.keys[j + 1]
+        if self.packets is not None:
+            packets = self.packets[a:b]
+        else:
+            times = [entry.timestamp for entry in self.stream.index_entries[a:b]]
+            self.file.seek(times[0], stream=self.stream)
+            packets = list(islice(dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream)), b - a))
+            if [p.dts for p in packets] != times or None in [p.pts for p in packets]:
+                raise _Untimed
+        # What is decoded before a key packet is shown before everything from that packet on, in open groups too.
+        ordinal = {pts: n for n, pts in enumerate(sorted({p.pts for p in packets if self._shown(p)}), self.first[j])}
+        if len(ordinal) != self.first[j + 1] - self.first[j]:
+            raise _Untimed
+        return [(p, ordinal[p.pts] if self._shown(p) else None) for p in packets]
+
+    def index_at(self, seconds):
+        """Ordinal of the frame on display `seconds` after the first one appears, clamped to the video."""
+        ticks = int((seconds + 5e-4) / self.stream.time_base)               # some containers round to milliseconds
+        if self.packets is None:
+            index, now = self.stream.index_entries, self.start + ticks
+            with self._guard(), contextlib.suppress(_Untimed):
+                # pts >= dts: the frame is in the last group whose key packet has dts <= now, or in one before it.
+                for j in range(bisect_right(self.keys[1:-1], now, key=lambda k: index[k].timestamp), -1, -1):
+                    known = [n for p, n in self._group(j) if n is not None and p.pts <= now]
+                    if known or j == 0:
+                        return max(known, default=0)
+            self._open(count=True)
+        times = [p.dts if p.pts is None else p.pts for p in self.packets if self._shown(p)]
+        times = sorted(t for t in times if t is not None) or [0]
+        return max(bisect_right(times, times[0] + ticks) - 1, 0)
+
+    def _frames(self, wanted):
+        """Set of ordinals -> yields (ordinal, frame), each once; _Untimed if one does not come out."""
+        decode = self.codec.decode                                          # decode(None) drains the decoder
+        if self.counted:
+            for n, frame in enumerate(frame for p in [*self.packets, None] for frame in decode(p)):
+                if n in wanted:
+                    yield n, frame
+                if n == max(wanted):
+                    return self.codec.flush_buffers()
+            raise _Untimed
+        runs, last = [], None                                               # each decoded from a key packet on
+        for j in sorted({bisect_right(self.first, n) - 1 for n in wanted}):
+            group = self._group(j)
+            if not any(n in wanted and p.pts < group[0][0].pts for p, n in group):
+                runs.append(group)
+            elif last == j - 1:                                             # open group: its first frames on display
+                runs[-1] += group                                           # refer to the group before it
+            else:
+                runs.append(self._group(j - 1) + group)
+            last = j
+        for run in runs:
+            end = max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
+            key, n = run[0]
+            label = {p.pts: n for p, n in run[:end] if n in wanted} | ({} if n is None else {key.pts: n})
+            for p, n in [*run[:end], (None, None)]:
+                if self.codec.name == "h264":       # NONREF drops frames that no other refers to: stays exact
+                    self.codec.skip_frame = "DEFAULT" if n in wanted else "NONREF"
+                for frame in decode(p):
+                    n = label.pop(frame.pts, None)
+                    if n in wanted:
+                        yield n, frame
+            self.codec.flush_buffers()
+            if label:           # no frame from the key packet either means intra refresh: the next ones are not exact
+                raise _Untimed
+
+    def read(self, indices, size=None, crop=None):
+        """Frames `indices` (any order, repeats allowed) -> (len(indices), H, W, 3) uint8.
+
+        size (H, W) of the output or None; crop (x1, y1, x2, y2) in displayed pixels, x2 and y2 exclusive, or one box
+        per index. An index or box outside the video is a ValueError.
+        """
+        indices, total = [int(i) for i in indices], self.first[-1]
+        if not indices or min(indices) < 0 or max(indices) >= total:
+            raise ValueError(f"{self.path}: indices {indices} do not fit its {total} frames")
+        boxes = [None] * len(indices) if crop is None else np.broadcast_to(crop, (len(indices), 4)).tolist()
+        rows, out, crops = {}, None, {}                                     # rows: ordinal -> box -> rows of the output
+        for row, (n, box) in enumerate(zip(indices, boxes)):
+            rows.setdefault(n, {}).setdefault(box and tuple(box), []).append(row)
+        try:
+            with self._guard():
+                for n, frame in self._frames(set(rows)):
+                    for box, where in rows[n].items():
+                        image = self._picture(frame, box, size, crops)
+                        out = np.empty((len(indices), *image.shape), np.uint8) if out is None else out
+                        if image.shape != out.shape[1:]:
+                            raise ValueError(f"{self.path}: pictures of different sizes; give size")
+                        out[where] = image
+            return out
+        except _Untimed:
+            if self.counted:
+                raise VideoError(f"{self.path}: not all of its {total} frames can be decoded") from None
+        self._open(count=True)                                              # slow, but exact
+        if max(indices) >= self.first[-1]:
+            raise VideoError(f"{self.path}: damaged, holds {self.first[-1]} of {total} frames")
+        return self.read(indices, size, crop)
+
+    def _picture(self, frame, box, size, crops):
+        """Decoded frame -> (H, W, 3) uint8, upright; crops keeps the filter graphs from frame to frame."""
+        turns = round(frame.rotation / 90) % 4                              # counter-clockwise quarter turns
+        height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+        x1, y1, x2, y2 = box or (0, 0, width, height)
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+            raise ValueError(f"{self.path}: box {box} does not fit its {width} x {height} pixels")
+        if size is None:
+            return np.rot90(frame.to_ndarray(format="rgb24", threads=1), turns)[y1:y2, x1:x2]
+        for _ in range(turns):                                              # undo one turn of the box at a time
+            x1, y1, x2, y2, height, width = height - y2, x1, height - y1, x2, width, height
+        if (x2 - x1, y2 - y1) != (width, height):                           # the filter moves pointers, copies nothing
+            key = x1, y1, x2, y2, width, height, frame.format.name
+            if key not in crops:
+                graph = crops[key] = av.filter.Graph()
+                source = graph.add_buffer(None, width, height, frame.format, time_base=self.stream.time_base)
+                cut = graph.add("crop", f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1")
+                graph.link_nodes(source, cut, graph.add("buffersink")).configure()
+            crops[key].vpush(frame)
+            frame = crops[key].vpull()
+        height, width = size[::-1] if turns % 2 else size
+        frame = frame.reformat(width, height, "rgb24", interpolation="BILINEAR", threads=1)   # antialiases
+        return np.rot90(frame.to_ndarray(threads=1), turns)
+
+
+def probe(path):
+    """Video file -> VideoInfo."""
+    with Video(path) as video:
+        return video.info
+
+
+def read_clips(path, indices, size=None, crop=None):
+    """Video.read in one call."""
+    with Video(path) as video:
+        return video.read(indices, size, crop)
+
+
+# ---- 4. Data sets ----------------------------------------------------------------------------------------------------
+
+class Item(NamedTuple):
+    """One training or test example: a file, or the part of it between two times in seconds."""
+    path: str
+    label: int = -1
+    start: float = 0.0
+    stop: float = math.inf
+
+
+class Listing(NamedTuple):
+    """A split of a data set: examples, class names (empty without labels), names that are listed but not to be found."""
+    items: list
+    classes: list
+    missing: list
+    summary: str
+
+
+VIDEO_FILES = {".mp4", ".avi", ".webm", ".mkv", ".mov"}
+SPLIT_DIRS = {"train": ("train", "videos_train", "train_video", "training"),
+              "test": ("val", "test", "validation", "valid", "videos_val", "val_video")}
+LAYOUTS = {
+    "ucf101": "v_*.avi files and ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt",
+    "hmdb51": "*.avi files and testTrainMulti_7030_splits/<class>_test_split1.txt",
+    "k400": "<youtube id>_<start>_<end>.mp4 files and train.csv, val.csv (or <split>/<class>/*.mp4)",
+    "ssv2": "<id>.webm files and labels.json, train.json, validation.json (or something-something-v2-*.json)",
+    "epic": "P01_01.MP4 ... files and EPIC_100_train.csv, EPIC_100_validation.csv",
+}
+
+
+def find_videos(data, root=None, split="train", label="", toy=None):
+    """List a split ("train" or "test") of a data set in the layout in which it is downloaded -> Listing.
+
+    data   toy, ucf101, hmdb51, k400, ssv2, epic; or a directory of videos; or a list file with lines `path [label]`
+    root   where the data set lies; None = $VIDEO_ROOT/<data>, else data/<data>.  Annotations and videos may lie anywhere
+           below and are joined by file stem.
+    label  what to predict where there is a choice: epic verb (default), noun, action; toy motion (default), scene
+    toy    for toy: dict(train=..., test=..., size=..., seed=...), made on first use
+    Raises UserError if nothing is found or the annotations do not join the files.
+    """
+    if data not in ("toy", *LAYOUTS):
+        return _own_videos(Path(data), root, split)
+    root = Path(root) if root else Path(os.environ.get("VIDEO_ROOT", "data")) / data
+    if data == "toy":
+        return _toy(root, split, label, **(toy or {}))
+    if not root.is_dir():
+        raise UserError(f"--data {data}: no directory {root}. Put there, in any depth: {LAYOUTS[data]}; or name another place "
+                        f"with --root DIR, or set VIDEO_ROOT so that $VIDEO_ROOT/{data} is it")
+    files, videos = {}, {}                                                 # annotation file by name, video by stem
+    for path in _walk(root):
+        if path.suffix.lower() in VIDEO_FILES:
+            key = path.stem[:11] if data == "k400" else path.stem.lower()  # YouTube ids have 11 characters, any of - and _
+            if key not in videos or "replacement" in str(path):            # k400: replacements of files that are corrupt
+                videos[key] = path
+        else:
+            files.setdefault(path.name.lower(), path)
+    try:
+        rows, classes = READERS[data](files, split, label)
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise UserError(f"--data {data}: an annotation file below {root} is not as published "
+                        f"({type(error).__name__}: {error}). Expected: {LAYOUTS[data]}") from None
+    if rows is None and any((root / d).is_dir() for d in SPLIT_DIRS[split]):
+        return _own_videos(root, None, split)
+    if rows is None:
+        raise UserError(f"--data {data}: no annotations below {root}. Expected there, in any depth: {LAYOUTS[data]}")
+    if not any(key in videos for key, *_ in rows):
+        raise UserError(f"--data {data}: none of the {len(rows)} listed videos is below {root}. Listed: "
+                        f"{[r[0] for r in rows[:2]]}, found: {list(videos)[:2]}. Expected: {LAYOUTS[data]}")
+    return _listing(f"{data} {split}", [(key, videos.get(key), *rest) for key, *rest in rows], classes)
+
+
+def _walk(root):
+    """All files below root in a fixed order, without macOS's `._*` companions."""
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders.sort()
+        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("._"))
+
+
+def _listing(what, rows, classes):
+    """rows of (name, path or None, label, start, stop) -> Listing without the missing and the empty files."""
+    missing = [name for name, path, *_ in rows if path is None]
+    sizes = {path: os.path.getsize(path) for path in {path for _, path, *_ in rows if path is not None}}
+    items = [Item(str(path), *rest) for _, path, *rest in rows if sizes.get(path)]
+    missing += [str(path) for path, size in sizes.items() if not size]
+    empty = sum(not size for size in sizes.values())
+    summary = f"{what}: {len(rows)} listed, {len(items)} found, {len(rows) - len(items) - empty} missing, {empty} empty"
+    if not items:
+        raise UserError(f"{summary}: nothing to read")
+    return Listing(items, classes, missing, summary + (f", {len(classes)} classes" if classes else ""))
+
+
+def _ucf101(files, split, label):
+    if "classind.txt" not in files or f"{split}list01.txt" not in files:
+        return None, None
+    index = dict(reversed(line.split()) for line in _lines(files["classind.txt"]))          # name -> id, counted from 1
+    rows = []
+    for line in _lines(files[f"{split}list01.txt"]):
+        path = line.split()[0]
+        rows.append((Path(path).stem.lower(), int(index[path.split("/")[0]]) - 1))
+    return rows, sorted(index, key=lambda name: int(index[name]))
+
+
+def _hmdb51(files, split, label):
+    lists = sorted(name for name in files if name.endswith("_test_split1.txt"))
+    classes = [files[name].name[:-len("_test_split1.txt")] for name in lists]
+    code = {"train": "1", "test": "2"}[split]
+    rows = [(Path(line.rsplit(None, 1)[0]).stem.lower(), i) for i, name in enumerate(lists)
+            for line in _lines(files[name]) if line.rsplit(None, 1)[1] == code]
+    return rows or None, classes
+
+
+def _k400(files, split, label):
+    names = {"train": ("train.csv", "kinetics_train.csv", "kinetics400_train.csv"),
+             "test": ("val.csv", "validate.csv", "validation.csv", "kinetics_val.csv", "kinetics400_val.csv")}
+    found = [files[name] for name in names[split] if name in files]
+    if not found:
+        return None, None
+    lines = _lines(found[0])
+    if "youtube_id" not in lines[0]:                                       # VideoMAE's form: path label
+        rows = [(Path(path).stem[:11], int(number)) for path, number in (re.split(r"[\s,]+(?=\d+$)", s) for s in lines)]
+        return rows, [str(i) for i in range(1 + max(number for _, number in rows))]
+    table = list(csv.DictReader(lines))
+    names = [row["label"].replace('"', "").replace("_", " ") for row in table]
+    classes = sorted(set(names))
+    if len(classes) != 400:
+        print0(f"note: {found[0]} names {len(classes)} classes; Kinetics-400 has 400, ids are those of the sorted names")
+    return [(row["youtube_id"], classes.index(name)) for row, name in zip(table, names)], classes
+
+
+def _ssv2(files, split, label):
+    def read(name):
+        path = files.get(f"something-something-v2-{name}.json", files.get(f"{name}.json"))
+        return json.loads(path.read_text()) if path else None
+    ids, entries = read("labels"), read({"train": "train", "test": "validation"}[split])
+    if ids is None or entries is None:
+        return None, None
+    rows = [(e["id"].lower(), int(ids[e["template"].replace("[", "").replace("]", "")])) for e in entries]
+    return rows, sorted(ids, key=lambda name: int(ids[name]))
+
+
+def _epic(files, split, label):
+    tables = {s: files.get(f"epic_100_{name}.csv") for s, name in (("train", "train"), ("test", "validation"))}
+    if tables[split] is None:
+        return None, None
+    tables = {s: list(csv.DictReader(_lines(path))) for s, path in tables.items() if path}
+    label = label or "verb"
+    if label not in ("verb", "noun", "action"):
+        raise UserError(f"--label {label}: epic has verb, noun and action")
+
+    def name(row):                                                         # the 3,806 actions are the pairs that occur
+        return f"{row['verb_class']}:{row['noun_class']}" if label == "action" else row[f"{label}_class"]
+    names = {name(row) for table in tables.values() for row in table}
+    classes = sorted(names) if label == "action" else [str(i) for i in range(1 + max(map(int, names)))]
+    ids = {name: i for i, name in enumerate(classes)}
+    rows = [(row["video_id"].lower(), ids[name(row)], _seconds(row["start_timestamp"]), _seconds(row["stop_timestamp"]))
+            for row in tables[split]]
+    return rows, classes
+
+
+READERS = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "ssv2": _ssv2, "epic": _epic}
+
+
+def _lines(path):
+    return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def _seconds(stamp):
+    h, m, s = stamp.split(":")
+    return 3600 * int(h) + 60 * int(m) + float(s)
+
+
+def _toy(root, split, label, train=1024, test=256, size=64):
+    """The toy data, written on first use; `train_biased` is a third split, in which the scene gives the motion away."""
+    root, label = root / f"{size}px", label or "motion"
+    if label not in ("motion", "scene"):
+        raise UserError(f"--label {label}: toy has motion and scene")
+    if int(os.environ.get("RANK", 0)) == 0:
+        make_toy(root, split, test if split == "test" else train, size)
+    barrier()
+    rows = [(row["path"], root / row["path"], int(row["label" if label == "motion" else "scene"]))
+            for row in csv.DictReader(_lines(root / f"{split}.csv"))]
+    return _listing(f"toy {split}", rows, list(TOY_CLASSES if label == "motion" else TOY_SCENES))
+
+
+def _own_videos(path, root, split):
+    """A directory ({train,val}/<class>/*, <class>/*, or any videos in any depth) or a list file of the user's own."""
+    if path.is_file():
+        return _list_file(path, root, split)
+    if not path.is_dir():
+        raise UserError(f"--data {path}: neither one of toy, {', '.join(LAYOUTS)} nor an existing directory or list file")
+    base = next((path / d for d in SPLIT_DIRS[split] if (path / d).is_dir()), path)
+    if base == path and any((path / d).is_dir() for dirs in SPLIT_DIRS.values() for d in dirs):
+        raise UserError(f"--data {path}: has no {split} split, expected a directory {' or '.join(SPLIT_DIRS[split][:2])}")
+    files = [f for f in _walk(base) if f.suffix.lower() in VIDEO_FILES]
+    if not files:
+        raise UserError(f"--data {path}: no {', '.join(sorted(VIDEO_FILES))} file below {base}")
+    folders = [f.relative_to(base).parts[0] if f.parent != base else "" for f in files]
+    classes = sorted(set(folders)) if "" not in folders and len(set(folders)) > 1 else []
+    rows = [(str(f), f, classes.index(c) if classes else -1) for f, c in zip(files, folders)]
+    if classes and base == path:                           # no split of its own: every fifth video of a class is for testing
+        turn = [folders[:i].count(c) % 5 for i, c in enumerate(folders)]
+        rows = [row for row, k in zip(rows, turn) if (k == 4) == (split == "test")]
+    return _listing(f"{path} {split}", rows, classes)
+
+
+def _list_file(path, root, split):
+    """Lines `path`, `path label` or `path,label`; paths relative to the list or to root; labels are numbers or names."""
+    base, rows = Path(root) if root else path.parent, []
+    for number, line in enumerate(_lines(path), 1):
+        video, label = line, None
+        if not (base / line).exists():
+            match = re.fullmatch(r'(.+?)(?:\s+".*")?[\s,]+([^\s,]+)', line)         # VideoMAE-style lists may quote a text between
+            if not match:
+                raise UserError(f"{path}:{number}: expected `path label` or the path of a video, got {line!r}")
+            video, label = match.groups()
+        rows.append((video, base / video if (base / video).exists() else None, label))
+    if not any(file for _, file, _ in rows):
+        raise UserError(f"--data {path}: none of its {len(rows)} videos exists, the first would be {base / rows[0][0]}. "
+                        "Paths are relative to the list; --root DIR names another base")
+    labels = {label for *_, label in rows}
+    if None in labels and len(labels) > 1:
+        raise UserError(f"{path}: some lines have a label and some have none")
+    numeric = None not in labels and all(label.isdigit() for label in labels)
+    classes = [] if None in labels else [str(i) for i in range(1 + max(map(int, labels)))] if numeric else sorted(labels)
+    rows = [(name, file, classes.index(label) if classes else -1) for name, file, label in rows]
+    return _listing(f"{path} {split}", rows, classes)
+
+
+class Clips(torch.utils.data.Dataset):
+    """Clips of listed videos, read in worker processes.
+
+    sample(video, item, rng) -> uint8 (K, T, H, W, 3), or a dict of such: the policy of the script, e.g. K random clips.
+    A key is (epoch, index), and the randomness of a sample is a function of (seed, epoch, index) alone.  A video that cannot
+    be read is replaced by another one of the same epoch, if `replace`, and is reported in any case.
+    Returns (clips or None, name, label, errors).
+    """
+
+    def __init__(self, items, sample, seed=0, replace=True):
+        self.items, self.sample, self.seed, self.replace = items, sample, seed, replace
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        rng, errors = np.random.default_rng((self.seed, epoch, index)), []
+        for _ in range(10 if self.replace else 1):
+            item = self.items[index]
+            try:
+                with Video(item.path) as video:
+                    return self.sample(video, item, rng), item.path, item.label, errors
+            except VideoError as error:
+                errors.append(str(error))
+                index = int(rng.integers(len(self.items)))
+        return None, item.path, item.label, errors
+
+
+def collate(samples):
+    """Samples of `Clips` -> dict(clips (B, T, H, W, 3) uint8 or a dict of such or None, names, labels (B,), errors).
+
+    Clips that could not be read are left out of `clips`; `read` (B,) bool says which were.
+    """
+    clips = [s[0] for s in samples if s[0] is not None]
+    cat = lambda arrays: torch.from_numpy(np.concatenate(arrays))
+    joined = None if not clips else {k: cat([c[k] for c in clips]) for k in clips[0]} if isinstance(clips[0], dict) else cat(clips)
+    return dict(clips=joined, names=[s[1] for s in samples], labels=torch.tensor([s[2] for s in samples]),
+                read=torch.tensor([s[0] is not None for s in samples]), errors=[e for s in samples for e in s[3]])
+
+
+def loader(dataset, batches, workers, device):
+    """DataLoader over an iterable of batches of keys; workers stay alive, use one thread each and leave signals to us."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=_worker_init,
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
+
+
+def _worker_init(_):
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))      # how the parent ends its workers: quietly
+
+
+def to_device(clips, device):
+    """uint8 clips (B, T, H, W, 3), or a dict of such, on the CPU -> (B, 3, T, H, W) on the device."""
+    if isinstance(clips, dict):
+        return {k: to_device(v, device) for k, v in clips.items()}
+    return clips.to(device, non_blocking=True).permute(0, 4, 1, 2, 3)
+
+
+def clip_indices(video, item, frames, stride, rng):
+    """Frame numbers (frames,) of a random clip of a video, `stride` apart, inside the item's time span; a span that is too
+    short repeats its last frame."""
+    first, last = item_frames(video, item)
+    start = first + rng.integers(max(1, last - first + 1 - frames * stride + 1))
+    return np.minimum(start + stride * np.arange(frames), last)
+
+
+def item_frames(video, item):
+    """First and last frame number of an item."""
+    if item.stop == math.inf:
+        return 0, video.info.frames - 1
+    first = video.index_at(item.start)
+    return first, max(first, video.index_at(item.stop))
+
+
+# ---- toy data --------------------------------------------------------------------------------------------------------
+
+TOY_CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "to-and-fro", "zoom")
+TOY_SCENES = ("gradient", "vertical", "horizontal", "diagonal", "checks", "rings", "rays", "blobs")
+TOY_SPLITS = ("train", "test", "train_biased")
+
+
+def toy_video(seed, split, index, size=64, frames=32, label=None):
+    """One clip -> (video uint8 (F, H, W, 3), truth).  Same arguments, same clip.
+
+    A textured sprite moves over a textured background while the camera pans; the class is only the sprite's motion.  In
+    "train" and "test" the scene is independent of it; in "train_biased" the scene is the class with probability 0.9, else
+    uniform over the other seven.  `label` overrides the class and changes nothing else; -1 = the sprite stands still in
+    the scene.  Lengths are made for 64 pixels and grow with `size`; a clip holds the whole motion, however many `frames`.
+
+    truth: label, scene, size; order and radius of the sprite (see `_toy_depth`); per frame its centre (F, 2), scale (F,)
+    and box (F, 4), clipped to the frame; camera (F, 2), how far the pan has moved the picture.  Arrays, in pixels, x before
+    y; pixel i covers [i, i + 1).
+    """
+    look, motion = np.random.default_rng([seed, TOY_SPLITS.index(split), index]).spawn(2)
+    own, scene, other = look.integers(8), look.integers(8), look.integers(1, 8)
+    if split == "train_biased":
+        scene = own if look.random() < 0.9 else (own + other) % 8
+    label = own if label is None else label
+
+    time = np.linspace(0, 1, frames)[:, None]                                # (F, 1)
+    start, end = motion.uniform(-3.2, 3.2, (2, 2))                           # pan speed: up to 0.3 px per frame at stride 2
+    camera = start * time + (end - start) * time ** 2 / 2                    # (F, 2)
+    path, scale = _toy_path(motion, label, time)
+    path = path + camera
+    centre = path + motion.uniform(7 - path.min(0), 57 - path.max(0))        # stays 7 px inside the frame
+    order, radius = look.choice([1, 2, np.inf]), look.uniform(9, 14)
+    reach = radius * scale                                                   # (F, 1)
+    boxes = np.hstack([centre - reach, centre + reach]).clip(0, 64)
+
+    unit = size / 64
+    truth = {k: np.asarray(v, np.int64) for k, v in dict(label=label, scene=scene, size=size).items()}
+    truth |= {k: np.asarray(v, np.float32) for k, v in dict(
+        order=order, radius=radius * unit, centre=centre * unit, scale=scale[:, 0], boxes=boxes * unit,
+        camera=camera * unit).items()}
+
+    # Colours: a dark pair for the background, a bright and any other for the sprite.
+    xy = _toy_grid(size)                                                     # (2, H, W)
+    dark, middle, bright, any = look.uniform([[0.05], [0.35], [0.75], [0.1]], [[0.3], [0.65], [1.0], [0.9]], (4, 3))
+    ground = _toy_scene(look, TOY_SCENES[scene], *(xy[:, None] - truth["camera"].T[:, :, None, None]) / unit)
+    x, y = (xy[:, None] - truth["centre"].T[:, :, None, None]) / (truth["scale"][:, None, None] * unit)
+    angle, wave = look.uniform(0, 6.28), 6.28 / look.uniform(8, 14)          # the sprite's texture moves and zooms with it
+    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    plaid = 0.5 + 0.5 * np.sin(wave * u) * np.sin(wave * v)
+    alpha = (_toy_depth(truth, slice(None)) + 0.5).clip(0, 1)[..., None]      # a one-pixel edge, moves by fractions of a pixel
+    video = (1 - alpha) * _mix(dark, middle, ground) + alpha * _mix(bright, any, plaid)
+    return (video * 255).round().clip(0, 255).astype(np.uint8), truth
+
+
+def _mix(a, b, weight):
+    return a + (b - a) * weight[..., None]
+
+
+def _toy_grid(size):
+    """Pixel centres (2, H, W), x before y."""
+    return np.mgrid[:size, :size][::-1].astype(np.float32) + 0.5
+
+
+def _toy_path(rng, label, time):
+    """The sprite's own motion: path (F, 2) in px, scale (F, 1), for time (F, 1) in [0, 1]."""
+    travel = rng.uniform(30, 44)                                             # 1.9 to 2.8 px per frame at stride 2
+    phase, turn = rng.uniform(0, 6.28), rng.uniform(0.4, 0.6)
+    along, scale = 0 * time, 1 + 0 * time
+    axis = np.array([np.cos(phase), np.sin(phase)])
+    match TOY_CLASSES[label] if label >= 0 else "still":
+        case "left" | "right" | "up" | "down" as name:
+            along, axis = travel * time, np.array(dict(left=(-1, 0), right=(1, 0), up=(0, -1), down=(0, 1))[name])
+        case "clockwise" | "counter-clockwise" as name:                      # y points down: a growing angle is clockwise
+            along = rng.uniform(10, 13)
+            angle = phase + travel / along * time * (1 if name == "clockwise" else -1)
+            axis = np.hstack([np.cos(angle), np.sin(angle)])                 # (F, 2)
+        case "to-and-fro":
+            along = travel * np.minimum(time, 2 * turn - time)
+        case "zoom":                                                         # by 2 at least, about the size of the others
+            scale = np.exp(rng.choice([-1, 1]) * rng.uniform(0.7, 0.9) * (time - 0.5))
+    return along * axis, scale
+
+
+def _toy_scene(rng, name, x, y):
+    """Background texture in [0, 1] at the points x, y (F, H, W) in px; waves are long, so that it is predictable."""
+    wave, (a, b), (cx, cy) = 6.28 / rng.uniform(24, 40), rng.uniform(0, 6.28, 2), rng.uniform(8, 56, 2)
+    dx, dy = x - cx, y - cy
+    match name:
+        case "gradient":
+            z = ((x - 32) * np.cos(a) + (y - 32) * np.sin(a)) / 45
+        case "vertical":
+            z = np.sin(wave * x + a)
+        case "horizontal":
+            z = np.sin(wave * y + a)
+        case "diagonal":
+            z = np.sin(wave * (x + rng.choice([-1, 1]) * y) / 1.41 + a)
+        case "checks":
+            z = np.sin(wave * x + a) * np.sin(wave * y + b)
+        case "rings":
+            z = np.sin(wave * np.hypot(dx, dy) + a)
+        case "rays":                                                         # faded at the centre, where they are too fine
+            r = np.hypot(dx, dy)
+            z = np.sin(rng.integers(4, 8) * np.arctan2(dy, dx) + a) * r / (r + 6)
+        case "blobs":
+            spots, width = rng.uniform(0, 64, (6, 2)), rng.uniform(5, 9)
+            z = 2 * sum(np.exp(-((x - px) ** 2 + (y - py) ** 2) / 2 / width ** 2) for px, py in spots).clip(0, 1) - 1
+    (u, v), (c, d) = 6.28 / rng.uniform(10, 16, 2), rng.uniform(0, 6.28, 2)     # a faint plaid: without it stripes and plain
+    return 0.5 + 0.425 * z + 0.075 * np.sin(u * x + c) * np.sin(v * y + d)      # areas would not tell flow how they move
+
+
+def _toy_depth(truth, frame):
+    """How many px each pixel centre lies inside the sprite, (..., H, W): radius - |p - centre|, in the norm that makes
+    the sprite a diamond (order 1), a disc (2) or a square (inf)."""
+    offset = np.abs(_toy_grid(truth["size"]) - truth["centre"][frame][..., None, None])        # (..., 2, H, W)
+    edge = truth["radius"] * truth["scale"][frame][..., None, None]
+    return edge - np.linalg.norm(offset, truth["order"], axis=-3)
+
+
+def toy_flow(truth, first, second):
+    """True flow (2, H, W) in px from frame `first` to frame `second` of the file, and the sprite's mask (H, W) in `first`."""
+    inside = _toy_depth(truth, first) > 0
+    (c1, c2), (s1, s2) = truth["centre"][[first, second]], truth["scale"][[first, second]]
+    pan = truth["camera"][second] - truth["camera"][first]
+    sprite = (c2 - c1)[:, None, None] + (_toy_grid(truth["size"]) - c1[:, None, None]) * (s2 / s1 - 1)
+    return np.where(inside, sprite, pan[:, None, None]), inside
+
+
+def make_toy(root, split, count, size=64, frames=32, seed=0):
+    """Write root/<split>/<index>.mp4, the truth beside each as .npz, and root/<split>.csv with lines path,label,scene.
+
+    The list is written last: if it holds `count` videos there is nothing to do, and an interrupted call is continued.  One
+    root holds one choice of size, frames and seed; a smaller `count` is a prefix of a larger one.
+    """
+    root, listing = Path(root), Path(root, f"{split}.csv")
+    if listing.exists() and len(listing.read_text().splitlines()) == count + 1:
+        return
+    (root / split).mkdir(parents=True, exist_ok=True)
+    write = partial(_write_toy, root, split, size, frames, seed)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        jobs = pool.map(write, range(count), chunksize=8)
+        rows = list(tqdm(jobs, f"writing toy videos, {split}", count, unit="video", disable=None))
+    with open(f"{listing}.tmp", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "scene"), *rows])
+    os.replace(f"{listing}.tmp", listing)
+
+
+def _write_toy(root, split, size, frames, seed, index):
+    """Write one video and its truth unless they are there -> its row of the list."""
+    path = root / split / f"{index:06d}.mp4"
+    if path.exists():                                                        # it came after its truth, so both are complete
+        truth = np.load(path.with_suffix(".npz"))
+    else:
+        video, truth = toy_video(seed, split, index, size, frames)
+        with open(f"{path}.npz.tmp", "wb") as file:
+            np.savez(file, **truth)
+        os.replace(f"{path}.npz.tmp", path.with_suffix(".npz"))
+        with av.open(f"{path}.tmp", "w", format="mp4") as file:
+            stream = file.add_stream("libx264", 16, width=size, height=size, pix_fmt="yuv420p", options=dict(
+                preset="veryfast", crf="18", threads="1"))                   # one thread: the same bytes everywhere
+            for frame in video:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+            file.mux(stream.encode())
+        os.replace(f"{path}.tmp", path)
+    return f"{split}/{path.name}", int(truth["label"]), int(truth["scene"])
+
+
+# ---- 5. Augmentation on the device ---------------------------------------------------------------------------------------
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                  # ImageNet, as VideoMAE normalises
+
+
+def normalize(clips):
+    """uint8 clips (B, 3, T, H, W) -> float32, ImageNet mean 0 and std 1 per colour."""
+    mean, std = (torch.tensor(v, device=clips.device).view(3, 1, 1, 1) for v in (MEAN, STD))
+    return (clips.float() / 255 - mean) / std
+
+
+def unnormalize(clips):
+    """Inverse of `normalize`, up to the factor 255: (..., 3, T, H, W) -> colours in [0, 1]."""
+    mean, std = (torch.tensor(v, device=clips.device).view(3, 1, 1, 1) for v in (MEAN, STD))
+    return clips * std + mean
+
+
+def multi_scale_crop(height, width, rng, scales=(1.0, 0.875, 0.75, 0.66), snap=0):
+    """A random box (x1, y1, x2, y2) inside a (height, width) frame: VideoMAE's multi-scale crop.
+
+    Both sides are drawn from `scales` x the short side, at most one scale apart; the place is one of 13 fixed anchors.
+    A side within 2 px of `snap` becomes `snap` (no resampling).  Source: VideoMAE, pre-training transform.
+    """
+    sides = [snap if abs(int(min(height, width) * s) - snap) < 3 else int(min(height, width) * s) for s in scales]
+    pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
+    h, w = pairs[rng.integers(len(pairs))]
+    anchors = [(x, y) for x in (0, 4) for y in (0, 4)] + [(2, 2), (0, 2), (4, 2), (2, 4), (2, 0)]
+    anchors += [(x, y) for x in (1, 3) for y in (1, 3)]
+    ax, ay = anchors[rng.integers(len(anchors))]
+    x, y = ax * ((width - w) // 4), ay * ((height - h) // 4)
+    return x, y, x + w, y + h
+
+
+def flip(clips, generator=None, p=0.5):
+    """Mirror each clip (B, 3, T, H, W) left-right with probability p -> (clips, flipped (B,) bool)."""
+    flipped = rand(len(clips), generator=generator, device=clips.device) < p
+    return torch.where(flipped[:, None, None, None, None], clips.flip(-1), clips), flipped
+
+
+# ---- 6. Optical flow -----------------------------------------------------------------------------------------------------
+
+class FlowEstimator:
+    """Optical flow between consecutive frames, computed where the clips are.
+
+    name     "raft_small", "raft_large": torchvision's RAFT (Teed and Deng 2020), `updates` refinement steps;
+             "tvl1": TV-L1 (Zach et al. 2007) in pure torch, needs no weights
+    weights  a file with torchvision's RAFT state dict; None downloads torchvision's own
+    size     side in pixels at which flow is computed; None = that of the clips (RAFT: a multiple of 8, at least 128)
+    amp      autocast type of RAFT's convolutions; its correlations and coordinates stay fp32
+    compile  compile the parts that run many times
+
+    Call with clips (B, 3, T, H, W), uint8 or float in [0, 1] -> flow (B, T-1, 2, h, w): the (x, y) displacement in pixels
+    of the (h, w) grid that takes a pixel of frame t to frame t+1.  Raises UserError if the weights cannot be had.
+    """
+
+    def __init__(self, name, weights=None, updates=6, size=None, device="cpu", amp=None, compile=False):
+        models = {"raft_small": (raft_small, Raft_Small_Weights), "raft_large": (raft_large, Raft_Large_Weights)}
+        if name not in ("tvl1", *models):
+            raise UserError(f"--flow {name}: choose raft_small, raft_large or tvl1")
+        self.name, self.updates, self.size, self.device, self._marks = name, updates, size, torch.device(device), []
+        self.inner = torch.compile(_tvl1_inner, dynamic=False) if compile else _tvl1_inner
+        if name == "tvl1":
+            return
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True) if weights else \
+                models[name][1].DEFAULT.get_state_dict(progress=False, check_hash=True)
+            self.raft = models[name][0]()
+            self.raft.load_state_dict(state)
+        except Exception as error:                               # network, file or keys: each is for the user to mend
+            what = f"--raft-weights {weights}" if weights else f"downloading torchvision's {name} weights"
+            raise UserError(f"{what} failed ({str(error).strip().splitlines()[0]}). Give torchvision's state dict as "
+                            "--raft-weights FILE, or use --flow tvl1, which needs no weights") from None
+        self.raft.to(self.device).eval().requires_grad_(False)
+        for part in (self.raft.feature_encoder, self.raft.context_encoder, self.raft.update_block):
+            if amp:
+                part.forward = _in_autocast(part.forward, self.device.type, amp)
+            if compile:
+                part.compile(dynamic=False)
+
+    @torch.no_grad()
+    def __call__(self, clips):
+        began = self._now()
+        video = clips.transpose(1, 2).float() / (255 if clips.dtype == torch.uint8 else 1)    # (B, T, 3, H, W) in [0, 1]
+        B, T, _, H, W = video.shape
+        side = (self.size, self.size) if self.size else (H, W)
+        if self.name != "tvl1":
+            side = tuple(max(128, round(s / 8) * 8) for s in side)
+        if side != (H, W):
+            video = F.interpolate(video.flatten(0, 1), side, mode="bilinear", antialias=True).unflatten(0, (B, T))
+        first, second = video[:, :-1].flatten(0, 1), video[:, 1:].flatten(0, 1)               # (B(T-1), 3, h, w)
+        with torch.autocast(self.device.type, enabled=False):
+            if self.name == "tvl1":
+                flow = tvl1(first, second, inner=self.inner)
+            else:
+                flow = self.raft(first * 2 - 1, second * 2 - 1, num_flow_updates=self.updates)[-1]
+        self._marks.append((began, self._now()))
+        return flow.unflatten(0, (B, T - 1))
+
+    def _now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self):
+        """Time spent in flow since the last call of this method (on a GPU: its own time; waits for it to finish)."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        spent = sum(a.elapsed_time(b) / 1000 if self.device.type == "cuda" else b - a for a, b in self._marks)
+        self._marks = []
+        return spent
+
+
+def _in_autocast(forward, device_type, dtype):
+    """`forward` computing in `dtype`, its results handed back in fp32."""
+    def run(*args):
+        with torch.autocast(device_type, dtype):
+            out = forward(*args)
+        return tuple(o.float() for o in out) if isinstance(out, tuple) else out.float()
+    return run
+
+
+def spatial_gradient(x):
+    """True gradient per pixel of maps (..., H, W) -> (..., 2, H, W), d/dx first: central differences averaged over the three
+    rows (columns) around a pixel, i.e. the Prewitt kernel / 6; the border is replicated."""
+    shape = x.shape
+    x = F.pad(x.reshape(-1, 1, *shape[-2:]), (1, 1, 1, 1), mode="replicate")
+    step, mean = x.new_tensor([-0.5, 0.0, 0.5]), x.new_full((3,), 1 / 3)
+    kernel = torch.stack([mean[:, None] * step, step[:, None] * mean])[:, None]                # (2, 1, 3, 3)
+    return F.conv2d(x, kernel).reshape(*shape[:-2], 2, *shape[-2:])
+
+
+def warp(image, flow):
+    """Read image (B, C, H, W) where the flow (B, 2, H, W), in pixels, points: bilinear, border replicated."""
+    B, _, H, W = flow.shape
+    y, x = torch.meshgrid(torch.arange(H, device=flow.device), torch.arange(W, device=flow.device), indexing="ij")
+    grid = torch.stack([(x + flow[:, 0] + 0.5) * 2 / W - 1, (y + flow[:, 1] + 0.5) * 2 / H - 1], -1)     # (B, H, W, 2)
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def tvl1(first, second, smoothness=0.15, theta=0.3, warps=3, iterations=15, coarsest=16, inner=None):
+    """TV-L1 optical flow (Zach, Pock and Bischof 2007) of image pairs (B, 3, H, W) in [0, 1] -> (B, 2, H, W) in pixels.
+
+    Minimises |grad u| + smoothness * |second(x + u) - first(x)| from coarse to fine, alternating a pointwise step on the data
+    term with a dual step on the total variation.  Grey values are 0..255, for which the usual constants are meant.  The
+    finest level has half the image's size: 4x cheaper at the same agreement with RAFT on real footage (our choice).
+    """
+    inner = inner or _tvl1_inner
+    H, W = first.shape[-2:]
+    grey = [x.mul(x.new_tensor([76.2, 149.7, 29.1])[:, None, None]).sum(1, keepdim=True) for x in (first, second)]
+    sides = [(H // 2**k, W // 2**k) for k in range(1, 8) if min(H, W) // 2**k >= coarsest] or [(H, W)]
+    flow = first.new_zeros(len(first), 2, *sides[-1])
+    for h, w in reversed(sides):
+        I0, I1 = (F.interpolate(g, (h, w), mode="bilinear", antialias=True, align_corners=False) for g in grey)
+        flow = _resize_flow(flow, h, w)
+        dual = first.new_zeros(len(first), 2, 2, h, w)                                         # (B, component of u, x or y, h, w)
+        for _ in range(warps):
+            warped = warp(I1, flow)
+            gradient = spatial_gradient(warped[:, 0])                                          # (B, 2, h, w)
+            square = gradient.square().sum(1, keepdim=True) + 1e-6
+            residual = warped - I0 - (gradient * flow).sum(1, keepdim=True)                    # data term at u = 0
+            for _ in range(iterations):
+                flow, dual = inner(flow, dual, gradient, square, residual, smoothness * theta, theta)
+    return _resize_flow(flow, H, W)
+
+
+def _tvl1_inner(flow, dual, gradient, square, residual, step, theta, tau=0.25):
+    rho = residual + (gradient * flow).sum(1, keepdim=True)
+    v = flow - gradient * (rho / square).clamp(-step, step)                     # the data term, pixel by pixel
+    px, py = dual.unbind(2)                                                     # px is 0 in the last column, py in the last row
+    divergence = px + py
+    divergence[..., 1:] -= px[..., :-1]
+    divergence[..., 1:, :] -= py[..., :-1, :]
+    flow = v + theta * divergence
+    du = torch.zeros_like(dual)                                                 # forward differences
+    du[:, :, 0, :, :-1] = flow[..., 1:] - flow[..., :-1]
+    du[:, :, 1, :-1] = flow[..., 1:, :] - flow[..., :-1, :]
+    length = du.square().sum(2, keepdim=True).sqrt()                            # (a norm over dim 2 takes 20 times as long)
+    return flow, (dual + tau / theta * du) / (1 + tau / theta * length)
+
+
+def _resize_flow(flow, h, w):
+    scale = flow.new_tensor([w / flow.shape[-1], h / flow.shape[-2]]).view(2, 1, 1)
+    return F.interpolate(flow, (h, w), mode="bilinear", align_corners=False) * scale
+
+
+# ---- 7. Backbone -----------------------------------------------------------------------------------------------------
+
+VITS = {  # dim, depth, heads of the encoder, depth of the VideoMAE decoder (its width and heads are half the encoder's)
+    "vit_tiny": (192, 4, 3, 2), "vit_small": (384, 12, 6, 4), "vit_base": (768, 12, 12, 4),
+    "vit_large": (1024, 24, 16, 12), "vit_huge": (1280, 32, 16, 8)}
+
+
+def patchify(clips, patch_size, tubelet_size):
+    """Clips (B, C, T, H, W) -> tokens (B, N, C * tubelet * patch^2); inside a token the order is (c, t, h, w)."""
+    B, C, T, H, W = clips.shape
+    t, p = tubelet_size, patch_size
+    x = clips.reshape(B, C, T // t, t, H // p, p, W // p, p)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, -1, C * t * p * p)
+
+
+def unpatchify(tokens, grid, patch_size, tubelet_size):
+    """Inverse of `patchify`: (B, N, C * tubelet * patch^2) -> (B, C, T, H, W) for a token grid (T', H', W')."""
+    (T, H, W), t, p = grid, tubelet_size, patch_size
+    x = tokens.reshape(len(tokens), T, H, W, -1, t, p, p)
+    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(tokens), -1, T * t, H * p, W * p)
+
+
+def take(x, index):
+    """Tokens (B, N, D) at index (B, n) -> (B, n, D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def sincos_positions(count, dim):
+    """Fixed positions (1, count, dim) over the flat token index: sin in even features, cos in odd ones (VideoMAE)."""
+    angle = np.arange(count)[:, None] / 10000 ** (2 * (np.arange(dim) // 2) / dim)
+    angle[:, 0::2], angle[:, 1::2] = np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])
+    return torch.tensor(angle, dtype=torch.float32)[None]
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):                                                          # (B, n, D)
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # softmax ignores a key bias
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))  # (B, n, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                       # each (B, heads, n, d)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; drop_path drops a residual branch for whole samples."""
+
+    def __init__(self, dim, heads, drop_path=0.0):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.mlp = Attention(dim, heads), Mlp(dim, 4 * dim)
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of patches (B, n, 3 * tubelet * patch^2); stored as the Conv3d of the public checkpoints."""
+
+    def __init__(self, dim, patch_size, tubelet_size):
+        super().__init__()
+        size = (tubelet_size, patch_size, patch_size)
+        self.proj = nn.Conv3d(3, dim, size, size)
+
+    def forward(self, patches):
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class ViT(nn.Module):
+    """Video transformer with joint space-time attention (VideoMAE): clips (B, 3, T, H, W), normalised -> (B, dim) or logits.
+
+    With num_classes = 0 (pre-training, features): final `norm`, mean over tokens.  With classes: mean over tokens, `fc_norm`,
+    `head`, as VideoMAE fine-tunes.  State-dict names are those of the public VideoMAE fine-tuning checkpoints.
+    """
+
+    def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads, num_classes=0, drop_path=0.0):
+        super().__init__()
+        if image_size % patch_size or frames % tubelet_size or dim % heads:
+            raise ValueError(f"ViT: image_size {image_size} / patch_size {patch_size}, frames {frames} / tubelet_size "
+                             f"{tubelet_size} and dim {dim} / heads {heads} must divide without rest")
+        self.config = dict(image_size=image_size, frames=frames, patch_size=patch_size, tubelet_size=tubelet_size,
+                           dim=dim, depth=depth, heads=heads)
+        self.dim, self.patch_size, self.tubelet_size = dim, patch_size, tubelet_size
+        self.grid = (frames // tubelet_size, image_size // patch_size, image_size // patch_size)   # (T', H', W')
+        self.patch_embed = PatchEmbed(dim, patch_size, tubelet_size)
+        self.register_buffer("positions", sincos_positions(math.prod(self.grid), dim), persistent=False)
+        self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
+        self.norm = nn.Identity() if num_classes else nn.LayerNorm(dim, eps=1e-6)
+        if num_classes:
+            self.fc_norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias) if module.bias is not None else None
+        if num_classes:
+            self.head.weight.data.mul_(0.001)                                      # VideoMAE's init_scale
+
+    def tokens(self, patches, keep=None):
+        """Encode patches (B, N, P), or only those at keep (B, n) -> (B, n, dim): the cost is that of what is kept."""
+        positions = self.positions.expand(len(patches), -1, -1)
+        if keep is not None:
+            patches, positions = take(patches, keep), take(positions, keep)
+        x = self.patch_embed(patches) + positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward_map(self, clips):
+        """(B, 3, T, H, W) -> feature map (B, dim, T', H', W')."""
+        x = self.tokens(patchify(clips, self.patch_size, self.tubelet_size))
+        return x.transpose(1, 2).unflatten(2, self.grid)
+
+    def forward(self, clips):
+        x = self.forward_map(clips).flatten(2).mean(-1)
+        return self.head(self.fc_norm(x)) if hasattr(self, "head") else x
+
+
+class Decoder(nn.Module):
+    """Transformer blocks, norm, linear head: (B, N, dim) -> (B, last, outputs) for the last tokens, VideoMAE's decoder."""
+
+    def __init__(self, dim, depth, heads, outputs):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, outputs)
+
+    def forward(self, x, last):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, -last:]))
+
+
+# ---- 8. Checkpoints of other people ----------------------------------------------------------------------------------
+
+class LoadReport(NamedTuple):
+    """Parameter names: what was loaded, what the model has and the file lacks, what the file has and the model lacks."""
+    loaded: list
+    missing: list
+    unexpected: list
+
+
+# where the weights lie in a file, what is put before their names, and which parameters are no part of the backbone
+WRAPPERS = ("model", "module", "model_state", "state_dict")
+PREFIXES = ("", "encoder.", "model.", "module.", "backbone.", "encoder.model.", "encoder_q.encoder.model.",
+            "module.encoder_q.", "module.backbone.", "module.encoder.")
+NOT_BACKBONE = r"(encoder\.)?(head|fc_norm|norm|fc)\.|decoder\.|encoder_to_decoder\.|mask_token"
+
+
+def load_file(path):
+    """torch.load that runs no code from the file; allows what VideoMAE and DeepSpeed store.  Raises UserError."""
+    allowed = [argparse.Namespace, np.dtype, np._core.multiarray.scalar, *{type(np.dtype(t)) for t in "?bhilqBHILQefd"}]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).strip().splitlines()[0]})") from None
+
+
+def load_weights(model, path, strict_backbone=True):
+    """Load weights by name from our own, VideoMAE, MOFO, MME or DeepSpeed files -> LoadReport.
+
+    Wrappers and prefixes are tried in turn and the reading under which most tensors match in name and shape is taken.
+    Raises UserError, naming the first parameters, if nothing matches or (strict_backbone) a parameter of the backbone, that
+    is anything but norms after the last block, heads and decoders, has no match: never train on silently random weights.
+    """
+    content = load_file(path)
+    state = next((content[k] for k in WRAPPERS if isinstance(content, dict) and isinstance(content.get(k), dict)), content)
+    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    own = model.state_dict()
+    readings = []
+    for prefix in PREFIXES:
+        for add in ("", "encoder."):                             # a bare encoder also fits into a masked autoencoder
+            names = {add + k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+            readings.append({k: v for k, v in names.items() if k in own and own[k].shape == v.shape} | {"": names})
+    best = max(readings, key=len)
+    names = best.pop("")
+    missing, unexpected = [k for k in own if k not in best], [k for k in names if k not in best]
+    needed = [k for k in missing if not re.match(NOT_BACKBONE, k)]
+    if not best or (strict_backbone and needed):
+        wrong = [f"{k} {tuple(names[k].shape)} here, {tuple(own[k].shape)} in the model" for k in needed if k in names]
+        raise UserError(f"{path} does not fit: {len(best)} of {len(own)} tensors match; missing {needed[:3]}, unexpected "
+                        f"{list(state)[:3] if not best else unexpected[:3]}{'; shapes: ' + wrong[0] if wrong else ''}. "
+                        "Is it another model size or another backbone?")
+    model.load_state_dict(best, strict=False)
+    return LoadReport(list(best), missing, unexpected)
+
+
+# ---- 9. Run ----------------------------------------------------------------------------------------------------------
+
+class Plan(NamedTuple):
+    """How a global batch of clips is spread: `micro` clips per process and forward pass, `accum` passes per step."""
+    batch: int
+    micro: int
+    accum: int
+    repeats: int
+    steps: int
+    per_epoch: float
+
+    def generator(self, env, seed, step, micro):
+        """The random numbers of one forward pass, a function of (seed, step) and of the rows that it computes."""
+        torch.manual_seed(hash((seed, step, micro, env.rank)) % 2**63)             # for what the network itself draws
+        generator = RowGenerator(env.device)
+        generator.manual_seed(hash((seed, step)) % 2**63)
+        generator.first, generator.total = (micro * env.world + env.rank) * self.micro, self.batch
+        return generator
+
+
+def plan_run(cfg, videos, env):
+    """Spread cfg.batch over the processes and accumulation.  Raises UserError with the numbers if it does not divide."""
+    micro = min(cfg.device_batch or cfg.batch, cfg.batch // env.world)
+    if not micro or cfg.batch % (env.world * micro) or micro % cfg.repeats:
+        raise UserError(f"--batch {cfg.batch} must be a multiple of {env.world} processes x --device-batch {micro}, and that "
+                        f"of --repeats {cfg.repeats}: change one of the three")
+    steps = cfg.steps or max(1, int(cfg.epochs * videos / cfg.batch))
+    return Plan(cfg.batch, micro, cfg.batch // (env.world * micro), cfg.repeats, steps, videos / cfg.batch)
+
+
+class StepSampler(torch.utils.data.Sampler):
+    """Batches of (epoch, index) for this process, from step `start` to the end: one endless stream of shuffled epochs, cut
+    into global batches.  The same for any number of processes, so a run can stop and continue anywhere."""
+
+    def __init__(self, videos, plan, env, seed, start=0):
+        self.videos, self.plan, self.env, self.seed, self.start = videos, plan, env, seed, start
+
+    def __len__(self):
+        return (self.plan.steps - self.start) * self.plan.accum
+
+    def __iter__(self):
+        epoch, order, n = -1, None, self.plan.micro // self.plan.repeats
+        for i in range(self.start * self.plan.accum, self.plan.steps * self.plan.accum):
+            batch, first = [], (i * self.env.world + self.env.rank) * n
+            for k in range(first, first + n):
+                if k // self.videos != epoch:
+                    epoch = k // self.videos
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.videos)
+                batch.append((epoch, int(order[k % self.videos])))
+            yield batch
+
+
+def adamw(model, lr, weight_decay, betas, device):
+    """AdamW with no decay on vectors (biases, norms) and on the mask token, fused on GPUs."""
+    decay = [p for n, p in model.named_parameters() if p.ndim > 1 and "mask_token" not in n]
+    other = [p for n, p in model.named_parameters() if p.ndim <= 1 or "mask_token" in n]
+    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=other, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type == "cuda")
+
+
+def cosine_lr(step, steps, warmup, peak, floor):
+    """Linear from 0 to `peak` over the first `warmup` steps, then half a cosine towards `floor` at `steps` (VideoMAE)."""
+    if step < warmup:
+        return peak * step / max(1, warmup - 1)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def wrap(model, env, compile):
+    """The model as the loop calls it: blocks compiled in place, then DistributedDataParallel where there are several processes.
+
+    Compiled block by block: one graph per width and token count, and no `_orig_mod.` in the state dict.
+    """
+    if compile:
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile(dynamic=False)
+    if env.world == 1:
+        return model
+    ids = [env.device.index] if env.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def restore(checkpoint, init, model, optimizer, scaler):
+    """Continue from a checkpoint of this run (auto-resume wins), or start from the weights of `init` -> first step."""
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        print0(f"continuing at step {checkpoint['step']}")
+        return checkpoint["step"]
+    if init:
+        report = load_weights(model, init)
+        print0(f"{init}: {len(report.loaded)} tensors loaded, {len(report.missing)} missing {report.missing[:3]}, "
+               f"{len(report.unexpected)} unexpected {report.unexpected[:3]}")
+    return 0
+
+
+FREE = {"out", "fresh", "init", "root", "raft_weights", "device_batch", "workers", "compile", "log_every", "save_every",
+        "preview_every"}                                       # settings that may change when a run goes on
+
+
+def open_run(name, cfg, env, listing, plan, lr):
+    """Make the run's directory, write config.json there -> (directory, checkpoint to continue from or None).
+
+    Raises UserError if a checkpoint is there that was made with other settings.  `--fresh` moves it aside.
+    """
+    data = cfg.data if cfg.data in ("toy", *LAYOUTS) else Path(cfg.data).stem
+    out = Path(cfg.out or f"runs/{name}-{data}")
+    settings = {**dataclasses.asdict(cfg), "videos": len(listing.items)}
+    last = out / "last.pt"
+    if cfg.fresh and env.rank == 0:
+        for old in (last, out / "log.jsonl"):
+            if old.exists():
+                os.replace(old, old.with_suffix(old.suffix + ".old"))
+    barrier()
+    checkpoint = load_file(last) if last.exists() else None
+    if checkpoint:
+        was = checkpoint["config"]
+        differ = [f"{k}: {was.get(k)} there, {v} now" for k, v in settings.items() if k not in FREE and was.get(k) != v]
+        if differ:
+            raise UserError(f"{last} was made with other settings ({'; '.join(differ)}). Use them again, or --out for another "
+                            f"run, or --fresh to start over, or --init {last} --out DIR for its weights alone")
+    if env.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        about = dict(settings, method=name, world=env.world, accumulation=plan.accum, steps_planned=plan.steps, peak_lr=lr,
+                     torch=str(torch.__version__))
+        (out / "config.json").write_text(json.dumps(about, indent=1))
+        if listing.missing:
+            (out / "missing_videos.txt").write_text("\n".join(listing.missing) + "\n")
+    print0(listing.summary)
+    print0(f"{plan.steps} steps of {plan.batch} clips = {env.world} x {plan.micro} x {plan.accum} accumulated, peak lr {lr:.2g}, "
+           f"{env.device.type} {str(env.amp or torch.float32)[6:]} -> {out}")
+    return out, checkpoint
+
+
+def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler):
+    """Write everything that continuing needs, as plain dicts and tensors, to a temporary file that then takes the name:
+    an interrupted write leaves the previous checkpoint whole.  Raises UserError if the disk is full."""
+    content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
+                   backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__),
+                   config={**dataclasses.asdict(cfg), "videos": len(listing.items)})
+    partial = path.with_name(path.name + ".partial")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written ({error}). The previous checkpoint is as it was. Is the disk full?") from None
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a flag, so that the loop can finish its step and save.  A second one ends at once."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        if self.received:
+            signal.default_int_handler(number, frame)
+        self.received = True
+
+
+class Log:
+    """What a run tells: log.jsonl (one object per logged step), a progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, out, env, plan, start, every):
+        self.out, self.env, self.plan, self.start, self.every = out, env, plan, start, every
+        self.tried = self.bad = self.not_finite = 0
+        self.waited, self.began, self.logged = 0.0, time.perf_counter(), start
+        self.named = set()
+        if env.rank == 0:
+            path = out / "log.jsonl"                            # forget what was logged after the checkpoint
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
+            path.write_text("".join(line + "\n" for line in kept))
+            self.file = open(path, "a", buffering=1)
+        self.bar = tqdm(total=plan.steps, initial=start, unit="step", disable=True if env.rank else None)
+
+    def next_batch(self, batches):
+        """The next batch of the loader (see `collate`), on the device; counts the wait and the videos that are broken.
+
+        Raises UserError when more than a fifth of the videos is broken."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        self.tried += len(batch["names"]) + len(batch["errors"])
+        self.bad += len(batch["errors"])
+        for error in set(batch["errors"]) - self.named:
+            self.named.add(error)
+            tqdm.write(f"skipped {error}")
+            with open(self.out / "bad_videos.txt", "a") as file:
+                file.write(error + "\n")
+        if batch["clips"] is None or not batch["read"].all() or (self.tried >= 20 and self.bad > 0.2 * self.tried):
+            raise UserError(f"{self.bad} of {self.tried} videos could not be read, more than a fifth; the last: "
+                            f"{batch['errors'][-1]}. All are in {self.out / 'bad_videos.txt'}")
+        return dict(batch, clips=to_device(batch["clips"], self.env.device), labels=batch["labels"].to(self.env.device))
+
+    def finite(self, loss, names):
+        """False if the step must be skipped; after three such steps in a row raises UserError with the videos' names."""
+        self.not_finite = 0 if math.isfinite(loss) else self.not_finite + 1
+        if self.not_finite:
+            print0(f"the loss is {loss}: step skipped")
+        if self.not_finite == 3:
+            raise UserError(f"the loss is not finite for 3 steps in a row; last.pt is from before. Videos of the last batch: "
+                            f"{', '.join(names)}")
+        return not self.not_finite
+
+    def step(self, step, loss, flow=None, **values):
+        """Log a step: its loss, the given numbers or 0-d tensors (their means over the processes), and the run's speed."""
+        self.bar.update()
+        if (step + 1) % self.every and step + 1 != self.plan.steps:
+            return
+        names = sorted(values)
+        means = all_reduce_mean(torch.stack([torch.as_tensor(values[n], dtype=torch.float32, device=self.env.device)
+                                             for n in names])).tolist()
+        flow_seconds, now = flow.seconds() if flow else 0.0, time.perf_counter()
+        seconds, steps = now - self.began, step + 1 - self.logged
+        line = dict(step=step, epoch=round((step + 1) / self.plan.per_epoch, 3), loss=loss, **dict(zip(names, means)),
+                    clips_per_s=round(steps * self.plan.batch / seconds, 1), step_ms=round(1000 * seconds / steps, 1),
+                    data_wait_pct=round(100 * self.waited / seconds, 1), flow_pct=round(100 * flow_seconds / seconds, 1))
+        if self.env.device.type == "cuda":
+            line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        self.began, self.waited, self.logged = now, 0.0, step + 1
+        if self.env.rank == 0:
+            self.file.write(json.dumps(line) + "\n")
+            left = (self.plan.steps - step - 1) * seconds / steps
+            text = f"loss {loss:.4f}  lr {line['lr']:.1e}  {line['clips_per_s']:.0f} clips/s  data wait {line['data_wait_pct']:.0f}%  " \
+                   f"flow {line['flow_pct']:.0f}%"
+            self.bar.set_postfix_str(text)
+            if self.bar.disable:
+                print0(f"step {step + 1}/{self.plan.steps}  {text}  {left / 60:.1f} min left")
+
+    def close(self, stopped):
+        """Say how the run ended and, if it was stopped, how to go on."""
+        self.bar.close()
+        print0(f"stopped and saved; the same command goes on from {self.out / 'last.pt'}" if stopped else
+               f"trained: {', '.join(str(self.out / n) for n in ('last.pt', 'log.jsonl', 'preview.png') if (self.out / n).exists())}")
+
+
+# ---- 10. Pictures ----------------------------------------------------------------------------------------------------
+
+def save_sheet(path, rows, tile=112):
+    """Write rows of pictures, each (n, 3, h, w) in [0, 1], as one PNG; tiles are scaled to `tile` pixels."""
+    rows = [F.interpolate(row.float().cpu(), (tile, tile), mode="bilinear", antialias=True) for row in rows]
+    save_image(make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2, pad_value=1.0), path)
+
+
+def flow_picture(flow):
+    """Flow (n, 2, h, w) in pixels -> colours (n, 3, h, w) in [0, 1]: hue = direction, saturation = length."""
+    return flow_to_image(flow.float().cpu()).float() / 255
+
+
+def map_picture(maps):
+    """Maps (n, h, w) -> grey pictures (n, 3, h, w), each scaled to its own maximum."""
+    maps = maps.float().cpu()
+    return (maps / maps.amax((-2, -1), keepdim=True).clamp_min(1e-12))[:, None].expand(-1, 3, -1, -1)
+
+
+def draw_box(pictures, box):
+    """Outline one box (4,) on pictures (n, 3, h, w) in [0, 1]."""
+    width = max(1, pictures.shape[-1] // 75)
+    return torch.stack([draw_bounding_boxes((p * 255).byte().cpu(), box[None].cpu(), colors="red", width=width).float() / 255
+                        for p in pictures])

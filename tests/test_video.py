@@ -1,0 +1,287 @@
+"""Reading must equal decoding everything, whatever the codec, the container and the time stamps."""
+import os
+import random
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import Video, VideoError, probe, read_clips        
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "videos"
+H264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
+
+
+def write(path, frames=40, codec="libx264", size=(96, 128), fmt="yuv420p", pts=None, mux=None, **options):
+    """A textured picture sliding past, so that every frame differs; mux: options of the container."""
+    rng = np.random.default_rng(0)                                      # mostly grey: video halves the colour resolution
+    texture = (rng.integers(0, 200, (30, 50, 1)) + rng.integers(0, 55, (30, 50, 3))).astype(np.uint8)
+    texture = texture.repeat(8, 0).repeat(8, 1)
+    with av.open(str(path), "w", options=mux or {}) as out:
+        stream = out.add_stream(codec, rate=30, options=options)
+        stream.height, stream.width, stream.pix_fmt = *size, fmt
+        for i in range(frames):
+            y, x = 2 * i % 100, 3 * i % 200
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(texture[y:y + size[0], x:x + size[1]]))
+            if pts:
+                frame.pts = pts(i)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def remux(source, path, change=lambda i, p: p):
+    """Copies packets; change returns a packet or None."""
+    with av.open(str(source)) as a, av.open(str(path), "w") as b:
+        stream = b.add_stream_from_template(a.streams.video[0])
+        for i, packet in enumerate(a.demux(video=0)):
+            packet = change(i, packet) if packet.size else None
+            if packet is not None:
+                packet.stream = stream
+                b.mux(packet)
+    return path
+
+
+def later(ticks):
+    def change(i, packet):
+        packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks
+        return packet
+    return change
+
+
+def hide(i, packet):                                                    # VP8: clears show_frame in every 7th packet
+    if i % 7 != 3:
+        return packet
+    data = bytearray(bytes(packet))
+    data[0] &= ~16
+    new = av.Packet(bytes(data))
+    new.pts, new.dts, new.time_base, new.duration = packet.pts, packet.dts, packet.time_base, packet.duration
+    return new
+
+
+def vfr(i):
+    return i * i // 3 + i
+
+
+MADE = {
+    "closed.mp4": lambda p: write(p, **{"x264-params": H264}),
+    "open.mp4": lambda p: write(p, **{"x264-params": H264 + ":open-gop=1"}),
+    "open.ts": lambda p: write(p, **{"x264-params": H264 + ":open-gop=1"}),
+    "pyramid.mkv": lambda p: write(p, **{"x264-params": "bframes=8:b-adapt=2:ref=6:keyint=15"}),
+    "refresh.mp4": lambda p: write(p, **{"x264-params": "intra-refresh=1:keyint=12:bframes=0"}),
+    "one_key.mp4": lambda p: write(p),
+    "vfr.mp4": lambda p: write(p, pts=vfr, **{"x264-params": H264}),
+    "vfr.mkv": lambda p: write(p, pts=vfr, **{"x264-params": H264}),
+    "negative.mp4": lambda p: remux(write(p.with_stem("a"), **{"x264-params": H264 + ":open-gop=1"}), p, later(-5 * 512)),
+    "late.mp4": lambda p: remux(write(p.with_stem("b"), **{"x264-params": H264}), p, later(7 * 512)),
+    "cut_open.mp4": lambda p: remux(write(p.with_stem("c"), **{"x264-params": H264 + ":open-gop=1"}), p,
+                                    lambda i, q: q if i >= 9 else None),     # begins with leading pictures
+    "cut_mid.mkv": lambda p: remux(write(p.with_stem("d"), **{"x264-params": H264 + ":open-gop=1"}), p,
+                                   lambda i, q: q if i >= 4 else None),      # begins inside a group
+    "fragments.mp4": lambda p: write(p, g="12", mux={"movflags": "frag_keyframe"}),
+    "10bit.mp4": lambda p: write(p, fmt="yuv420p10le", **{"x264-params": H264}),
+    "odd.mp4": lambda p: write(p, size=(95, 127), fmt="yuv444p", g="12"),
+    "one.mp4": lambda p: write(p, 1),
+    "three.mp4": lambda p: write(p, 3),
+    "hevc.mp4": lambda p: write(p, codec="libx265", **{"x265-params": "keyint=12:bframes=3:open-gop=1:log-level=0"}),
+    "hevc_radl.mp4": lambda p: write(p, codec="libx265", fmt="yuv420p10le",
+                                     **{"x265-params": "keyint=12:bframes=3:open-gop=0:radl=2:log-level=0"}),
+    "hevc_layers.mkv": lambda p: write(p, codec="libx265", **{"x265-params": "keyint=12:temporal-layers=3:log-level=0"}),
+    "hevc_cut.mp4": lambda p: remux(write(p.with_stem("e"), codec="libx265", **{
+        "x265-params": "keyint=12:min-keyint=12:bframes=3:open-gop=1:log-level=0"}), p, lambda i, q: q if i >= 9 else None),
+    "vp9.webm": lambda p: write(p, codec="libvpx-vp9", g="12", **{"lag-in-frames": "16", "cpu-used": "8"}),
+    "vp8.webm": lambda p: write(p, codec="libvpx", g="12"),
+    "vp8_hidden.webm": lambda p: remux(write(p.with_stem("f"), codec="libvpx", g="12"), p, hide),
+    "av1.mp4": lambda p: write(p, codec="libsvtav1", g="12", preset="12"),
+    "av1.mkv": lambda p: write(p, codec="libsvtav1", preset="12"),
+    "mpeg4.avi": lambda p: write(p, codec="mpeg4", bf="2", g="12"),
+    "mpeg4.mp4": lambda p: write(p, codec="mpeg4", bf="2", g="12"),
+    "mpeg2.mpg": lambda p: write(p, codec="mpeg2video", bf="2", g="12"),
+    "mpeg2.mp4": lambda p: write(p, codec="mpeg2video", bf="2", g="12"),
+    "msmpeg4.avi": lambda p: write(p, codec="msmpeg4v2", g="12"),
+    "mjpeg.avi": lambda p: write(p, codec="mjpeg", fmt="yuvj420p"),
+}
+
+
+def make(name, folder):
+    """Writes MADE[name] or names a real file; skips when the encoder or the file is not there."""
+    if name in MADE:
+        try:
+            return MADE[name](folder / name)
+        except (av.codec.codec.UnknownCodecError, av.error.EncoderNotFoundError) as error:
+            pytest.skip(f"no encoder: {error}")
+    if not REAL.is_dir():
+        pytest.skip(f"no {REAL}")
+    return REAL / name
+
+
+def decode_all(path):
+    """Every frame in the order of decoding, upright, and its time in seconds."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    return [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in frames], [f.time for f in frames]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("v") / "clip.mp4", 60, size=(120, 160), **{"x264-params": H264})
+
+
+REAL_NAMES = [
+    "arm_wrestling.mp4", "av1_video.mkv", "h265_video.mp4", "juggling.mp4", "nasa_13013.mp4", "nasa_13013_rotated.mp4",
+    "pancake.mkv", "people.mp4", "pool.mp4", "structuralize.mp4", "test_non_zero_start.mp4",
+    "testsrc2_odd_height_and_width_vp9.mp4", "ucf_style.avi"]
+
+
+@pytest.mark.parametrize("name", list(MADE) + REAL_NAMES)
+def test_equals_decoding_everything(name, tmp_path):
+    path = make(name, tmp_path)
+    frames, times = decode_all(path)
+    n, rng = len(frames), random.Random(0)
+    info = probe(path)
+    assert (info.frames, info.height, info.width) == (n, *frames[0].shape[:2])
+    sets = [[0], [n - 1], [n - 1, 0, n - 1], list(range(n))[-20:], [min(n // 2 + 4 * k, n - 1) for k in range(16)]]
+    sets += [[rng.randrange(n) for _ in range(rng.choice([1, 3, 8]))] for _ in range(6)]
+    for indices in sets:
+        got = read_clips(path, indices)
+        for image, i in zip(got, indices):
+            assert np.array_equal(image, frames[i]), (indices, i)
+    with Video(path) as video:                                          # several reads from one open
+        for indices in sets[::-1]:
+            assert all(np.array_equal(image, frames[i]) for image, i in zip(video.read(indices), indices)), indices
+        if name != "ucf_style.avi":                                     # its decoded time stamps are out of order
+            for i in rng.sample(range(n), min(n, 12)):
+                stop = times[i + 1] if i + 1 < n else times[i] + 9
+                assert video.index_at(times[i] - times[0]) == i
+                assert video.index_at((times[i] + stop) / 2 - times[0]) == i
+
+
+def test_info_and_index_at(clip):
+    with Video(clip) as video:
+        info = video.info
+        assert (info.frames, info.fps, info.height, info.width) == (60, 30, 120, 160) and abs(info.seconds - 2) < 1e-3
+        assert [video.index_at(s) for s in (-1, 0, 0.999, 1, 1.034, 99)] == [0, 0, 29, 30, 31, 59]
+
+
+def test_crop_and_size(clip):
+    frames = read_clips(clip, [7, 30])
+    boxes = [(11, 7, 91, 67), (0, 60, 80, 120)]
+    assert np.array_equal(read_clips(clip, [7, 30], crop=boxes[0]), frames[:, 7:67, 11:91])
+    both = read_clips(clip, [7, 30, 7], crop=[*boxes, boxes[1]])
+    assert np.array_equal(both, [frames[0, 7:67, 11:91], frames[1, 60:120, :80], frames[0, 60:120, :80]])
+    sized = read_clips(clip, [7, 30, 7], size=(32, 48), crop=[*boxes, boxes[1]])
+    assert sized.shape == (3, 32, 48, 3) and sized.dtype == np.uint8 and sized.flags.c_contiguous
+    for image, i, box in zip(sized, [7, 30, 7], [*boxes, boxes[1]]):
+        assert np.array_equal(image, read_clips(clip, [i], size=(32, 48), crop=box)[0])
+    whole = read_clips(clip, [7], size=(60, 80))
+    assert np.array_equal(whole, read_clips(clip, [7], size=(60, 80), crop=(0, 0, 160, 120)))
+    for box in boxes:                                                   # the same picture as cutting, then resizing
+        torch = pytest.importorskip("torch")
+        want = torch.from_numpy(frames[0, box[1]:box[3], box[0]:box[2]].copy()).permute(2, 0, 1)[None].float()
+        want = torch.nn.functional.interpolate(want, (30, 40), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        got = read_clips(clip, [7], size=(30, 40), crop=box)[0]
+        assert np.abs(got - want.numpy()).mean() < 4, np.abs(got - want.numpy()).mean()
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_rotation(turns, tmp_path, clip):
+    path = tmp_path / "turned.mp4"
+    with av.open(str(clip)) as a, av.open(str(path), "w") as b:
+        stream = b.add_stream_from_template(a.streams.video[0])
+        stream.set_display_rotation(90 * turns)
+        for packet in a.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                b.mux(packet)
+    with av.open(str(path)) as a:
+        assert (next(a.decode(video=0)).rotation - 90 * turns) % 360 == 0
+    want = np.rot90(read_clips(clip, [20])[0], turns)                   # counter-clockwise, as players turn it
+    height, width = want.shape[:2]
+    assert probe(path)[2:4] == (height, width)
+    assert np.array_equal(read_clips(path, [20])[0], want)
+    box = (10, 20, 90, 100)
+    assert np.array_equal(read_clips(path, [20], crop=box)[0], want[20:100, 10:90])
+    for size in [(80, 80), (40, 60)]:
+        got, still = (read_clips(f, [20], size=s, crop=c)[0] for f, s, c in [
+            (path, size, box), (clip, size if turns % 2 == 0 else size[::-1], unturned(box, turns, height, width))])
+        assert np.array_equal(got, np.rot90(still, turns))
+
+
+def unturned(box, turns, height, width):
+    """The box in the coded picture, by marking its pixels."""
+    mask = np.zeros((height, width), bool)
+    mask[box[1]:box[3], box[0]:box[2]] = True
+    y, x = np.nonzero(np.rot90(mask, -turns))
+    return x.min(), y.min(), x.max() + 1, y.max() + 1
+
+
+def test_wrong_arguments(clip):
+    for indices in ([60], [-1], []):
+        with pytest.raises(ValueError, match=r"clip.mp4.*60") as error:
+            read_clips(clip, indices)
+        assert not isinstance(error.value, VideoError)
+    for crop in [(0, 0, 161, 120), (5, 5, 5, 9), (-1, 0, 9, 9)]:
+        with pytest.raises(ValueError, match="clip.mp4"):
+            read_clips(clip, [0], crop=crop)
+    with pytest.raises(ValueError, match="clip.mp4"):
+        read_clips(clip, [0, 1], crop=[(0, 0, 8, 8), (0, 0, 9, 9)])
+
+
+def broken_files(folder):
+    """Paths of files that are no videos, or not whole ones."""
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("hello " * 500)
+    paths = [folder / "missing.mp4", folder, folder / "empty.mp4", folder / "text.mp4"]
+    cut = [("mp4", {}, 0.5), ("webm", {"codec": "libvpx-vp9"}, 0.01), ("avi", {"codec": "mpeg4"}, 0.02),
+           ("mov", {"mux": {"movflags": "faststart"}}, 0.5)]
+    for suffix, options, share in cut:
+        whole = write(folder / f"whole.{suffix}", **options).read_bytes()
+        paths.append(folder / f"cut.{suffix}")
+        paths[-1].write_bytes(whole[:max(int(share * len(whole)), 400)])
+    with av.open(str(folder / "sound.mp4"), "w") as out:
+        stream = out.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.rate = 44100
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return paths + [folder / "sound.mp4"]
+
+
+def test_broken_files(tmp_path):
+    for path in broken_files(tmp_path):
+        with pytest.raises(VideoError) as error:
+            with Video(path) as video:
+                video.read([video.info.frames - 1])
+        assert str(error.value).startswith(str(path)), (path, error.value)
+
+
+def test_no_open_files_left(tmp_path, clip):
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no /proc")
+    broken = broken_files(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    for i in range(50):
+        read_clips(clip, [i])
+        with pytest.raises(ValueError):
+            read_clips(broken[i % len(broken)], [99])
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_long_file_is_not_read_whole(tmp_path):
+    def bytes_read():
+        return int(open("/proc/self/io").read().split("rchar: ")[1].split()[0])
+
+    if not os.path.exists("/proc/self/io"):
+        pytest.skip("no /proc")
+    cost = {}
+    for frames in (300, 3000):
+        path = write(tmp_path / f"{frames}.mp4", frames, g="30", preset="ultrafast")
+        before = bytes_read()
+        with Video(path) as video:
+            video.read(range(frames - 90, frames - 26, 4))
+            video.index_at(frames / 60)
+        cost[frames] = bytes_read() - before, path.stat().st_size
+    assert cost[3000][0] < cost[3000][1] / 4 and cost[3000][0] < cost[300][0] + 40 * 2700      # 40 B a frame: the header
