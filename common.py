@@ -16,7 +16,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import itertools
+from itertools import accumulate, dropwhile, islice, pairwise
 import json
 import math
 import os
