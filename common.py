@@ -1155,8 +1155,8 @@ class ViT(nn.Module):
     def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads, num_classes=0, drop_path=0.0):
         super().__init__()
         if image_size % patch_size or frames % tubelet_size or dim % heads:
-            raise ValueError(f"ViT: image_size {image_size} / patch_size {patch_size}, frames {frames} / tubelet_size "
-                             f"{tubelet_size} and dim {dim} / heads {heads} must divide without rest")
+            raise UserError(f"ViT: image_size {image_size} / patch_size {patch_size}, frames {frames} / tubelet_size "
+                            f"{tubelet_size} and dim {dim} / heads {heads} must divide without rest")
         self.config = dict(image_size=image_size, frames=frames, patch_size=patch_size, tubelet_size=tubelet_size,
                            dim=dim, depth=depth, heads=heads)
         self.dim, self.patch_size, self.tubelet_size = dim, patch_size, tubelet_size
@@ -1241,7 +1241,8 @@ def load_weights(model, path, strict_backbone=True):
 
     Wrappers and prefixes are tried in turn and the reading under which most tensors match in name and shape is taken.
     Raises UserError, naming the first parameters, if nothing matches or (strict_backbone) a parameter of the backbone, that
-    is anything but norms after the last block, heads and decoders, has no match: never train on silently random weights.
+    is anything but norms after the last block, heads and decoders, has no match ("all": any parameter at all): never train on
+    silently random weights.
     """
     content = load_file(path)
     state = next((content[k] for k in WRAPPERS if isinstance(content, dict) and isinstance(content.get(k), dict)), content)
@@ -1255,7 +1256,7 @@ def load_weights(model, path, strict_backbone=True):
     best = max(readings, key=len)
     names = best.pop("")
     missing, unexpected = [k for k in own if k not in best], [k for k in names if k not in best]
-    needed = [k for k in missing if not re.match(NOT_BACKBONE, k)]
+    needed = [k for k in missing if strict_backbone == "all" or not re.match(NOT_BACKBONE, k)]
     if not best or (strict_backbone and needed):
         wrong = [f"{k} {tuple(names[k].shape)} here, {tuple(own[k].shape)} in the model" for k in needed if k in names]
         raise UserError(f"{path} does not fit: {len(best)} of {len(own)} tensors match; missing {needed[:3]}, unexpected "
@@ -1330,6 +1331,13 @@ def cosine_lr(step, steps, warmup, peak, floor):
     if step < warmup:
         return peak * step / max(1, warmup - 1)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def vit_sizes(name):
+    """dim, depth, heads and decoder depth of a ViT by name; UserError if there is none of that name."""
+    if name not in VITS:
+        raise UserError(f"--model {name}: choose {', '.join(VITS)}")
+    return VITS[name]
 
 
 def wrap(model, env, compile):

@@ -19,6 +19,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,9 +28,9 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from common import (VITS, Clips, Log, StepSampler, StopSignal, UserError, ViT, all_reduce_mean, cosine_lr, clip_indices,
+from common import (Clips, Log, StepSampler, StopSignal, UserError, ViT, all_reduce_mean, cosine_lr, clip_indices,
                     find_videos, flip, item_frames, load_file, load_weights, loader, normalize, open_run, parse_config, plan_run,
-                    print0, restore, save_checkpoint, setup, shutdown, to_device, wrap)
+                    print0, restore, save_checkpoint, setup, shutdown, to_device, vit_sizes, wrap)
 
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -172,12 +173,14 @@ def build_vit(cfg, classes, drop_path=0.0):
     """The network that --init describes, with its weights (unless --random-init) -> ViT."""
     if not cfg.init:
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
-    dim, depth, heads, _ = VITS[cfg.model]
+    dim, depth, heads, _ = vit_sizes(cfg.model)
     public = dict(image_size=224, frames=16, patch_size=16, tubelet_size=2, dim=dim, depth=depth, heads=heads)
     content = load_file(cfg.init)
+    if cfg.mode == "test" and not any(name.endswith("head.weight") for name in content.get("model", {})):
+        raise UserError(f"--mode test --init {cfg.init}: has no classifier; --mode finetune, linear or knn make one")
     vit = ViT(**(content.get("backbone") or public), num_classes=classes, drop_path=drop_path)
     if not cfg.random_init:
-        report = load_weights(vit, cfg.init)
+        report = load_weights(vit, cfg.init, strict_backbone="all" if cfg.mode == "test" else True)
         print0(f"{cfg.init}: {len(report.loaded)} tensors loaded, new here {report.missing[:4]}, not used "
                f"{len(report.unexpected)} {report.unexpected[:3]}")
     return vit, content
@@ -276,15 +279,16 @@ def main(cfg):
     print0(test.summary)
     classes = len(train.classes)
     labels, test_labels = (torch.tensor([item.label for item in x.items]) for x in (train, test))
-    cfg.out = cfg.out or f"runs/finetune-{cfg.data if '/' not in cfg.data else cfg.data.strip('/').split('/')[-1]}-{cfg.mode}"
-    plan = plan_run(cfg, len(train.items), env)
-    lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
+    cfg.out = cfg.out or f"runs/finetune-{cfg.data if cfg.data in RECIPES else Path(cfg.data).stem}-{cfg.mode}"
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
     vit, content = build_vit(cfg, classes if cfg.mode in ("finetune", "test") else 0, cfg.drop_path if cfg.mode == "finetune" else 0.0)
     vit.to(env.device)
-    out, checkpoint = open_run("finetune", cfg, env, train, plan, lr)
+    if cfg.mode == "test" and content.get("classes") and content["classes"] != test.classes:
+        raise UserError(f"--mode test: {cfg.init} knows the classes {content['classes'][:3]} ..., the data has {test.classes[:3]} ...")
     size, frames = vit.config["image_size"], vit.config["frames"]
 
-    if cfg.mode == "finetune" and not run_training(cfg, env, train, plan, lr, min_lr, out, checkpoint, vit):
+    if cfg.mode == "finetune" and not run_training(cfg, env, train, vit):
         return shutdown()                                                      # stopped by a signal
     vit.eval()
     view = partial(test_clips, cfg=cfg, size=size, frames=frames, views=views)
@@ -319,8 +323,11 @@ def report(cfg, env, out, result, errors, videos):
     print0("  ".join(f"{k} {v:.2f}" for k, v in named.items() if k != "per_class") + f"  on {videos} videos -> {out / 'results.json'}")
 
 
-def run_training(cfg, env, listing, plan, lr, min_lr, out, checkpoint, vit):
+def run_training(cfg, env, listing, vit):
     """Fine-tune all of vit; the loop is that of the pre-training scripts -> False if a signal stopped it."""
+    plan = plan_run(cfg, len(listing.items), env)
+    lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
+    out, checkpoint = open_run("finetune", cfg, env, listing, plan, lr)
     model = Classifier(vit, cfg.label_smoothing, cfg.flip)
     optimizer = torch.optim.AdamW(layer_decay_groups(vit, lr, cfg.weight_decay, cfg.layer_decay), lr=lr, betas=(0.9, 0.999),
                                   fused=env.device.type == "cuda")

@@ -41,11 +41,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (VITS, Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal, ViT, adamw, all_reduce_mean,
+from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal, ViT, adamw, all_reduce_mean,
                     clip_indices, collate, cosine_lr, draw_box, find_videos, flow_picture, loader, map_picture,
                     multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand, restore,
                     save_checkpoint, save_sheet, setup, shutdown, sincos_positions, spatial_gradient, take, to_device,
-                    unnormalize, unpatchify, wrap)
+                    unnormalize, unpatchify, vit_sizes, wrap)
 
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def main(cfg):
     lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
     out, checkpoint = open_run("mofo", cfg, env, listing, plan, lr)
 
-    dim, depth, heads, decoder_depth = VITS[cfg.model]
+    dim, depth, heads, decoder_depth = vit_sizes(cfg.model)
     flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, device=env.device, amp=env.amp, compile=cfg.compile)
     model = MOFO(flow, cfg.mask_ratio, cfg.inside_ratio, image_size=cfg.image_size, frames=cfg.frames, patch_size=cfg.patch_size,
                  tubelet_size=cfg.tubelet_size, dim=dim, depth=depth, heads=heads, decoder_dim=dim // 2,

@@ -27,7 +27,7 @@ def tiny_video(path, frames=12, fps=10, side=32, codec="libx264"):
     """Frame n is grey 8 + 4 n, so that a picture tells its number (see `numbers`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, fps, width=side, height=side, pix_fmt="yuv420p", options={"crf": "1"})
+        stream = file.add_stream(codec, fps, width=side, height=side, pix_fmt="yuv420p", options={"qp": "0"})
         for n in range(frames):
             file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((side, side, 3), 8 + 4 * n, np.uint8))))
         file.mux(stream.encode())
@@ -35,8 +35,8 @@ def tiny_video(path, frames=12, fps=10, side=32, codec="libx264"):
 
 
 def numbers(clips):
-    """Pictures (..., H, W, 3) of tiny videos -> frame numbers (...)."""
-    return ((np.asarray(clips, float).mean((-3, -2, -1)) - 8) / 4).round().astype(int)
+    """Pictures (..., H, W, 3) of tiny videos -> frame numbers (...); scaling darkens them by up to 2 levels."""
+    return ((np.asarray(clips, float).mean((-3, -2, -1)) - 7) / 4).round().astype(int)
 
 
 def put(root, text={}, videos=()):
@@ -121,11 +121,13 @@ def test_k400_csv_with_quoted_labels_and_ids_with_dashes(tmp_path, folders, anno
     assert len(listing.missing) == 2 and "gone0000000" in listing.missing            # what is empty is named, too
 
 
-@pytest.mark.parametrize("place", ["replacement/replacement_for_corrupted_k400", "a_replacement"])          # after and before train/
-def test_k400_replacement_of_a_corrupt_file_is_preferred(tmp_path, place):
-    put(tmp_path, {"train.csv": K400_CSV, "train/00000000000_000002_000012.mp4": ""}, [f"{place}/00000000000_000002_000012.mp4"])
-    listing = find_videos("k400", tmp_path, "train")
-    assert [item.path for item in listing.items] == [str(tmp_path / place / "00000000000_000002_000012.mp4")]
+@pytest.mark.parametrize("root", ["k400", "replacement_disk"])
+@pytest.mark.parametrize("place", ["replacement/replacement_for_corrupted_k400", "z_replacement"])          # before and after train/
+def test_k400_substitute_for_a_corrupt_file_is_preferred(tmp_path, root, place):
+    root = tmp_path / root
+    put(root, {"train.csv": K400_CSV, "train/00000000000_000002_000012.mp4": ""}, [f"{place}/00000000000_000002_000012.mp4"])
+    listing = find_videos("k400", root, "train")
+    assert [item.path for item in listing.items] == [str(root / place / "00000000000_000002_000012.mp4")]
 
 
 def test_k400_directories_without_csv(tmp_path):
@@ -212,7 +214,7 @@ def test_where_a_data_set_is_looked_for(tmp_path, monkeypatch, way):
 def test_a_dangling_link_counts_as_missing(tmp_path):
     put(tmp_path, UCF, UCF_VIDEOS)
     (tmp_path / "UCF-101/Hammering/v_Hammering_g09_c01.avi").symlink_to(tmp_path / "moved.avi")
-    assert counts(find_videos("ucf101", tmp_path))[1] == 3
+    assert counts(find_videos("ucf101", tmp_path)) == (4, 3, 1, 0)
 
 
 # ---- 2. The user's own videos ----------------------------------------------------------------------------------------
@@ -305,9 +307,9 @@ def test_a_malformed_annotation_is_a_message(tmp_path, data, files, label):
     assert str(tmp_path) in text and f"--data {data}" in text
 
 
-@pytest.mark.parametrize("data, choices", [("epic", "verb"), ("toy", "scene")])
+@pytest.mark.parametrize("data, choices", [("epic", "verb"), ("toy", "scene"), ("ucf101", "ucf101")])
 def test_an_unknown_label_names_the_choices(tmp_path, data, choices):
-    text = error_of(find_videos, data, epic(tmp_path) if data == "epic" else tmp_path, label="colour")
+    text = error_of(find_videos, data, put(epic(tmp_path), UCF, UCF_VIDEOS), label="colour")
     assert "--label colour" in text and choices in text
 
 
@@ -681,6 +683,19 @@ def test_strict_backbone_can_be_waived(tmp_path):
     assert len(report.missing) == 13 and all(name.startswith("blocks.2.") for name in report.missing)
 
 
+def test_testing_wants_the_head_too(tmp_path):
+    cfg = Namespace(init=str(tmp_path / "file.pth"), mode="test", model="vit_base", random_init=False)
+    for refused in (random_state(autoencoder()), random_state(ViT(**SIZES)), random_state(ViT(**SIZES, num_classes=5))):
+        torch.save(dict(model=refused, backbone=SIZES), cfg.init)
+        assert "file.pth" in error_of(finetune.build_vit, cfg, 3)
+    tuned = random_state(ViT(**SIZES, num_classes=3))
+    for wrapper in ("model", "module"):                                                 # ours, DeepSpeed's
+        torch.save({wrapper: tuned, "backbone": SIZES}, cfg.init)
+        vit = finetune.build_vit(cfg, 3)
+        vit = vit[0] if isinstance(vit, tuple) else vit
+        assert all(torch.equal(value, tuned[name]) for name, value in vit.state_dict().items())
+
+
 @pytest.mark.parametrize("content", [{"conv1.weight": torch.zeros(3)}, {"step": 3}, {"model": {"a": 1}}, {}, [torch.zeros(2)],
                                      torch.zeros(2), None], ids=["conv", "no tensors", "empty model", "empty", "list", "tensor", "None"])
 @pytest.mark.parametrize("strict", [True, False])
@@ -689,7 +704,7 @@ def test_a_file_without_matching_weights_is_refused(tmp_path, content, strict):
     assert "file.pth" in error_of(load_weights, ViT(**SIZES), tmp_path / "file.pth", strict)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello\n", b"\x80\x04.", b"PK\x03\x04" + bytes(50), b"<!DOCTYPE html>\n<html>", None],
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"\x80\x02.", b"PK\x03\x04" + bytes(50), b"<!DOCTYPE html>\n<html>", None],
                          ids=["empty", "text", "pickle", "zip", "html", "truncated"])
 def test_a_file_that_is_no_checkpoint_is_a_message(tmp_path, content):
     torch.save({"model": torch.zeros(1000)}, tmp_path / "file.pth")

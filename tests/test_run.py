@@ -1,0 +1,337 @@
+"""Whole runs: what a user starts, stops, continues and gets wrong.  Every pre-training script goes through the same tests."""
+import importlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import finetune
+import mofo
+from common import UserError, parse_config
+
+REPO = Path(__file__).resolve().parents[1]
+SCRIPTS = ["mofo"]
+TINY = "--toy-train 24 --toy-test 16 --batch 8 --log-every 1 --steps 6 --save-every 2 --workers 1".split()
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """A directory in which the toy data has been written once, for all tests."""
+    place = tmp_path_factory.mktemp("workplace")
+    common.make_toy(place / "data/toy/64px", "train", 24)
+    common.make_toy(place / "data/toy/64px", "test", 16)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def here(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    yield
+    for number in (signal.SIGTERM, signal.SIGINT):                       # the loop has put its own handlers there
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+
+def run(script, *argv):
+    """The script's main in this process."""
+    module = importlib.import_module(script)
+    module.main(parse_config(module.Config, module.RECIPES, [str(a) for a in argv]))
+
+
+def start(script, *argv, processes=1):
+    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                      f"--nproc_per_node={processes}"]
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    return subprocess.Popen([*launch, str(REPO / f"{script}.py"), *map(str, argv)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def lines(out):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return {line["step"]: line["loss"] for line in lines(out)}
+
+
+def wait_for_steps(out, count, process):
+    for _ in range(600):
+        if process.poll() is not None or (Path(out, "log.jsonl").exists() and len(lines(out)) >= count):
+            return
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def reference(workplace):
+    """Per script: the losses of an uninterrupted run of one process."""
+    done = {}
+
+    def losses_of(script):
+        if script not in done:
+            process = start(script, *TINY, "--out", f"runs/reference-{script}")
+            text = process.communicate()[0]
+            assert process.returncode == 0, text
+            done[script] = losses(workplace / f"runs/reference-{script}")
+        return done[script]
+    return losses_of
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_leaves_everything_it_promises(script, reference):
+    assert sorted(reference(script)) == list(range(6))
+    out = Path(f"runs/reference-{script}")
+    config = json.loads((out / "config.json").read_text())
+    assert config["batch"] == 8 and config["videos"] == 24 and config["method"] == script
+    assert {"lr", "grad_norm", "clips_per_s", "data_wait_pct", "flow_pct", "step_ms"} <= set(lines(out)[0])
+    content = torch.load(out / "last.pt", weights_only=True)             # plain dicts and tensors only
+    vit = common.ViT(**content["backbone"])
+    assert common.load_weights(vit, out / "last.pt").missing == []
+    assert (out / "preview.png").stat().st_size > 10_000
+    values = list(reference(script).values())
+    assert values[-1] < values[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_and_started_again_gives_the_same_losses_bit_for_bit(script, reference):
+    out = f"runs/killed-{script}"
+    process = start(script, *TINY, "--out", out)
+    wait_for_steps(out, int(torch.randint(1, 6, ())), process)           # anywhere: the place must not matter
+    process.kill()
+    process.communicate()
+    again = start(script, *TINY, "--out", out, "--workers", 2)           # another number of workers, too
+    text = again.communicate()[0]
+    assert again.returncode == 0, text
+    assert losses(out) == reference(script)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_sigterm_saves_exits_with_0_and_the_same_command_goes_on(script, reference):
+    out = f"runs/terminated-{script}"
+    process = start(script, *TINY, "--save-every", 1000, "--out", out)
+    wait_for_steps(out, 1, process)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate()[0]
+    assert process.returncode == 0 and "same command goes on" in text, text
+    done = torch.load(Path(out, "last.pt"), weights_only=True)["step"]
+    assert 1 <= done < 6
+    run(script, *TINY, "--out", out)
+    assert losses(out).keys() == reference(script).keys()
+    assert all(abs(losses(out)[k] - v) < 1e-4 for k, v in reference(script).items())    # other thread counts, not bit for bit
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_give_the_losses_of_one(script, reference):
+    out = f"runs/two-{script}"
+    process = start(script, *TINY, "--out", out, processes=2)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    assert [losses(out)[k] for k in range(6)] == pytest.approx([reference(script)[k] for k in range(6)], rel=2e-5)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_accumulation_and_repeats(script, reference):
+    run(script, *TINY, "--device-batch", 2, "--out", f"runs/accumulated-{script}")
+    assert [*losses(f"runs/accumulated-{script}").values()] == pytest.approx([*reference(script).values()], rel=2e-5)
+    run(script, *TINY, "--repeats", 2, "--steps", 2, "--out", f"runs/repeats-{script}")
+    assert len(losses(f"runs/repeats-{script}")) == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_other_settings_are_refused_and_fresh_starts_over(script):
+    argv = [*TINY, "--steps", 1, "--out", f"runs/settings-{script}"]
+    run(script, *argv)
+    with pytest.raises(UserError, match=r"lr: 0.008 there, 0.1 now.*--fresh"):
+        run(script, *argv, "--lr", 0.1)
+    with pytest.raises(UserError, match=r"videos: 24 there, 12 now"):
+        run(script, *argv, "--toy-train", 12)
+    run(script, *argv, "--lr", 0.1, "--fresh")
+    assert json.loads(Path(f"runs/settings-{script}/config.json").read_text())["lr"] == 0.1
+    assert Path(f"runs/settings-{script}/last.pt.old").exists()          # nothing is lost
+    run(script, *TINY, "--steps", 1, "--out", f"runs/init-{script}", "--init", f"runs/settings-{script}/last.pt")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--data", "nowhere"], r"--data nowhere: neither one of toy, .* nor an existing directory or list file"),
+    (["--data", "ssv2", "--root", "nowhere"], r"--data ssv2: no directory nowhere.*<id>.webm files and labels.json.*--root"),
+    (["--mask-ration", "0.5"], r"unknown flag --mask-ration, did you mean --mask-ratio\?"),
+    (["--batch", "many"], r"--batch.*invalid int value: 'many'"),
+    (["--batch", "9", "--device-batch", "2"], r"--batch 9 must be a multiple of 1 processes x --device-batch 2"),
+    (["--flow", "farneback"], r"--flow farneback: choose raft_small, raft_large or tvl1"),
+    (["--flow", "raft_small", "--raft-weights", "nowhere.pth"], r"--raft-weights nowhere.pth failed.*--flow tvl1"),
+    (["--init", "nowhere.pt"], r"nowhere.pt: no such checkpoint"),
+    (["--model", "vit_giant"], r"--model vit_giant: choose vit_tiny"),
+    (["--image-size", "60"], r"image_size 60 / patch_size 8.*must divide"),
+])
+def test_a_mistake_gets_one_line(argv, message):
+    with pytest.raises(UserError, match=f"^error: {message}") as error:
+        run("mofo", *TINY, "--out", "runs/mistake", "--steps", 1, *argv)
+    assert "\n" not in str(error.value)
+
+
+def test_the_one_line_is_all_that_is_printed():
+    process = start("mofo", "--data", "nowhere")
+    text = process.communicate()[0]
+    assert process.returncode == 1 and text.startswith("error: --data nowhere") and text.count("\n") == 1
+
+
+def test_broken_videos_do_not_stop_a_run_but_too_many_do(workplace, tmp_path):
+    videos = sorted((workplace / "data/toy/64px/train").glob("*.mp4"))
+    for i in range(12):
+        (tmp_path / f"{i:02d}.mp4").write_bytes(videos[i].read_bytes())
+    (tmp_path / "05.mp4").write_bytes(videos[5].read_bytes()[:700])
+    argv = "--model vit_tiny --flow tvl1 --image-size 64 --patch-size 8 --batch 4 --workers 0 --steps 6".split()
+    run("mofo", "--data", tmp_path, *argv, "--out", "runs/broken")
+    assert len(losses("runs/broken")) == 6
+    reported = Path("runs/broken/bad_videos.txt").read_text()
+    assert reported.count("\n") == 1 and "05.mp4" in reported
+    for i in range(8):
+        (tmp_path / f"{i:02d}.mp4").write_text("no video")
+    with pytest.raises(UserError, match="more than a fifth.*bad_videos.txt"):
+        run("mofo", "--data", tmp_path, *argv, "--out", "runs/too-many", "--steps", 20)
+
+
+def test_three_losses_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
+    env = common.Env(torch.device("cpu"), 0, 1, None)
+    log = common.Log(tmp_path, env, common.Plan(8, 8, 1, 1, 10, 1.0), 0, 1)
+    assert log.finite(1.0, ["a"]) and not log.finite(float("nan"), ["a"]) and log.finite(1.0, ["a"])
+    assert not log.finite(float("inf"), ["a"]) and not log.finite(float("nan"), ["b"])
+    with pytest.raises(UserError, match="3 steps in a row.*last.pt.*c.mp4"):
+        log.finite(float("nan"), ["c.mp4"])
+
+
+def test_a_step_that_is_not_finite_changes_no_weight(monkeypatch):
+    forward, calls, seen = mofo.MOFO.forward, [], []
+
+    def poisoned(self, clips, generator=None):
+        loss, stats = forward(self, clips, generator)
+        calls.append(1)
+        seen.append(next(self.parameters()).detach().clone())
+        return loss * (float("nan") if len(calls) == 3 else 1), stats
+    monkeypatch.setattr(mofo.MOFO, "forward", poisoned)
+    run("mofo", *TINY, "--workers", 0, "--out", "runs/nan")
+    assert torch.equal(seen[2], seen[3]) and not torch.equal(seen[3], seen[4])
+
+
+def test_compiled_blocks_give_the_eager_result_without_recompiling():
+    if not any(map(__import__("shutil").which, ("gcc", "cc", "clang"))):
+        pytest.skip("needs a C compiler")
+    env = common.Env(torch.device("cpu"), 0, 1, None)
+    sizes = dict(image_size=32, frames=4, patch_size=8, tubelet_size=2, dim=32, depth=2, heads=2, decoder_dim=16,
+                 decoder_depth=2, decoder_heads=1)
+    torch.manual_seed(0)
+    model, eager = mofo.MaskedAutoencoder(**sizes), mofo.MaskedAutoencoder(**sizes)
+    eager.load_state_dict(model.state_dict())
+    names = list(model.state_dict())
+    common.wrap(model, env, compile=True)
+    assert list(model.state_dict()) == names
+    clips = torch.randn(2, 3, 4, 32, 32)
+    found = torch.zeros(2, dtype=torch.bool)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            hidden = mofo.motion_tube_mask(torch.zeros(2, 4), found, (2, 4, 4), 0.75, None, torch.Generator().manual_seed(seed), 8)
+            torch.testing.assert_close(model(clips, hidden)[1], eager(clips, hidden)[1], rtol=1e-5, atol=1e-6)
+
+
+# ---- fine-tuning -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["linear", "knn", "finetune", "test"])
+def test_every_mode_of_finetune(mode, reference):
+    reference("mofo")
+    argv = ["--toy-train", 24, "--toy-test", 16, "--batch", 8, "--workers", 0, "--views", "1x2", "--log-every", 1]
+    init = "runs/finetune-toy-finetune/last.pt" if mode == "test" else "runs/reference-mofo/last.pt"
+    if mode == "test" and not Path(init).exists():
+        run("finetune", *argv, "--mode", "finetune", "--steps", 2, "--init", "runs/reference-mofo/last.pt")
+    run("finetune", *argv, "--mode", mode, "--init", init, *(["--steps", 2] if mode == "finetune" else []))
+    results = json.loads(Path(f"runs/finetune-toy-{mode}/results.json").read_text())
+    assert 0 <= results["acc1_1x2"] <= results["acc5_1x2"] <= 100 and results["videos"] == 16 and not results["unreadable"]
+    if mode == "test":                                                   # testing again gives what fine-tuning gave
+        before = json.loads(Path("runs/finetune-toy-finetune/results.json").read_text())
+        assert results["acc1_1x2"] == before["acc1_1x2"]
+
+
+def test_two_processes_test_like_one(reference):
+    reference("mofo")
+    argv = ["--toy-train", 24, "--toy-test", 15, "--mode", "knn", "--init", "runs/reference-mofo/last.pt", "--workers", 0]
+    for processes in (1, 2):
+        process = start("finetune", *argv, "--test-batch", 4, "--out", f"runs/knn{processes}", processes=processes)
+        text = process.communicate()[0]
+        assert process.returncode == 0, text
+    one, two = (json.loads(Path(f"runs/knn{n}/results.json").read_text()) for n in (1, 2))
+    assert one["per_class"] == two["per_class"] and one["videos"] == two["videos"] == 15
+
+
+def test_a_test_video_that_cannot_be_read_counts_as_wrong_and_is_named(workplace, tmp_path, reference):
+    reference("mofo")
+    for split, count in (("train", 12), ("val", 6)):
+        for i in range(count):
+            folder = tmp_path / split / ("even", "odd")[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            source = workplace / f"data/toy/64px/train/{i:06d}.mp4"
+            (folder / f"{i}.mp4").write_bytes(source.read_bytes()[:600] if (split, i) == ("val", 3) else source.read_bytes())
+    run("finetune", "--data", tmp_path, "--mode", "knn", "--neighbours", 1, "--init", "runs/reference-mofo/last.pt",
+        "--workers", 0, "--views", "1x1", "--out", "runs/unreadable")
+    results = json.loads(Path("runs/unreadable/results.json").read_text())
+    assert results["acc1_1x1"] == pytest.approx(500 / 6) and results["per_class"] == {"even": 100.0, "odd": pytest.approx(200 / 3)}
+    assert len(results["unreadable"]) == 1 and "3.mp4" in results["unreadable"][0]
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "--init FILE: name a checkpoint"),
+    (["--init", "x.pt", "--mode", "guess"], "--mode guess: choose finetune, linear, knn or test"),
+    (["--init", "x.pt", "--views", "3"], "--views 3: expected e.g. 2x3"),
+    (["--init", "x.pt", "--label", "taste"], "--label taste: toy has motion and scene"),
+    (["--init", "runs/reference-mofo/last.pt", "--mode", "test"], "has no classifier"),
+])
+def test_a_mistake_with_finetune_gets_one_line(argv, message, reference):
+    reference("mofo")
+    with pytest.raises(UserError, match=message):
+        run("finetune", "--toy-train", 24, "--toy-test", 16, *argv)
+
+
+def test_linear_probe_solves_what_is_linear_and_knn_votes():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    features = torch.randn(90, 8, generator=g) + 4 * torch.eye(8)[labels]
+    logits = finetune.fit_linear(features, labels, 3, 1e-3)(features)
+    assert (logits.argmax(1) == labels).float().mean() > 0.98
+    scores = finetune.knn_scores(features, labels, features, 3, k=1)
+    assert (scores.argmax(1) == labels).all()
+    slow = torch.zeros(90, 3)
+    unit = features / features.norm(dim=1, keepdim=True)
+    for q in range(90):
+        near = sorted(range(90), key=lambda i: -float(unit[q] @ unit[i]))[:5]
+        for i in near:
+            slow[q, labels[i]] += torch.exp(unit[q] @ unit[i] / 0.07)
+    torch.testing.assert_close(finetune.knn_scores(features, labels, features, 3, k=5), slow, rtol=1e-3, atol=1e-3)
+
+
+def test_accuracy_counts_unread_as_wrong_and_skips_absent_classes():
+    scores = torch.eye(6)[[0, 1, 2, 0, 1]]
+    result = finetune.accuracy(scores, torch.tensor([True, True, False, True, True]), torch.tensor([0, 1, 2, 1, 1]), list("abcdef"))
+    assert result["acc1"] == pytest.approx(60) and result["per_class"] == pytest.approx({"a": 100, "b": 200 / 3, "c": 0})
+    assert result["mean_class"] == pytest.approx((100 + 200 / 3) / 3)
+
+
+# ---- the README ------------------------------------------------------------------------------------------------------
+
+def readme_commands():
+    text = (REPO / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    return re.findall(r"(?:python|torchrun [^#\n]*?)\s+((?:%s)\.py[^#\n&|]*)" % "|".join([*SCRIPTS, "finetune"]), blocks)
+
+
+def test_every_command_of_the_readme_parses():
+    commands = readme_commands()
+    assert len(commands) >= 5
+    for command in commands:
+        script, *argv = shlex.split(command)
+        module = importlib.import_module(script.removesuffix(".py"))
+        parse_config(module.Config, module.RECIPES, argv)
