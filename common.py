@@ -16,11 +16,12 @@ import dataclasses
 import difflib
 import functools
 import inspect
-from itertools import accumulate, dropwhile, islice, pairwise
+from itertools import accumulate, dropwhile, groupby, islice, pairwise
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -74,10 +75,11 @@ def parse_config(Config, recipes, argv=None):
     flags = sorted(parser._option_string_actions)
 
     def complain(message):
-        for word in re.findall(r"--[\w-]+", message) if "unrecognized" in message else []:
+        if message.startswith("unrecognized"):
+            word = message.removeprefix("unrecognized arguments: ").split()[0]
             near = difflib.get_close_matches(word, flags, 1)
             message = f"unknown flag {word}" + (f", did you mean {near[0]}?" if near else "") + " (--help lists them all)"
-        raise UserError(message)
+        raise UserError(message.removeprefix("argument "))
     parser.error = complain
 
     argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in (sys.argv[1:] if argv is None else argv)]
@@ -431,6 +433,7 @@ LAYOUTS = {
     "ssv2": "<id>.webm files and labels.json, train.json, validation.json (or something-something-v2-*.json)",
     "epic": "P01_01.MP4 ... files and EPIC_100_train.csv, EPIC_100_validation.csv",
 }
+LABELS = {"epic": ("verb", "noun", "action"), "toy": ("motion", "scene")}    # what to predict, the first by default
 
 
 def find_videos(data, root=None, split="train", label="", toy=None):
@@ -443,9 +446,15 @@ def find_videos(data, root=None, split="train", label="", toy=None):
     toy    for toy: dict(train=..., test=..., size=..., seed=...), made on first use
     Raises UserError if nothing is found or the annotations do not join the files.
     """
+    splits, choices = TOY_SPLITS if data == "toy" else ("train", "test"), LABELS.get(data, ("",))
+    if split not in splits:
+        raise UserError(f"--train-split {split}: {data} has {', '.join(splits)}")
+    if label and label not in choices:
+        raise UserError(f"--label {label}: {data} has {', '.join(choices) or 'one kind of label only'}")
+    label = label or choices[0]
     if data not in ("toy", *LAYOUTS):
         return _own_videos(Path(data), root, split)
-    root = Path(root) if root else Path(os.environ.get("VIDEO_ROOT", "data")) / data
+    root = Path(root) if root else Path(os.environ.get("VIDEO_ROOT") or "data") / data
     if data == "toy":
         return _toy(root, split, label, **(toy or {}))
     if not root.is_dir():
@@ -455,13 +464,13 @@ def find_videos(data, root=None, split="train", label="", toy=None):
     for path in _walk(root):
         if path.suffix.lower() in VIDEO_FILES:
             key = path.stem[:11] if data == "k400" else path.stem.lower()  # YouTube ids have 11 characters, any of - and _
-            if key not in videos or "replacement" in str(path):            # k400: replacements of files that are corrupt
+            if key not in videos or "replacement" in str(path.relative_to(root)):            # k400: replacements of files that are corrupt
                 videos[key] = path
         else:
             files.setdefault(path.name.lower(), path)
     try:
         rows, classes = READERS[data](files, split, label)
-    except (KeyError, ValueError, IndexError, TypeError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"--data {data}: an annotation file below {root} is not as published "
                         f"({type(error).__name__}: {error}). Expected: {LAYOUTS[data]}") from None
     if rows is None and any((root / d).is_dir() for d in SPLIT_DIRS[split]):
@@ -476,38 +485,40 @@ def find_videos(data, root=None, split="train", label="", toy=None):
 
 def _walk(root):
     """All files below root in a fixed order, without macOS's `._*` companions."""
+    seen = set()                                                           # links may lead back to where they lie
     for folder, folders, names in os.walk(root, followlinks=True):
-        folders.sort()
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(d for d in folders if os.path.realpath(os.path.join(folder, d)) not in seen)
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("._"))
 
 
 def _listing(what, rows, classes):
-    """rows of (name, path or None, label, start, stop) -> Listing without the missing and the empty files."""
-    missing = [name for name, path, *_ in rows if path is None]
-    sizes = {path: os.path.getsize(path) for path in {path for _, path, *_ in rows if path is not None}}
-    items = [Item(str(path), *rest) for _, path, *rest in rows if sizes.get(path)]
-    missing += [str(path) for path, size in sizes.items() if not size]
-    empty = sum(not size for size in sizes.values())
+    """rows of (name, path or None, label, start, stop) -> Listing without the missing and the empty files; prints the counts."""
+    size = functools.cache(lambda path: path.stat().st_size if path and path.exists() else None)      # None = missing
+    items = [Item(str(path), *rest) for _, path, *rest in rows if size(path)]
+    missing = list(dict.fromkeys(str(path or name) for name, path, *_ in rows if not size(path)))
+    empty = sum(size(path) == 0 for _, path, *_ in rows)
     summary = f"{what}: {len(rows)} listed, {len(items)} found, {len(rows) - len(items) - empty} missing, {empty} empty"
     if not items:
         raise UserError(f"{summary}: nothing to read")
-    return Listing(items, classes, missing, summary + (f", {len(classes)} classes" if classes else ""))
+    summary += f", {len(classes)} classes" if classes else ""
+    print0(summary)
+    return Listing(items, classes, missing, summary)
 
 
 def _ucf101(files, split, label):
     if "classind.txt" not in files or f"{split}list01.txt" not in files:
         return None, None
-    index = dict(reversed(line.split()) for line in _lines(files["classind.txt"]))          # name -> id, counted from 1
-    rows = []
-    for line in _lines(files[f"{split}list01.txt"]):
-        path = line.split()[0]
-        rows.append((Path(path).stem.lower(), int(index[path.split("/")[0]]) - 1))
-    return rows, sorted(index, key=lambda name: int(index[name]))
+    classes = [name for _, name in sorted((int(i), name) for i, name in map(str.split, _lines(files["classind.txt"])))]
+    ids = {name.lower(): i for i, name in enumerate(classes)}              # copies differ in HandstandPushups, HandStandPushups
+    paths = [Path(line.split()[0]) for line in _lines(files[f"{split}list01.txt"])]
+    return [(path.stem.lower(), ids[path.parts[0].lower()]) for path in paths], classes
 
 
 def _hmdb51(files, split, label):
-    lists = sorted(name for name in files if name.endswith("_test_split1.txt"))
-    classes = [files[name].name[:-len("_test_split1.txt")] for name in lists]
+    end = "_test_split1.txt"
+    lists = sorted((name for name in files if name.endswith(end)), key=lambda name: name[:-len(end)])   # sword, then sword_exercise
+    classes = [files[name].name[:-len(end)] for name in lists]
     code = {"train": "1", "test": "2"}[split]
     rows = [(Path(line.rsplit(None, 1)[0]).stem.lower(), i) for i, name in enumerate(lists)
             for line in _lines(files[name]) if line.rsplit(None, 1)[1] == code]
@@ -535,7 +546,7 @@ def _k400(files, split, label):
 def _ssv2(files, split, label):
     def read(name):
         path = files.get(f"something-something-v2-{name}.json", files.get(f"{name}.json"))
-        return json.loads(path.read_text()) if path else None
+        return json.loads(path.read_text(encoding="utf-8")) if path else None
     ids, entries = read("labels"), read({"train": "train", "test": "validation"}[split])
     if ids is None or entries is None:
         return None, None
@@ -548,9 +559,6 @@ def _epic(files, split, label):
     if tables[split] is None:
         return None, None
     tables = {s: list(csv.DictReader(_lines(path))) for s, path in tables.items() if path}
-    label = label or "verb"
-    if label not in ("verb", "noun", "action"):
-        raise UserError(f"--label {label}: epic has verb, noun and action")
 
     def name(row):                                                         # the 3,806 actions are the pairs that occur
         return f"{row['verb_class']}:{row['noun_class']}" if label == "action" else row[f"{label}_class"]
@@ -576,9 +584,7 @@ def _seconds(stamp):
 
 def _toy(root, split, label, train=1024, test=256, size=64):
     """The toy data, written on first use; `train_biased` is a third split, in which the scene gives the motion away."""
-    root, label = root / f"{size}px", label or "motion"
-    if label not in ("motion", "scene"):
-        raise UserError(f"--label {label}: toy has motion and scene")
+    root = root / f"{size}px"
     if int(os.environ.get("RANK", 0)) == 0:
         make_toy(root, split, test if split == "test" else train, size)
     barrier()
@@ -602,23 +608,27 @@ def _own_videos(path, root, split):
     folders = [f.relative_to(base).parts[0] if f.parent != base else "" for f in files]
     classes = sorted(set(folders)) if "" not in folders and len(set(folders)) > 1 else []
     rows = [(str(f), f, classes.index(c) if classes else -1) for f, c in zip(files, folders)]
-    if classes and base == path:                           # no split of its own: every fifth video of a class is for testing
-        turn = [folders[:i].count(c) % 5 for i, c in enumerate(folders)]
-        rows = [row for row, k in zip(rows, turn) if (k == 4) == (split == "test")]
+    if classes and base == path:                           # no split of its own: of every five of a class the second is for testing
+        rows = [row for _, group in groupby(rows, lambda row: row[2]) for k, row in enumerate(group)
+                if (k % 5 == 1) == (split == "test")]
     return _listing(f"{path} {split}", rows, classes)
 
 
 def _list_file(path, root, split):
     """Lines `path`, `path label` or `path,label`; paths relative to the list or to root; labels are numbers or names."""
     base, rows = Path(root) if root else path.parent, []
-    for number, line in enumerate(_lines(path), 1):
-        video, label = line, None
-        if not (base / line).exists():
-            match = re.fullmatch(r'(.+?)(?:\s+".*")?[\s,]+([^\s,]+)', line)         # VideoMAE-style lists may quote a text between
-            if not match:
-                raise UserError(f"{path}:{number}: expected `path label` or the path of a video, got {line!r}")
-            video, label = match.groups()
-        rows.append((video, base / video if (base / video).exists() else None, label))
+    try:
+        lines = _lines(path)
+    except UnicodeDecodeError:
+        lines = []
+    if not lines:
+        raise UserError(f"--data {path}: neither a directory of videos nor a text file with lines `path`, `path label` or `path,label`")
+    for number, line in enumerate(lines, 1):                               # VideoMAE-style lists may quote a text between
+        match = re.fullmatch(r'(.+?\.(?:mp4|avi|webm|mkv|mov))(?:\s+".*")?(?:[\s,]+(.+))?', line, re.I)
+        if not match:
+            raise UserError(f"{path}:{number}: expected the path of a video and perhaps a label, got {line[:80]!r}")
+        video, label = match.groups()
+        rows.append((video, base / video if os.path.exists(base / video) else None, label))
     if not any(file for _, file, _ in rows):
         raise UserError(f"--data {path}: none of its {len(rows)} videos exists, the first would be {base / rows[0][0]}. "
                         "Paths are relative to the list; --root DIR names another base")
@@ -696,16 +706,15 @@ def clip_indices(video, item, frames, stride, rng):
     """Frame numbers (frames,) of a random clip of a video, `stride` apart, inside the item's time span; a span that is too
     short repeats its last frame."""
     first, last = item_frames(video, item)
-    start = first + rng.integers(max(1, last - first + 1 - frames * stride + 1))
+    start = first + rng.integers(max(1, last - first + 1 - (frames - 1) * stride))
     return np.minimum(start + stride * np.arange(frames), last)
 
 
 def item_frames(video, item):
     """First and last frame number of an item."""
-    if item.stop == math.inf:
-        return 0, video.info.frames - 1
-    first = video.index_at(item.start)
-    return first, max(first, video.index_at(item.stop))
+    last = video.info.frames - 1
+    first = min(last, video.index_at(item.start)) if item.start else 0
+    return first, last if item.stop == math.inf else max(first, min(last, video.index_at(item.stop)))
 
 
 # ---- toy data --------------------------------------------------------------------------------------------------------
@@ -897,7 +906,8 @@ def multi_scale_crop(height, width, rng, scales=(1.0, 0.875, 0.75, 0.66), snap=0
     Both sides are drawn from `scales` x the short side, at most one scale apart; the place is one of 13 fixed anchors.
     A side within 2 px of `snap` becomes `snap` (no resampling).  Source: VideoMAE, pre-training transform.
     """
-    sides = [snap if abs(int(min(height, width) * s) - snap) < 3 else int(min(height, width) * s) for s in scales]
+    short = min(height, width)
+    sides = [snap if abs(int(short * s) - snap) < 3 and snap <= short else int(short * s) for s in scales]
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     h, w = pairs[rng.integers(len(pairs))]
     anchors = [(x, y) for x in (0, 4) for y in (0, 4)] + [(2, 2), (0, 2), (4, 2), (2, 4), (2, 0)]
@@ -922,7 +932,7 @@ class FlowEstimator:
              "tvl1": TV-L1 (Zach et al. 2007) in pure torch, needs no weights
     weights  a file with torchvision's RAFT state dict; None downloads torchvision's own
     size     side in pixels at which flow is computed; None = that of the clips (RAFT: a multiple of 8, at least 128)
-    amp      autocast type of RAFT's convolutions; its correlations and coordinates stay fp32
+    amp      autocast type of RAFT's convolutions; correlations and coordinates stay fp32 (TF32 where the GPU has it)
     compile  compile the parts that run many times
 
     Call with clips (B, 3, T, H, W), uint8 or float in [0, 1] -> flow (B, T-1, 2, h, w): the (x, y) displacement in pixels
@@ -934,6 +944,7 @@ class FlowEstimator:
         if name not in ("tvl1", *models):
             raise UserError(f"--flow {name}: choose raft_small, raft_large or tvl1")
         self.name, self.updates, self.size, self.device, self._marks = name, updates, size, torch.device(device), []
+        compile = compile and can_compile()
         self.inner = torch.compile(_tvl1_inner, dynamic=False) if compile else _tvl1_inner
         if name == "tvl1":
             return
@@ -944,7 +955,7 @@ class FlowEstimator:
             self.raft.load_state_dict(state)
         except Exception as error:                               # network, file or keys: each is for the user to mend
             what = f"--raft-weights {weights}" if weights else f"downloading torchvision's {name} weights"
-            raise UserError(f"{what} failed ({str(error).strip().splitlines()[0]}). Give torchvision's state dict as "
+            raise UserError(f"{what} failed ({(str(error).strip() or type(error).__name__).splitlines()[0]}). Give torchvision's state dict as "
                             "--raft-weights FILE, or use --flow tvl1, which needs no weights") from None
         self.raft.to(self.device).eval().requires_grad_(False)
         for part in (self.raft.feature_encoder, self.raft.context_encoder, self.raft.update_block):
@@ -1065,7 +1076,7 @@ def _resize_flow(flow, h, w):
 
 VITS = {  # dim, depth, heads of the encoder, depth of the VideoMAE decoder (its width and heads are half the encoder's)
     "vit_tiny": (192, 4, 3, 2), "vit_small": (384, 12, 6, 4), "vit_base": (768, 12, 12, 4),
-    "vit_large": (1024, 24, 16, 12), "vit_huge": (1280, 32, 16, 8)}
+    "vit_large": (1024, 24, 16, 12), "vit_huge": (1280, 32, 16, 12)}
 
 
 def patchify(clips, patch_size, tubelet_size):
@@ -1155,7 +1166,7 @@ class ViT(nn.Module):
     def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads, num_classes=0, drop_path=0.0):
         super().__init__()
         if image_size % patch_size or frames % tubelet_size or dim % heads:
-            raise UserError(f"ViT: image_size {image_size} / patch_size {patch_size}, frames {frames} / tubelet_size "
+            raise UserError(f"image_size {image_size} / patch_size {patch_size}, frames {frames} / tubelet_size "
                             f"{tubelet_size} and dim {dim} / heads {heads} must divide without rest")
         self.config = dict(image_size=image_size, frames=frames, patch_size=patch_size, tubelet_size=tubelet_size,
                            dim=dim, depth=depth, heads=heads)
@@ -1233,7 +1244,7 @@ def load_file(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).strip().splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read as a checkpoint ({(str(error).strip() or type(error).__name__).splitlines()[0]})") from None
 
 
 def load_weights(model, path, strict_backbone=True):
@@ -1246,23 +1257,21 @@ def load_weights(model, path, strict_backbone=True):
     """
     content = load_file(path)
     state = next((content[k] for k in WRAPPERS if isinstance(content, dict) and isinstance(content.get(k), dict)), content)
-    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    own = model.state_dict()
-    readings = []
+    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    own, readings = model.state_dict(), []
     for prefix in PREFIXES:
         for add in ("", "encoder."):                             # a bare encoder also fits into a masked autoencoder
-            names = {add + k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
-            readings.append({k: v for k, v in names.items() if k in own and own[k].shape == v.shape} | {"": names})
-    best = max(readings, key=len)
-    names = best.pop("")
-    missing, unexpected = [k for k in own if k not in best], [k for k in names if k not in best]
+            names = {add + k[len(prefix):]: k for k in state if k.startswith(prefix)}             # in the model: in the file
+            names = {k: old for k, old in names.items() if k in own}
+            readings.append(({k: old for k, old in names.items() if own[k].shape == state[old].shape}, names))
+    best, names = max(readings, key=lambda pair: (len(pair[0]), len(pair[1])))
+    missing, unexpected = [k for k in own if k not in best], [k for k in state if k not in set(best.values())]
     needed = [k for k in missing if strict_backbone == "all" or not re.match(NOT_BACKBONE, k)]
     if not best or (strict_backbone and needed):
-        wrong = [f"{k} {tuple(names[k].shape)} here, {tuple(own[k].shape)} in the model" for k in needed if k in names]
+        wrong = [f"{k} {tuple(state[names[k]].shape)} there, {tuple(own[k].shape)} here" for k in needed if k in names]
         raise UserError(f"{path} does not fit: {len(best)} of {len(own)} tensors match; missing {needed[:3]}, unexpected "
-                        f"{list(state)[:3] if not best else unexpected[:3]}{'; shapes: ' + wrong[0] if wrong else ''}. "
-                        "Is it another model size or another backbone?")
-    model.load_state_dict(best, strict=False)
+                        f"{unexpected[:3]}{'; shapes: ' + wrong[0] if wrong else ''}. Is it another model size or another backbone?")
+    model.load_state_dict({k: state[old] for k, old in best.items()}, strict=False)
     return LoadReport(list(best), missing, unexpected)
 
 
@@ -1290,8 +1299,8 @@ def plan_run(cfg, videos, env):
     """Spread cfg.batch over the processes and accumulation.  Raises UserError with the numbers if it does not divide."""
     micro = min(cfg.device_batch or cfg.batch, cfg.batch // env.world)
     if not micro or cfg.batch % (env.world * micro) or micro % cfg.repeats:
-        raise UserError(f"--batch {cfg.batch} must be a multiple of {env.world} processes x --device-batch {micro}, and that "
-                        f"of --repeats {cfg.repeats}: change one of the three")
+        raise UserError(f"--batch {cfg.batch} does not spread evenly over {env.world} processes with --device-batch {cfg.device_batch}"
+                        f" ({micro} clips per pass), or those are no multiple of --repeats {cfg.repeats}: change one of them")
     steps = cfg.steps or max(1, int(cfg.epochs * videos / cfg.batch))
     return Plan(cfg.batch, micro, cfg.batch // (env.world * micro), cfg.repeats, steps, videos / cfg.batch)
 
@@ -1340,12 +1349,21 @@ def vit_sizes(name):
     return VITS[name]
 
 
+@functools.cache
+def can_compile():
+    """Whether torch.compile has the C compiler that it needs; says so once if not."""
+    found = any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))
+    if not found:
+        print0("warning: torch.compile needs a C compiler and there is none: running eagerly, more slowly")
+    return found
+
+
 def wrap(model, env, compile):
     """The model as the loop calls it: blocks compiled in place, then DistributedDataParallel where there are several processes.
 
     Compiled block by block: one graph per width and token count, and no `_orig_mod.` in the state dict.
     """
-    if compile:
+    if compile and can_compile():
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile(dynamic=False)
@@ -1374,13 +1392,17 @@ FREE = {"out", "fresh", "init", "root", "raft_weights", "device_batch", "workers
         "preview_every"}                                       # settings that may change when a run goes on
 
 
+def run_directory(name, cfg):
+    """--out, or runs/<name>-<data>."""
+    return Path(cfg.out or f"runs/{name}-{cfg.data if cfg.data in ('toy', *LAYOUTS) else Path(cfg.data).resolve().stem}")
+
+
 def open_run(name, cfg, env, listing, plan, lr):
     """Make the run's directory, write config.json there -> (directory, checkpoint to continue from or None).
 
     Raises UserError if a checkpoint is there that was made with other settings.  `--fresh` moves it aside.
     """
-    data = cfg.data if cfg.data in ("toy", *LAYOUTS) else Path(cfg.data).stem
-    out = Path(cfg.out or f"runs/{name}-{data}")
+    out = run_directory(name, cfg)
     settings = {**dataclasses.asdict(cfg), "videos": len(listing.items)}
     last = out / "last.pt"
     if cfg.fresh and env.rank == 0:
@@ -1402,7 +1424,6 @@ def open_run(name, cfg, env, listing, plan, lr):
         (out / "config.json").write_text(json.dumps(about, indent=1))
         if listing.missing:
             (out / "missing_videos.txt").write_text("\n".join(listing.missing) + "\n")
-    print0(listing.summary)
     print0(f"{plan.steps} steps of {plan.batch} clips = {env.world} x {plan.micro} x {plan.accum} accumulated, peak lr {lr:.2g}, "
            f"{env.device.type} {str(env.amp or torch.float32)[6:]} -> {out}")
     return out, checkpoint
@@ -1414,12 +1435,12 @@ def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler
     content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
                    backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__),
                    config={**dataclasses.asdict(cfg), "videos": len(listing.items)})
-    partial = path.with_name(path.name + ".partial")
+    unfinished = path.with_name(path.name + ".partial")
     try:
-        torch.save(content, partial)
-        os.replace(partial, path)
+        torch.save(content, unfinished)
+        os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise UserError(f"{path}: could not be written ({error}). The previous checkpoint is as it was. Is the disk full?") from None
 
 

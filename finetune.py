@@ -4,7 +4,7 @@
     python finetune.py --init runs/mofo-toy/last.pt --mode knn          # features fixed, vote of the 20 nearest
     python finetune.py --init runs/mofo-toy/last.pt --mode finetune     # everything trained, VideoMAE's way
     torchrun --nproc_per_node=8 finetune.py --data ssv2 --init runs/mofo-ssv2/last.pt
-    python finetune.py --mode test --init runs/finetune-toy-finetune/last.pt   # test a fine-tuned checkpoint again
+    python finetune.py --mode test --init runs/finetune-finetune-toy/last.pt   # test a fine-tuned checkpoint again
 
 --init takes checkpoints of this project and public VideoMAE, MOFO and MME files (for those name the network with --model).
 Testing averages the softmax over `--views TxS`: T clips in time, S crops in space.  A video that cannot be read counts as
@@ -19,7 +19,6 @@ import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from common import (Clips, Log, StepSampler, StopSignal, UserError, ViT, all_reduce_mean, cosine_lr, clip_indices,
                     find_videos, flip, item_frames, load_file, load_weights, loader, normalize, open_run, parse_config, plan_run,
-                    print0, restore, save_checkpoint, setup, shutdown, to_device, vit_sizes, wrap)
+                    print0, restore, run_directory, save_checkpoint, setup, shutdown, to_device, vit_sizes, wrap)
 
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -43,7 +42,7 @@ class Config:
     test_data: str = ""                # list file or directory for testing, where --data is a list file
     train_split: str = "train"         # train; toy also has train_biased
     label: str = ""                    # what to predict: epic verb, noun, action; toy motion, scene
-    out: str = ""                      # directory of the run; default runs/finetune-<data>-<mode>
+    out: str = ""                      # directory of the run; default runs/finetune-<mode>-<data>
     fresh: bool = False                # start over instead of continuing the run in --out
     mode: str = "finetune"             # finetune, linear, knn, test
     init: str = ""                     # checkpoint to start from
@@ -176,9 +175,8 @@ def build_vit(cfg, classes, drop_path=0.0):
     dim, depth, heads, _ = vit_sizes(cfg.model)
     public = dict(image_size=224, frames=16, patch_size=16, tubelet_size=2, dim=dim, depth=depth, heads=heads)
     content = load_file(cfg.init)
-    if cfg.mode == "test" and not any(name.endswith("head.weight") for name in content.get("model", {})):
-        raise UserError(f"--mode test --init {cfg.init}: has no classifier; --mode finetune, linear or knn make one")
-    vit = ViT(**(content.get("backbone") or public), num_classes=classes, drop_path=drop_path)
+    backbone = content.get("backbone") if isinstance(content, dict) else None
+    vit = ViT(**(backbone or public), num_classes=classes, drop_path=drop_path)
     if not cfg.random_init:
         report = load_weights(vit, cfg.init, strict_backbone="all" if cfg.mode == "test" else True)
         print0(f"{cfg.init}: {len(report.loaded)} tensors loaded, new here {report.missing[:4]}, not used "
@@ -273,19 +271,19 @@ def main(cfg):
     toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
     train = find_videos(cfg.data, cfg.root, cfg.train_split, cfg.label, toy)
     test = find_videos(cfg.test_data or cfg.data, cfg.root, "test", cfg.label, toy)
-    if not train.classes or train.classes != test.classes:
-        raise UserError(f"--data {cfg.data}: " + ("has no labels" if not train.classes else
-                        f"train and test have other classes: {train.classes[:3]} ... and {test.classes[:3]} ..."))
-    print0(test.summary)
+    new = sorted(set(test.classes) - set(train.classes))
+    if not train.classes or not test.classes or new:
+        raise UserError(f"--data {cfg.data}: " + (f"the test split has classes that the training split has not: {new[:3]}" if new
+                                                  else "has no labels, which every mode of finetune.py needs"))
     classes = len(train.classes)
-    labels, test_labels = (torch.tensor([item.label for item in x.items]) for x in (train, test))
-    cfg.out = cfg.out or f"runs/finetune-{cfg.data if cfg.data in RECIPES else Path(cfg.data).stem}-{cfg.mode}"
-    out = Path(cfg.out)
+    labels = torch.tensor([item.label for item in train.items])
+    test_labels = torch.tensor([train.classes.index(test.classes[item.label]) for item in test.items])
+    out = run_directory(f"finetune-{cfg.mode}", cfg)
     out.mkdir(parents=True, exist_ok=True)
     vit, content = build_vit(cfg, classes if cfg.mode in ("finetune", "test") else 0, cfg.drop_path if cfg.mode == "finetune" else 0.0)
     vit.to(env.device)
-    if cfg.mode == "test" and content.get("classes") and content["classes"] != test.classes:
-        raise UserError(f"--mode test: {cfg.init} knows the classes {content['classes'][:3]} ..., the data has {test.classes[:3]} ...")
+    if cfg.mode == "test" and content.get("classes") and content["classes"] != train.classes:
+        raise UserError(f"--mode test: {cfg.init} knows the classes {content['classes'][:3]} ..., the data has {train.classes[:3]} ...")
     size, frames = vit.config["image_size"], vit.config["frames"]
 
     if cfg.mode == "finetune" and not run_training(cfg, env, train, vit):
@@ -304,7 +302,7 @@ def main(cfg):
             scores = scores.softmax(-1).mean(1).cpu()
         else:
             scores = knn_scores(features, known_labels, F.normalize(result, dim=-1).mean(1), classes, cfg.neighbours)
-    report(cfg, env, out, accuracy(scores, read, test_labels, test.classes), errors, len(test.items))
+    report(cfg, env, out, accuracy(scores, read, test_labels, train.classes), errors, len(test.items))
     shutdown()
 
 
@@ -327,7 +325,7 @@ def run_training(cfg, env, listing, vit):
     """Fine-tune all of vit; the loop is that of the pre-training scripts -> False if a signal stopped it."""
     plan = plan_run(cfg, len(listing.items), env)
     lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
-    out, checkpoint = open_run("finetune", cfg, env, listing, plan, lr)
+    out, checkpoint = open_run("finetune-finetune", cfg, env, listing, plan, lr)
     model = Classifier(vit, cfg.label_smoothing, cfg.flip)
     optimizer = torch.optim.AdamW(layer_decay_groups(vit, lr, cfg.weight_decay, cfg.layer_decay), lr=lr, betas=(0.9, 0.999),
                                   fused=env.device.type == "cuda")
@@ -352,7 +350,8 @@ def run_training(cfg, env, listing, vit):
             total = total + loss.detach() / plan.accum
         scaler.unscale_(optimizer)
         norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
-        total, stopping = all_reduce_mean(torch.stack([total, total.new_tensor(float(stop.received))])).tolist()
+        status = torch.stack([total, total.new_tensor(float(stop.received))])
+        total, stopping = all_reduce_mean(status).tolist()                     # the one wait for the device in a step
         if log.finite(total, batch["names"]):
             scaler.step(optimizer)
         scaler.update()

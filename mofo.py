@@ -1,9 +1,9 @@
 """MOFO: motion-focused masked autoencoding of videos, in one file.   https://arxiv.org/abs/2308.12447
 
-A masked autoencoder (VideoMAE, https://arxiv.org/abs/2203.12602) hides 90 % of a clip and learns by painting it in again.
-Where it hides is left to chance, and in most videos most of the frame does not move.  MOFO finds the region that moves from
-optical flow, without labels, and masks by it: a fixed share of the patches inside the motion box is hidden, the rest of the
-90 % comes from outside.  So every clip asks for what moves to be reconstructed, from some of what moves.
+A masked autoencoder (VideoMAE, https://arxiv.org/abs/2203.12602) hides 90 % of a clip and learns by painting it in
+again.  Where it hides is left to chance, and in most videos most of the frame does not move.  MOFO finds the region that
+moves from optical flow, without labels, and masks by it: a fixed share of the patches inside the motion box is hidden, the
+rest of the 90 % comes from outside.  So every clip asks for what moves to be painted, from some of what moves.
 
     Paper (section numbers are ours)                     Code
     1  motion map: flow edges, free of camera pans       motion_map()
@@ -14,17 +14,19 @@ optical flow, without labels, and masks by it: a fixed share of the patches insi
     6  all of it on one batch                            MOFO
 
 Differs from the paper, and why
- 1. Flow is estimated in-line, on the very crop that the network sees, by RAFT instead of TV-L1: no offline pass over the data
-    set, and the box needs no transforming.  `--flow tvl1` is the paper's estimator (the default on the toy data).
+ 1. Flow is estimated in-line, on the very crop that the network sees, by RAFT instead of TV-L1: no offline pass over the
+    data set, and the box needs no transforming.  `--flow tvl1` is the paper's estimator (the default on the toy data).
  2. Flow of one pair of frames per tubelet, half of the pairs: flow is the dearest part that the method adds.
- 3. The box comes from the mass of the map along x and y instead of from contours (which do not batch), and over the
-    sampled clip instead of the whole video.  There is an absolute floor: a clip without motion gets a uniform tube mask.
- 4. The map is summed over short windows before the magnitude is taken, as in the paper, and averaged over the windows: a sum
-    over the whole clip would cancel whatever goes and returns.
- 5. The mask is what the paper's text says: a patch is inside if it overlaps the box.  The released code compares x with rows
-    and y with columns, and never hides the last patches unless they are inside.
- 6. A 75 % inside ratio *shows* more of the motion than VideoMAE's 90 %.  It is the published value, so it is the default;
-    treat it as a setting to study.  `--inside-ratio none` is VideoMAE, the baseline.
+ 3. The motion map averages the flow over windows of 2 pairs (8 video frames at stride 2, as many as the paper's, but not
+    sliding), and the lengths of the gradients over the windows.  One sum over the clip would cancel what goes and returns.
+ 4. The box comes from the mass of the map along x and y instead of from contours (which do not batch), and over the
+    sampled clip instead of the whole video.  The map's median is subtracted, so that a zoom of the camera, which has the
+    same gradient everywhere, does not count; and below a floor there is no motion: the clip gets a uniform tube mask.
+ 5. The mask is what the paper's text says: a patch is inside if it overlaps the box.  The released code compares x with
+    rows and y with columns, and never hides the last patches unless they are inside.
+ 6. A 75 % inside ratio *shows* more of the motion than VideoMAE's 90 %, and boxes over 41 % of the frame need more than
+    75 % to hide 90 % in all.  It is the published value, so it is the default; treat it as a setting to study.
+    `--inside-ratio none` is VideoMAE, the baseline.
 
 Run    python mofo.py                                        # toy data, made on the spot, CPU or GPU
        torchrun --nproc_per_node=8 mofo.py --data ssv2 --root DIR
@@ -41,11 +43,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal, ViT, adamw, all_reduce_mean,
-                    clip_indices, collate, cosine_lr, draw_box, find_videos, flow_picture, loader, map_picture,
-                    multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand, restore,
-                    save_checkpoint, save_sheet, setup, shutdown, sincos_positions, spatial_gradient, take, to_device,
-                    unnormalize, unpatchify, vit_sizes, wrap)
+from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal, UserError, ViT, adamw,
+                    all_reduce_mean, clip_indices, collate, cosine_lr, draw_box, find_videos, flow_picture, loader,
+                    map_picture, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand,
+                    restore, save_checkpoint, save_sheet, setup, shutdown, sincos_positions, spatial_gradient, take,
+                    to_device, unnormalize, unpatchify, vit_sizes, wrap)
 
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -53,7 +55,7 @@ from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal,
 
 @dataclass
 class Config:
-    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, or a directory or list file of your own videos
+    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, or your own: a directory, a list file
     root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
     out: str = ""                      # directory of the run; default runs/mofo-<data>
     fresh: bool = False                # start over instead of continuing the run in --out
@@ -92,14 +94,17 @@ class Config:
 
 
 RECIPES = {
-    "ssv2": {},                                                            # specs of the published run: 800 epochs, stride 2
-    "epic": dict(),                                                        # MOFO pre-trains Epic as SSv2
-    "k400": dict(stride=4),                                                # VideoMAE's Kinetics run
-    "ucf101": dict(stride=4, mask_ratio=0.75, lr=3e-4, epochs=3200, batch=256),  # VideoMAE's UCF101 run
-    "hmdb51": dict(stride=4, mask_ratio=0.75, lr=3e-4, epochs=4800, batch=192),
-    "custom": dict(model="vit_small", batch=16, epochs=800, workers=2, log_every=1, save_every=50, preview_every=50),
-    "toy": dict(model="vit_tiny", image_size=64, patch_size=8, flow="tvl1", batch=32, epochs=10, warmup_epochs=1, lr=8e-3,
-                workers=2, log_every=10, save_every=100, preview_every=100),
+    "ssv2": {},                                      # the defaults above: VideoMAE's and MOFO's 800 epochs
+    "epic": {},                                      # MOFO trains Epic as SSv2
+    "k400": dict(stride=4),                          # VideoMAE's Kinetics run
+    # VideoMAE's UCF101 run; its batch is not in our sources, 256 is our choice
+    "ucf101": dict(stride=4, mask_ratio=0.75, lr=3e-4, epochs=3200, batch=256),
+    "hmdb51": dict(stride=4, mask_ratio=0.75, lr=3e-4, epochs=3200, batch=256),          # as UCF101 (our choice)
+    # our choice: small enough to start on any machine; with a large data set and GPUs say --model vit_base --batch 1024
+    "custom": dict(model="vit_small", batch=16, workers=2, log_every=1, save_every=50, preview_every=50),
+    # our choice: two minutes on two CPU cores
+    "toy": dict(model="vit_tiny", image_size=64, patch_size=8, flow="tvl1", batch=32, epochs=10, warmup_epochs=1,
+                lr=8e-3, workers=2, log_every=10, save_every=100, preview_every=100),
 }
 
 
@@ -108,9 +113,9 @@ RECIPES = {
 def motion_map(flow, window=2):
     """Motion that is not the camera's pan: flow (B, F, 2, h, w) in pixels per frame -> map (B, h, w), the same per pixel.
 
-    The flow is averaged over windows of `window` flows with its sign, so that jitter cancels; of each window the length of
-    the spatial gradient is taken and averaged over the two components; then the mean over the windows.  A pan has gradient
-    0; zoom and rotation of the camera leave a constant.  Source: MOFO's motion map (itself MCL's), which sums where we average.
+    The flow is averaged over windows of `window` flows with its sign, so that jitter cancels; of each window the length
+    of the spatial gradient is taken and averaged over the two components; then the mean over windows.  A pan has gradient
+    0; zoom and roll of the camera leave a constant.  Source: MOFO's motion map (itself MCL's), which sums where we average.
     """
     smooth = torch.stack([part.mean(1) for part in flow.split(window, 1)], 1)   # (B, windows, 2, h, w)
     length = spatial_gradient(smooth).norm(dim=3)                               # (B, windows, 2 components, h, w)
@@ -120,10 +125,10 @@ def motion_map(flow, window=2):
 def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.01):
     """The region that moves: map (B, h, w) -> boxes (B, 4) in pixels of an image of side image_size, found (B,) bool.
 
-    The map is blurred (sigma = blur x its side), its median is subtracted (what a zoom, a roll or noise leaves everywhere), and
-    what is below `relative` x the maximum is cut; the box spans the columns and rows between the lowest and the highest
-    `tail` of the mass that remains.  found is False, and the box 0, where the maximum is less than what the edge of an object
-    leaves that moves at `floor` pixels per frame, for 224 pixels.  A replacement of contours that batches (our choice).
+    The map is blurred (sigma = blur x its side), its median is subtracted (what zoom, roll or noise leaves everywhere),
+    and what is below `relative` x the maximum is cut; the box spans the columns and rows between the lowest and the
+    highest `tail` of the mass that remains.  found is False, and the box 0, where the maximum is less than what the edge
+    of an object leaves that moves at `floor` pixels per frame along both axes, at 224 pixels.  Our choice of a box finder.
     """
     h, w = motion.shape[-2:]
     sigma = blur * w
@@ -134,7 +139,7 @@ def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.0
     smooth = F.conv2d(smooth, kernel.view(1, 1, -1, 1), padding=(reach, 0))[:, 0]
     smooth = (smooth - smooth.flatten(1).median(1).values[:, None, None]).clamp(min=0)
     peak = smooth.amax((1, 2))
-    found = peak * math.sqrt(2 * math.pi) * sigma > floor * w / 224             # a blurred step of height c peaks at c / (sqrt(2 pi) sigma)
+    found = peak * math.sqrt(2 * math.pi) * sigma > floor * w / 224             # an edge of height c peaks at c / (sqrt(2 pi) sigma)
     mass = torch.where(smooth >= relative * peak[:, None, None], smooth, 0.0)
     sides = []
     for total, scale in ((mass.sum(1), image_size / w), (mass.sum(2), image_size / h)):   # along x, along y
@@ -148,32 +153,35 @@ def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.0
 # ---- 3. Mask ---------------------------------------------------------------------------------------------------------
 
 def motion_tube_mask(boxes, found, grid, ratio, inside_ratio, generator=None, patch_size=16):
-    """Hide `inside_ratio` of the patches in the box and `ratio` of all, the same at all times -> hidden (B, N), True = masked.
+    """Hide `inside_ratio` of the patches in the box and `ratio` of all, the same at all times -> hidden (B, N) bool.
 
-    boxes (B, 4) in pixels, found (B,) bool, grid (T', H', W') tokens.  Each clip gets exactly int(ratio * H' * W') hidden patches per
-    time, which bounds the share inside: with n_in patches inside and K hidden in all,
-        m_in = clamp(floor(inside_ratio * n_in), max(0, K - n_out), min(n_in, K)).
-    A patch is inside if the box covers any of it.  Without a box, or with inside_ratio None: a uniform tube mask (VideoMAE).
+    boxes (B, 4) in pixels, found (B,) bool, grid (T', H', W') tokens.  Each clip gets exactly K = int(ratio * H' * W')
+    hidden patches per time, which bounds the share inside: with n_in patches inside and n_out outside,
+        m_in = clamp(floor(inside_ratio * n_in), max(0, K - n_out), min(n_in, K))
+    are hidden inside, at random, and K - m_in outside.  A patch is inside if the box covers any of it.  Without a box, or
+    with inside_ratio None, the mask is uniform over the patches (VideoMAE's tube mask).
     """
     T, H, W = grid
     x1, y1, x2, y2 = (side[:, None] for side in boxes.unbind(1))                # each (B, 1)
-    left, top = (torch.arange(n, device=boxes.device) * patch_size for n in (W, H))
-    inside = ((top + patch_size > y1) & (top < y2) & (y2 > y1))[:, :, None] & ((left + patch_size > x1) & (left < x2) & (x2 > x1))[:, None]
-    inside = inside.flatten(1) & found[:, None] & (inside_ratio is not None)    # (B, H'W')
+    top, left = (torch.arange(n, device=boxes.device) * patch_size for n in (H, W))
+    rows = (top < y2) & (top + patch_size > y1) & (y1 < y2)                     # (B, H')
+    columns = (left < x2) & (left + patch_size > x1) & (x1 < x2)                # (B, W')
+    inside = (rows[:, :, None] & columns[:, None]).flatten(1)                   # (B, H'W')
+    inside = inside & found[:, None] & (inside_ratio is not None)
     K, n_in = int(ratio * H * W), inside.sum(1)
     m_in = ((inside_ratio or 0.0) * n_in.double()).floor().long()
     m_in = torch.minimum(torch.maximum(m_in, K - (H * W - n_in)), n_in.clamp(max=K)).clamp(min=0)
     noise = rand(len(boxes), H * W, generator=generator, device=boxes.device)
-    rank_in, rank_out = ((noise + ~side).argsort(1).argsort(1) for side in (inside, ~inside))    # own side first, in random order
-    hidden = torch.where(inside, rank_in < m_in[:, None], rank_out < K - m_in[:, None])          # (B, H'W')
+    rank_in, rank_out = ((noise + ~side).argsort(1).argsort(1) for side in (inside, ~inside))  # own side first, shuffled
+    hidden = torch.where(inside, rank_in < m_in[:, None], rank_out < K - m_in[:, None])        # (B, H'W')
     return hidden.repeat(1, T)
 
 
 # ---- 4. Target and model ---------------------------------------------------------------------------------------------
 
 def normalize_patches(patches):
-    """Patches (B, n, 3 * P) in [0, 1], colour slowest -> (B, n, P * 3), colour fastest: minus the mean and over the standard deviation
-    (unbiased, + 1e-6) of each patch and colour.  Also returns mean and deviation (B, n, 3, 1), to paint with."""
+    """Patches (B, n, 3 * P) in [0, 1], colour slowest -> (B, n, P * 3), colour fastest: minus the mean and over the
+    standard deviation (unbiased, + 1e-6) of each patch and colour; also these two, (B, n, 3, 1), to paint with."""
     patches = patches.unflatten(-1, (3, -1))
     var, mean = torch.var_mean(patches, -1, keepdim=True)
     deviation = var.sqrt() + 1e-6
@@ -181,7 +189,7 @@ def normalize_patches(patches):
 
 
 def pixel_target(clips01, patch_size, tubelet_size):
-    """What is reconstructed: clips (B, 3, T, H, W) in [0, 1] -> (B, N, tubelet * patch^2 * 3), normalised per patch and colour."""
+    """What is predicted: clips (B, 3, T, H, W) in [0, 1] -> (B, N, tubelet * patch^2 * 3), normalised per patch and colour."""
     return normalize_patches(patchify(clips01, patch_size, tubelet_size))[0]
 
 
@@ -191,34 +199,35 @@ class MaskedAutoencoder(nn.Module):
     State-dict names are those of the public VideoMAE pre-training checkpoints.
     """
 
-    def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads):
+    def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads,
+                 decoder_dim, decoder_depth, decoder_heads):
         super().__init__()
         self.encoder = ViT(image_size, frames, patch_size, tubelet_size, dim, depth, heads)
         self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads, 3 * tubelet_size * patch_size**2)
         self.register_buffer("positions", sincos_positions(math.prod(self.encoder.grid), decoder_dim), persistent=False)
-        for part in (self.encoder, self.decoder):                               # VideoMAE leaves the projection between them as it is
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
+        for module in [*self.encoder.modules(), *self.decoder.modules()]:       # not the projection between them (VideoMAE)
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias) if module.bias is not None else None
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, clips, hidden, count=None):
-        """Clips (B, 3, T, H, W), normalised, hidden (B, N) with equal counts per clip -> prediction (B, N_hidden, D), loss.
+        """Clips (B, 3, T, H, W), normalised, hidden (B, N), as many per clip -> prediction (B, N_hidden, D), loss.
 
         count is N_hidden where the caller knows it; asking the GPU would make the host wait.
         """
+        p, t = self.encoder.patch_size, self.encoder.tubelet_size
         count = count or int(hidden[0].sum())
-        order = hidden.byte().argsort(dim=1, stable=True)                       # visible tokens, then hidden ones, each in order
+        order = hidden.byte().argsort(dim=1, stable=True)                       # visible tokens, then hidden ones
         visible, masked = order[:, :-count], order[:, -count:]                  # (B, N_visible), (B, N_hidden)
-        patches = patchify(clips, self.encoder.patch_size, self.encoder.tubelet_size)       # (B, N, D)
-        z = self.encoder_to_decoder(self.encoder.tokens(patches, visible))      # (B, N_visible, decoder_dim)
-        positions = self.positions.expand(len(clips), -1, -1)
-        z = torch.cat([z + take(positions, visible), self.mask_token + take(positions, masked)], 1)
+        z = self.encoder.tokens(patchify(clips, p, t), visible)                 # (B, N_visible, dim)
+        positions = self.positions.expand(len(clips), -1, -1)                   # (B, N, decoder_dim)
+        z = torch.cat([self.encoder_to_decoder(z) + take(positions, visible),
+                       self.mask_token + take(positions, masked)], 1)           # (B, N, decoder_dim)
         prediction = self.decoder(z, count)                                     # (B, N_hidden, D)
-        colours = take(patches, masked).view(*masked.shape, 3, self.encoder.tubelet_size, *[self.encoder.patch_size] * 2)
-        target = normalize_patches(unnormalize(colours).flatten(2))[0]          # (B, N_hidden, D)
+        target = take(pixel_target(unnormalize(clips), p, t), masked)           # (B, N_hidden, D)
         return prediction, F.mse_loss(prediction.float(), target)
 
 
@@ -227,25 +236,32 @@ class MOFO(MaskedAutoencoder):
 
     def __init__(self, flow, mask_ratio, inside_ratio, **sizes):
         super().__init__(**sizes)
+        T, H, W = self.encoder.grid
+        self.count = T * int(mask_ratio * H * W)                                # hidden tokens of a clip
+        if not 0 < self.count < T * H * W or not 0 <= (inside_ratio or 0) <= 1:
+            raise UserError(f"--mask-ratio {mask_ratio} must leave some of the {H * W} patches hidden and some visible, "
+                            f"--inside-ratio {inside_ratio} must be in [0, 1] or none")
+        if sizes["tubelet_size"] < 2:
+            raise UserError("--tubelet-size 1: flow needs two frames of each tubelet")
         self.flow, self.mask_ratio, self.inside_ratio = flow, mask_ratio, inside_ratio
 
     @torch.no_grad()
     def mask(self, clips, generator=None):
-        """-> hidden (B, N), then what it was made from: flow (B, T', 2, h, w), motion (B, h, w), boxes (B, 4), found (B,)."""
+        """-> hidden (B, N), and what it comes from: flow (B, T', 2, h, w), motion (B, h, w), boxes (B, 4), found (B,)."""
         B, _, T, _, side = clips.shape
-        pairs = clips.unflatten(2, (-1, self.encoder.tubelet_size))[:, :, :, :2]            # first two frames of each tubelet
-        flow = self.flow(pairs.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, -1))[:, :, 0]        # (B, T', 2, h, w)
-        motion = motion_map(flow)
-        boxes, found = motion_box(motion, side)
+        pairs = clips.unflatten(2, (-1, self.encoder.tubelet_size))[:, :, :, :2]            # first two frames per tubelet
+        flow = self.flow(pairs.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, -1))[:, :, 0]    # (B, T', 2, h, w)
+        with torch.autocast(clips.device.type, enabled=False):                              # bf16 cannot tell pan from edge
+            motion = motion_map(flow)
+            boxes, found = motion_box(motion, side)
         hidden = motion_tube_mask(boxes, found, self.encoder.grid, self.mask_ratio, self.inside_ratio, generator,
                                   self.encoder.patch_size)
         return hidden, flow, motion, boxes, found
 
     def forward(self, clips, generator=None):
         hidden, _, _, boxes, found = self.mask(clips, generator)
-        T, H, W = self.encoder.grid
-        _, loss = super().forward(normalize(clips), hidden, T * int(self.mask_ratio * H * W))
-        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / clips.shape[-1] ** 2
+        _, loss = super().forward(normalize(clips), hidden, self.count)
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1) / clips.shape[-1] ** 2                 # (B,), 0 without a box
         return loss, dict(with_box=found.float().mean(), box_area=area.sum() / found.sum().clamp(min=1))
 
 
@@ -253,35 +269,35 @@ class MOFO(MaskedAutoencoder):
 
 @torch.no_grad()
 def preview(model, clips, path):
-    """Write what the method sees in clips (B, 3, T, H, W) uint8, two clips side by side, five rows each: frames with the motion
-    box, flow, motion map with the box, what the encoder sees, reconstruction (each hidden patch with its true mean and contrast,
-    which the normalised target leaves open)."""
+    """Write what the method sees in an even number of clips (B, 3, T, H, W) uint8, two side by side, five rows each:
+    frames with the motion box, flow, motion map with the box, what the encoder sees, reconstruction (of hidden patches,
+    each with its true mean and contrast, which the normalised target leaves open)."""
     model.eval()
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
     hidden, flow, motion, boxes, found = model.mask(clips, torch.Generator(clips.device).manual_seed(0))
-    prediction, _ = MaskedAutoencoder.forward(model, normalize(clips), hidden)
+    prediction, _ = MaskedAutoencoder.forward(model, normalize(clips), hidden)              # (B, N_hidden, D)
     patches = patchify(clips.float() / 255, p, t)                                           # (B, N, D)
-    _, mean, deviation = normalize_patches(patches)
-    painted, seen = patches.clone(), patches.clone()
-    painted[hidden] = (prediction.float().unflatten(-1, (-1, 3)).transpose(-1, -2) * deviation[hidden].view(
-        len(clips), -1, 3, 1) + mean[hidden].view(len(clips), -1, 3, 1)).flatten(0, 1).flatten(1)
+    _, mean, deviation = normalize_patches(patches)                                         # (B, N, 3, 1)
+    seen, painted = patches.clone(), patches.clone()
     seen[hidden] = 0.5
-    blocks = []                                                                             # per clip (5 rows, 4 columns, 3, h, w)
+    colours = prediction.float().unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(0, 1)     # (B N_hidden, 3, D / 3)
+    painted[hidden] = (colours * deviation[hidden] + mean[hidden]).flatten(1)
+    blocks = []                                                                             # per clip 5 rows of 4 pictures
     for i in range(len(clips)):
         frames = clips[i].float()[:, ::2 * t].transpose(0, 1) / 255                         # every second tubelet
         maps = F.interpolate(map_picture(motion[i, None]), frames.shape[-2:]).expand(len(frames), -1, -1, -1)
-        pictures = [unpatchify(x[i, None], grid, p, t)[0, :, ::2 * t].transpose(0, 1).clamp(0, 1) for x in (seen, painted)]
-        outlined = [draw_box(x, boxes[i]) if found[i] else x for x in (frames, maps)]
-        blocks.append([outlined[0], flow_picture(flow[i, ::2]), outlined[1], *pictures])
-    rows = [torch.cat([row, other[k]]) for block, other in zip(blocks[::2], blocks[1::2]) for k, row in enumerate(block)]
-    save_sheet(path, rows)
+        boxed = [draw_box(x, boxes[i]) if found[i] else x for x in (frames, maps)]
+        shown = [unpatchify(x[i, None], grid, p, t)[0, :, ::2 * t].transpose(0, 1).clamp(0, 1) for x in (seen, painted)]
+        blocks.append([boxed[0], flow_picture(flow[i, ::2]), boxed[1], *shown])
+    pairs = zip(blocks[::2], blocks[1::2])
+    save_sheet(path, [torch.cat([x.cpu(), y.cpu()]) for left, right in pairs for x, y in zip(left, right)])
     model.train()
 
 
 # ---- 6. Train --------------------------------------------------------------------------------------------------------
 
 def sample_clips(video, item, rng, cfg):
-    """cfg.repeats random clips of a video, each with a multi-scale crop of its own -> uint8 (repeats, frames, side, side, 3)."""
+    """cfg.repeats random clips of a video, each with a crop of its own -> uint8 (repeats, frames, side, side, 3)."""
     indices = [clip_indices(video, item, cfg.frames, cfg.stride, rng) for _ in range(cfg.repeats)]
     scales = [s for s in (1.0, 0.875, 0.75, 0.66) if s >= cfg.min_crop]
     crops = [multi_scale_crop(video.info.height, video.info.width, rng, scales, cfg.image_size) for _ in indices]
@@ -298,13 +314,13 @@ def main(cfg):
     out, checkpoint = open_run("mofo", cfg, env, listing, plan, lr)
 
     dim, depth, heads, decoder_depth = vit_sizes(cfg.model)
-    flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, device=env.device, amp=env.amp, compile=cfg.compile)
-    model = MOFO(flow, cfg.mask_ratio, cfg.inside_ratio, image_size=cfg.image_size, frames=cfg.frames, patch_size=cfg.patch_size,
-                 tubelet_size=cfg.tubelet_size, dim=dim, depth=depth, heads=heads, decoder_dim=dim // 2,
-                 decoder_depth=decoder_depth, decoder_heads=max(1, heads // 2)).to(env.device)
+    flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+    model = MOFO(flow, cfg.mask_ratio, cfg.inside_ratio, image_size=cfg.image_size, frames=cfg.frames,
+                 patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size, dim=dim, depth=depth, heads=heads,
+                 decoder_dim=dim // 2, decoder_depth=decoder_depth, decoder_heads=max(1, heads // 2)).to(env.device)
     optimizer = adamw(model, lr, cfg.weight_decay, (0.9, 0.95), env.device)
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
-    examples = collate([dataset[0, int(i)] for i in np.linspace(0, len(dataset) - 1, 8)])["clips"]
+    examples = collate([dataset[0, int(i)] for i in np.linspace(0, len(dataset) - 1, 8)])["clips"][:8]
 
     # >>> same: loop
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
@@ -326,7 +342,8 @@ def main(cfg):
             total = total + loss.detach() / plan.accum
         scaler.unscale_(optimizer)
         norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
-        total, stopping = all_reduce_mean(torch.stack([total, total.new_tensor(float(stop.received))])).tolist()   # the one wait
+        status = torch.stack([total, total.new_tensor(float(stop.received))])
+        total, stopping = all_reduce_mean(status).tolist()                     # the one wait for the device in a step
         if log.finite(total, batch["names"]):
             scaler.step(optimizer)
         scaler.update()

@@ -292,11 +292,13 @@ def test_mask_has_exact_counts_in_all_and_the_specified_share_inside(grid, patch
 
 @pytest.mark.parametrize("box, count", [
     ((0, 0, 224, 224), 196), ((-50, -50, 300, 300), 196), ((16, 32, 48, 80), 6), ((15, 31, 49, 81), 20), ((17, 33, 18, 34), 1),
-    ((0, 0, 1, 1), 1), ((223, 223, 224, 224), 1), ((100, 0, 101, 224), 14), ((15.9, 0, 16.1, 1), 2), ((50, 50, 50, 90), 0),
+    ((0, 0, 1, 1), 1), ((223, 223, 224, 224), 1), ((100, 0, 101, 224), 14), ((15.9, 0, 16.1, 1), 2),
+    ((50, 50, 50, 90), 0), ((50, 50, 90, 50), 0),
     ((50, 50, 50, 50), 0), ((64, 64, 64, 64), 0), ((-40, 0, 0, 224), 0), ((224, 0, 300, 224), 0), ((90, 90, 40, 40), 0)])
 def test_only_patches_that_the_box_covers_in_part_are_inside(box, count):
     # inside_ratio 1 hides every patch inside (up to K = 176) in every draw, and no other patch always
-    hidden = motion_tube_mask(torch.tensor([box] * 300).float(), torch.ones(300, dtype=torch.bool), (1, 14, 14), 0.9, 1.0, seeded())
+    boxes, found = torch.tensor([box] * 300).float(), torch.ones(300, dtype=torch.bool)
+    hidden = motion_tube_mask(boxes, found, (1, 14, 14), 0.9, 1.0, seeded())
     always = hidden.all(0).tolist()
     assert (hidden.sum(1) == 176).all()
     inside = slow_inside(box, True, (1, 14, 14), 16)
@@ -309,7 +311,8 @@ def test_without_a_box_every_tube_is_hidden_equally_often(how):
     grid, clips = (2, 6, 5), 6000
     boxes = torch.tensor([[0, 0, 40, 16.0]]).expand(clips, -1) * (how != "empty box")
     found = torch.full((clips,), how != "no box found")
-    hidden = motion_tube_mask(boxes, found, grid, 0.75, None if how == "inside_ratio none" else 0.2, seeded(), 8)[:, :30].float()
+    inside_ratio = None if how == "inside_ratio none" else 0.2
+    hidden = motion_tube_mask(boxes, found, grid, 0.75, inside_ratio, seeded(), 8)[:, :30].float()
     share, spread = 22 / 30, math.sqrt(22 / 30 * 8 / 30 / clips)                # int(0.75 * 30) = 22
     assert (hidden.sum(1) == 22).all()
     assert (hidden.mean(0) - share).abs().max() < 4.5 * spread
@@ -319,8 +322,8 @@ def test_without_a_box_every_tube_is_hidden_equally_often(how):
 
 def test_patches_inside_are_equally_likely_and_so_are_those_outside():
     grid, clips, box = (1, 8, 8), 6000, (16, 8, 40, 32)                         # 3 x 3 patches of 8 pixels
-    hidden = motion_tube_mask(torch.tensor([box]).float().expand(clips, -1), torch.ones(clips, dtype=torch.bool), grid, 0.5, 0.75,
-                              seeded(), 8).float().mean(0)
+    boxes, found = torch.tensor([box]).float().expand(clips, -1), torch.ones(clips, dtype=torch.bool)
+    hidden = motion_tube_mask(boxes, found, grid, 0.5, 0.75, seeded(), 8).float().mean(0)
     inside = torch.tensor(slow_inside(box, True, grid, 8))
     for side, share in ((inside, 6 / 9), (~inside, 26 / 55)):                   # floor(0.75 * 9) = 6 of K = 32
         assert (hidden[side] - share).abs().max() < 4.5 * math.sqrt(share * (1 - share) / clips)
@@ -401,12 +404,28 @@ def test_loss_is_the_plain_mean_over_hidden_tokens_and_their_values():
 # ---- network ---------------------------------------------------------------------------------------------------------
 
 def test_predictions_come_in_increasing_token_order():
-    model, (clips, hidden) = tiny(decoder_depth=0), tiny_input()                # without blocks each depends on its position only
+    model, (clips, hidden) = tiny(decoder_depth=0), tiny_input()            # no blocks: each depends on its position only
     prediction, _ = model(clips, hidden)
     for mask, rows in zip(hidden, prediction):
         tokens = [i for i in range(8) if mask[i]]
         expected = model.decoder.head(model.decoder.norm(model.mask_token[0] + sincos_positions(8, 12)[0, tokens]))
         torch.testing.assert_close(rows, expected)
+
+
+def test_forward_encodes_the_visible_tokens_and_decodes_all_at_their_positions():
+    model, (clips, hidden) = tiny(), tiny_input()
+    prediction, _ = model(clips, hidden)
+    for clip, mask, rows in zip(clips, hidden, prediction):
+        x = model.encoder.patch_embed.proj(clip[None]).flatten(2).transpose(1, 2) + sincos_positions(8, 24)     # as a Conv3d
+        z = x[:, ~mask]
+        for block in model.encoder.blocks:
+            z = block(z)
+        z = model.encoder_to_decoder(model.encoder.norm(z))
+        positions = sincos_positions(8, 12)
+        z = torch.cat([z + positions[:, ~mask], model.mask_token + positions[:, mask]], 1)
+        for block in model.decoder.blocks:
+            z = block(z)
+        torch.testing.assert_close(model.decoder.head(model.decoder.norm(z))[0, -5:], rows, atol=1e-5, rtol=0)
 
 
 def test_hidden_pixels_never_reach_the_prediction_and_every_visible_token_does():
@@ -426,8 +445,8 @@ def test_gradients_reach_every_parameter():
     assert [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
 
 
-@pytest.mark.parametrize("name, pretrain, trunk", [("vit_small", 24.03, 21.88), ("vit_base", 94.21, 86.23), ("vit_large", 343.0, 303.9),
-                                                   ("vit_huge", 692.5, 631.6)])
+@pytest.mark.parametrize("name, pretrain, trunk", [
+    ("vit_small", 24.03, 21.88), ("vit_base", 94.21, 86.23), ("vit_large", 343.0, 303.9), ("vit_huge", 692.5, 631.6)])
 def test_parameter_counts_are_videomae_s(name, pretrain, trunk):
     dim, depth, heads, decoder_depth = VITS[name]
     with torch.device("meta"):
@@ -459,7 +478,8 @@ def test_block_is_pre_norm_with_exact_gelu():
     torch.manual_seed(0)
     block, x = Block(12, 3), torch.randn(2, 5, 12) * 1e-3                       # small, so that eps 1e-6 of the norms shows
     def norm(x, layer):
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt() * layer.weight + layer.bias
+        deviation = (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+        return (x - x.mean(-1, keepdim=True)) / deviation * layer.weight + layer.bias
     y = x + block.attn(norm(x, block.norm1))
     h = block.mlp.fc1(norm(y, block.norm2))
     assert h.shape[-1] == 48
@@ -623,7 +643,8 @@ def test_true_toy_flow_carries_the_last_frame_back_to_the_first(label):
     flow, sprite = toy_flow(truth, 0, 15)
     _, later = toy_flow(truth, 15, 0)
     first, last = (torch.from_numpy(video[t]).permute(2, 0, 1)[None].float() / 255 for t in (0, 15))
-    change, error = (last - first).abs().mean((0, 1)), (warp(last, torch.from_numpy(flow)[None].float()) - first).abs().mean((0, 1))
+    back = warp(last, torch.from_numpy(flow)[None].float())
+    change, error = ((x - first).abs().mean((0, 1)) for x in (last, back))
     x, y = np.mgrid[:192, :192][::-1] + flow                                            # where each pixel goes
     stays = (x > 0) & (x < 191) & (y > 0) & (y < 191)
     def grow(mask):

@@ -163,7 +163,7 @@ def test_other_settings_are_refused_and_fresh_starts_over(script):
     (["--data", "ssv2", "--root", "nowhere"], r"--data ssv2: no directory nowhere.*<id>.webm files and labels.json.*--root"),
     (["--mask-ration", "0.5"], r"unknown flag --mask-ration, did you mean --mask-ratio\?"),
     (["--batch", "many"], r"--batch.*invalid int value: 'many'"),
-    (["--batch", "9", "--device-batch", "2"], r"--batch 9 must be a multiple of 1 processes x --device-batch 2"),
+    (["--batch", "9", "--device-batch", "2"], r"--batch 9 does not spread evenly over 1 processes with --device-batch 2"),
     (["--flow", "farneback"], r"--flow farneback: choose raft_small, raft_large or tvl1"),
     (["--flow", "raft_small", "--raft-weights", "nowhere.pth"], r"--raft-weights nowhere.pth failed.*--flow tvl1"),
     (["--init", "nowhere.pt"], r"nowhere.pt: no such checkpoint"),
@@ -234,8 +234,8 @@ def test_compiled_blocks_give_the_eager_result_without_recompiling():
     assert list(model.state_dict()) == names
     clips = torch.randn(2, 3, 4, 32, 32)
     found = torch.zeros(2, dtype=torch.bool)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for seed in range(3):
+    for seed in range(3):                                                # all graphs are made in the first step
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
             hidden = mofo.motion_tube_mask(torch.zeros(2, 4), found, (2, 4, 4), 0.75, None, torch.Generator().manual_seed(seed), 8)
             torch.testing.assert_close(model(clips, hidden)[1], eager(clips, hidden)[1], rtol=1e-5, atol=1e-6)
 
@@ -246,14 +246,14 @@ def test_compiled_blocks_give_the_eager_result_without_recompiling():
 def test_every_mode_of_finetune(mode, reference):
     reference("mofo")
     argv = ["--toy-train", 24, "--toy-test", 16, "--batch", 8, "--workers", 0, "--views", "1x2", "--log-every", 1]
-    init = "runs/finetune-toy-finetune/last.pt" if mode == "test" else "runs/reference-mofo/last.pt"
+    init = "runs/finetune-finetune-toy/last.pt" if mode == "test" else "runs/reference-mofo/last.pt"
     if mode == "test" and not Path(init).exists():
         run("finetune", *argv, "--mode", "finetune", "--steps", 2, "--init", "runs/reference-mofo/last.pt")
     run("finetune", *argv, "--mode", mode, "--init", init, *(["--steps", 2] if mode == "finetune" else []))
-    results = json.loads(Path(f"runs/finetune-toy-{mode}/results.json").read_text())
+    results = json.loads(Path(f"runs/finetune-{mode}-toy/results.json").read_text())
     assert 0 <= results["acc1_1x2"] <= results["acc5_1x2"] <= 100 and results["videos"] == 16 and not results["unreadable"]
     if mode == "test":                                                   # testing again gives what fine-tuning gave
-        before = json.loads(Path("runs/finetune-toy-finetune/results.json").read_text())
+        before = json.loads(Path("runs/finetune-finetune-toy/results.json").read_text())
         assert results["acc1_1x2"] == before["acc1_1x2"]
 
 
@@ -288,7 +288,7 @@ def test_a_test_video_that_cannot_be_read_counts_as_wrong_and_is_named(workplace
     (["--init", "x.pt", "--mode", "guess"], "--mode guess: choose finetune, linear, knn or test"),
     (["--init", "x.pt", "--views", "3"], "--views 3: expected e.g. 2x3"),
     (["--init", "x.pt", "--label", "taste"], "--label taste: toy has motion and scene"),
-    (["--init", "runs/reference-mofo/last.pt", "--mode", "test"], "has no classifier"),
+    (["--init", "runs/reference-mofo/last.pt", "--mode", "test"], "missing .*head.weight"),
 ])
 def test_a_mistake_with_finetune_gets_one_line(argv, message, reference):
     reference("mofo")
