@@ -1,10 +1,9 @@
-"""Everything the five methods share: reading videos, data sets, optical flow, the backbone, and the plumbing of a run.
+"""Everything the five methods share: videos, data sets, optical flow, the backbone, and the plumbing of a run.
 
-Nothing in this file is an equation of one of the five papers; those are in mofo.py and its siblings.  Sections, in the
-order in which a reader meets them:
+Nothing in this file is an equation of one of the five papers; those are in mofo.py and its siblings.  The sections:
 
-    1 config    2 processes and devices    3 video    4 data sets    5 augmentation
-    6 optical flow    7 backbone    8 checkpoints of other people    9 run    10 pictures
+    1 config    2 processes and devices    3 video    4 data sets    5 toy data    6 augmentation on the device
+    7 optical flow    8 backbone    9 checkpoints of other people    10 run    11 pictures
 
 Clips are uint8 (B, 3, T, H, W) tensors until the network sees them.  Boxes are (x1, y1, x2, y2) in pixels, x2 and y2
 exclusive.  `hidden` is a bool mask over tokens, True = masked.  Tokens are in (t, h, w) order, t slowest.
@@ -16,7 +15,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-from itertools import accumulate, dropwhile, groupby, islice, pairwise
 import json
 import math
 import os
@@ -30,6 +28,7 @@ from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate, dropwhile, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,14 +51,19 @@ class UserError(SystemExit):
         super().__init__(f"error: {message}")
 
 
-# ---- 1. Config -------------------------------------------------------------------------------------------------------
+def _first_line(error):
+    """The first line of what an exception says, or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- 1. Config -----------------------------------------------------------------------------------------------------
 
 def parse_config(Config, recipes, argv=None):
     """Fill the dataclass `Config` from its defaults, then `recipes[data]`, then the command line.
 
-    Every field is a flag (`mask_ratio` -> `--mask-ratio`, bools also `--no-...`), its comment is the help text.  A `data`
-    that names no recipe is a path of the user's own and takes `recipes["custom"]`.  Raises UserError on an unknown flag
-    or a value of the wrong type.
+    Every field is a flag (`mask_ratio` -> `--mask-ratio`, bools also `--no-...`), its comment is the help text.  A
+    `data` that names no recipe is a path of the user's own and takes `recipes["custom"]`.  Raises UserError on an
+    unknown flag or a value of the wrong type.
     """
     types = typing.get_type_hints(Config)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
@@ -78,11 +82,13 @@ def parse_config(Config, recipes, argv=None):
         if message.startswith("unrecognized"):
             word = message.removeprefix("unrecognized arguments: ").split()[0]
             near = difflib.get_close_matches(word, flags, 1)
-            message = f"unknown flag {word}" + (f", did you mean {near[0]}?" if near else "") + " (--help lists them all)"
+            guess = f", did you mean {near[0]}?" if near else ""
+            message = f"unknown flag {word}{guess} (--help lists them all)"
         raise UserError(message.removeprefix("argument "))
     parser.error = complain
 
-    argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in (sys.argv[1:] if argv is None else argv)]
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]   # --mask_ratio, too
     given = vars(parser.parse_args(argv))
     data = given.get("data", Config.data)
     return Config(**{**recipes.get(data, recipes["custom"]), "data": data, **given})
@@ -90,15 +96,18 @@ def parse_config(Config, recipes, argv=None):
 
 def _value(kind):
     """A parser for one field type; `float | None` also accepts the word none."""
-    kinds = [k for k in typing.get_args(kind) if k is not type(None)] or [kind]
+    options = typing.get_args(kind) or (kind,)
+    convert = next(option for option in options if option is not type(None))
 
     def parse(text):
-        return None if type(None) in typing.get_args(kind) and text.lower() == "none" else kinds[0](text)
-    parse.__name__ = kinds[0].__name__                                  # argparse names it in its message
+        if type(None) in options and text.lower() == "none":
+            return None
+        return convert(text)
+    parse.__name__ = convert.__name__                                   # argparse names it in its message
     return parse
 
 
-# ---- 2. Processes and devices ----------------------------------------------------------------------------------------
+# ---- 2. Processes and devices --------------------------------------------------------------------------------------
 
 class Env(NamedTuple):
     """Where this process runs: its device, its rank among `world` processes, the autocast type (None = fp32)."""
@@ -164,19 +173,27 @@ class RowGenerator(torch.Generator):
 
 
 def rand(rows, *shape, generator=None, device="cpu"):
-    """Uniform numbers (rows, *shape) in [0, 1).  With a RowGenerator the numbers are drawn for the whole global batch and this
-    process keeps its rows, so that neither the number of GPUs nor accumulation changes what a clip gets (our choice)."""
-    first, total = (generator.first, generator.total) if isinstance(generator, RowGenerator) else (0, rows)
+    """Uniform numbers (rows, *shape) in [0, 1).
+
+    With a RowGenerator the numbers are drawn for the whole global batch and this process keeps its rows, so that
+    neither the number of GPUs nor accumulation changes what a clip gets (our choice).
+    """
+    first, total = 0, rows
+    if isinstance(generator, RowGenerator):
+        first, total = generator.first, generator.total
     return torch.rand(total, *shape, generator=generator, device=device)[first:first + rows]
 
 
 # ---- 3. Video ------------------------------------------------------------------------------------------------------
 
-# Frame n is the n-th frame that decoding the whole file yields. mp4 and mov list their packets in the header, so only
-# the groups (a key packet up to the next one) that hold wanted frames are read, whatever the length. webm, mkv and
-# ts do not: all their packets are read, though not decoded. Copy long films once: `ffmpeg -i a.mkv -c copy a.mp4`.
-BY_TIME = {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1"}     # a frame has the time stamp of its packet. Elsewhere it
-#                                                      may not (packed B-frames of MPEG-4): count from the first frame.
+# Frame n is the n-th frame that decoding the whole file yields.  mp4 and mov list their packets in the header, so
+# only the groups (a key packet up to the next one) that hold wanted frames are read, whatever the length.  webm, mkv
+# and ts do not: all their packets are read, though not decoded.  Long films are better copied once:
+# `ffmpeg -i a.mkv -c copy a.mp4`.
+
+# Codecs whose frames have the time stamps of their packets.  With others (MPEG-4, its packed B-frames) that is not
+# certain, and frames are counted from the first one.
+BY_TIME = {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1"}
 
 
 class VideoError(ValueError):
@@ -196,7 +213,7 @@ class VideoInfo(NamedTuple):
 
 
 class Video(contextlib.AbstractContextManager):
-    """A video file, opened once; use it in `with`. A broken file raises VideoError, now or in read()."""
+    """A video file, opened once; use it in `with`.  A broken file raises VideoError, now or in read()."""
 
     def __init__(self, path):
         self.path, self.file = os.fspath(path), None
@@ -238,12 +255,12 @@ class Video(contextlib.AbstractContextManager):
         self.start = stream.start_time or 0
         # A file cut at an open group has frames below head.pts, never shown: it needs the list of all packets.
         if not self.counted and 0 < stream.frames == len(index) and head.is_keyframe and head.pts <= self.start:
-            keys = [0]                                                      # key to key: films have 100,000s of packets
+            keys = [0]                                                      # films have 100,000s of packets: use keys
             while (k := index.search_timestamp(index[keys[-1]].timestamp + 1, backward=False)) > 0:
                 keys.append(k)
             self.keys = [*keys, len(index)]                                 # where each group begins, in decode order
             sizes = [b - a for a, b in pairwise(self.keys)]
-            for j in {0, len(sizes) - 1}:                                   # only here do usual edit lists hide frames
+            for j in {0, len(sizes) - 1}:                                   # where usual edit lists hide frames
                 sizes[j] -= sum(entry.is_discard for entry in index[self.keys[j]:self.keys[j + 1]])
         else:
             self.packets = [head, *packets]
@@ -341,15 +358,17 @@ class Video(contextlib.AbstractContextManager):
         """Frames `indices` (any order, repeats allowed) -> (len(indices), H, W, 3) uint8.
 
         size (H, W) of the output or None; crop (x1, y1, x2, y2) in displayed pixels, x2 and y2 exclusive, or one box
-        per index. An index or box outside the video is a ValueError.
+        per index.  An index or box outside the video is a ValueError.
         """
         indices, total = [int(i) for i in indices], self.first[-1]
         if not indices or min(indices) < 0 or max(indices) >= total:
             raise ValueError(f"{self.path}: indices {indices} do not fit its {total} frames")
         boxes = [None] * len(indices) if crop is None else np.broadcast_to(crop, (len(indices), 4)).tolist()
-        rows, out, crops = {}, None, {}                                     # rows: ordinal -> box -> rows of the output
+        rows = {}                                                           # ordinal -> box -> rows of the output
         for row, (n, box) in enumerate(zip(indices, boxes)):
-            rows.setdefault(n, {}).setdefault(box and tuple(box), []).append(row)
+            box = None if box is None else tuple(box)
+            rows.setdefault(n, {}).setdefault(box, []).append(row)
+        out, crops = None, {}
         try:
             with self._guard():
                 for n, frame in self._frames(set(rows)):
@@ -379,7 +398,7 @@ class Video(contextlib.AbstractContextManager):
             return np.rot90(frame.to_ndarray(format="rgb24", threads=1), turns)[y1:y2, x1:x2]
         for _ in range(turns):                                              # undo one turn of the box at a time
             x1, y1, x2, y2, height, width = height - y2, x1, height - y1, x2, width, height
-        if (x2 - x1, y2 - y1) != (width, height):                           # the filter moves pointers, copies nothing
+        if (x2 - x1, y2 - y1) != (width, height):                           # the filter only moves pointers
             key = x1, y1, x2, y2, width, height, frame.format.name
             if key not in crops:
                 graph = crops[key] = av.filter.Graph()
@@ -405,7 +424,7 @@ def read_clips(path, indices, size=None, crop=None):
         return video.read(indices, size, crop)
 
 
-# ---- 4. Data sets ----------------------------------------------------------------------------------------------------
+# ---- 4. Data sets --------------------------------------------------------------------------------------------------
 
 class Item(NamedTuple):
     """One training or test example: a file, or the part of it between two times in seconds."""
@@ -416,7 +435,7 @@ class Item(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """A split of a data set: examples, class names (empty without labels), names that are listed but not to be found."""
+    """A split of a data set: examples, class names (empty without labels), names that are listed but not there."""
     items: list
     classes: list
     missing: list
@@ -437,13 +456,15 @@ LABELS = {"epic": ("verb", "noun", "action"), "toy": ("motion", "scene")}    # w
 
 
 def find_videos(data, root=None, split="train", label="", toy=None):
-    """List a split ("train" or "test") of a data set in the layout in which it is downloaded -> Listing.
+    """List a split of a data set in the layout in which it is downloaded -> Listing.
 
     data   toy, ucf101, hmdb51, k400, ssv2, epic; or a directory of videos; or a list file with lines `path [label]`
-    root   where the data set lies; None = $VIDEO_ROOT/<data>, else data/<data>.  Annotations and videos may lie anywhere
-           below and are joined by file stem.
+    root   where the data set lies; None = $VIDEO_ROOT/<data>, else data/<data>.  Annotations and videos may lie
+           anywhere below and are joined by file stem.  For a list file: what its paths are relative to.
+    split  train or test; toy also has train_biased
     label  what to predict where there is a choice: epic verb (default), noun, action; toy motion (default), scene
-    toy    for toy: dict(train=..., test=..., size=..., seed=...), made on first use
+    toy    for toy: dict(train=..., test=..., size=...), made on first use
+
     Raises UserError if nothing is found or the annotations do not join the files.
     """
     splits, choices = TOY_SPLITS if data == "toy" else ("train", "test"), LABELS.get(data, ("",))
@@ -458,13 +479,14 @@ def find_videos(data, root=None, split="train", label="", toy=None):
     if data == "toy":
         return _toy(root, split, label, **(toy or {}))
     if not root.is_dir():
-        raise UserError(f"--data {data}: no directory {root}. Put there, in any depth: {LAYOUTS[data]}; or name another place "
-                        f"with --root DIR, or set VIDEO_ROOT so that $VIDEO_ROOT/{data} is it")
+        raise UserError(f"--data {data}: no directory {root}. Put there, in any depth: {LAYOUTS[data]}; or name "
+                        f"another place with --root DIR, or set VIDEO_ROOT so that $VIDEO_ROOT/{data} is it")
     files, videos = {}, {}                                                 # annotation file by name, video by stem
     for path in _walk(root):
         if path.suffix.lower() in VIDEO_FILES:
-            key = path.stem[:11] if data == "k400" else path.stem.lower()  # YouTube ids have 11 characters, any of - and _
-            if key not in videos or "replacement" in str(path.relative_to(root)):            # k400: replacements of files that are corrupt
+            key = path.stem[:11] if data == "k400" else path.stem.lower()  # YouTube ids: 11 characters, also - and _
+            replacement = "replacement" in str(path.relative_to(root))     # k400: of a file that is corrupt
+            if key not in videos or replacement:
                 videos[key] = path
         else:
             files.setdefault(path.name.lower(), path)
@@ -493,12 +515,16 @@ def _walk(root):
 
 
 def _listing(what, rows, classes):
-    """rows of (name, path or None, label, start, stop) -> Listing without the missing and the empty files; prints the counts."""
-    size = functools.cache(lambda path: path.stat().st_size if path and path.exists() else None)      # None = missing
+    """Rows (name, path or None, label[, start, stop]) -> Listing of the files with content; prints the counts."""
+    @functools.cache
+    def size(path):                                                        # None = missing
+        return path.stat().st_size if path and path.exists() else None
+
     items = [Item(str(path), *rest) for _, path, *rest in rows if size(path)]
     missing = list(dict.fromkeys(str(path or name) for name, path, *_ in rows if not size(path)))
     empty = sum(size(path) == 0 for _, path, *_ in rows)
-    summary = f"{what}: {len(rows)} listed, {len(items)} found, {len(rows) - len(items) - empty} missing, {empty} empty"
+    absent = len(rows) - len(items) - empty
+    summary = f"{what}: {len(rows)} listed, {len(items)} found, {absent} missing, {empty} empty"
     if not items:
         raise UserError(f"{summary}: nothing to read")
     summary += f", {len(classes)} classes" if classes else ""
@@ -509,19 +535,24 @@ def _listing(what, rows, classes):
 def _ucf101(files, split, label):
     if "classind.txt" not in files or f"{split}list01.txt" not in files:
         return None, None
-    classes = [name for _, name in sorted((int(i), name) for i, name in map(str.split, _lines(files["classind.txt"])))]
-    ids = {name.lower(): i for i, name in enumerate(classes)}              # copies differ in HandstandPushups, HandStandPushups
+    pairs = [line.split() for line in _lines(files["classind.txt"])]
+    classes = [name for _, name in sorted((int(number), name) for number, name in pairs)]
+    ids = {name.lower(): i for i, name in enumerate(classes)}              # copies differ in HandstandPushups
     paths = [Path(line.split()[0]) for line in _lines(files[f"{split}list01.txt"])]
     return [(path.stem.lower(), ids[path.parts[0].lower()]) for path in paths], classes
 
 
 def _hmdb51(files, split, label):
     end = "_test_split1.txt"
-    lists = sorted((name for name in files if name.endswith(end)), key=lambda name: name[:-len(end)])   # sword, then sword_exercise
+    lists = [name for name in files if name.endswith(end)]
+    lists.sort(key=lambda name: name.removesuffix(end))                    # by class: sword, then sword_exercise
     classes = [files[name].name[:-len(end)] for name in lists]
-    code = {"train": "1", "test": "2"}[split]
-    rows = [(Path(line.rsplit(None, 1)[0]).stem.lower(), i) for i, name in enumerate(lists)
-            for line in _lines(files[name]) if line.rsplit(None, 1)[1] == code]
+    wanted, rows = {"train": "1", "test": "2"}[split], []
+    for i, name in enumerate(lists):
+        for line in _lines(files[name]):
+            video, code = line.rsplit(None, 1)                             # a few names hold spaces
+            if code == wanted:
+                rows.append((Path(video).stem.lower(), i))
     return rows or None, classes
 
 
@@ -533,14 +564,16 @@ def _k400(files, split, label):
         return None, None
     lines = _lines(found[0])
     if "youtube_id" not in lines[0]:                                       # VideoMAE's form: path label
-        rows = [(Path(path).stem[:11], int(number)) for path, number in (re.split(r"[\s,]+(?=\d+$)", s) for s in lines)]
+        pairs = [re.split(r"[\s,]+(?=\d+$)", line) for line in lines]
+        rows = [(Path(path).stem[:11], int(number)) for path, number in pairs]
         return rows, [str(i) for i in range(1 + max(number for _, number in rows))]
     table = list(csv.DictReader(lines))
-    names = [row["label"].replace('"', "").replace("_", " ") for row in table]
-    classes = sorted(set(names))
+    labels = [row["label"].replace('"', "").replace("_", " ") for row in table]
+    classes = sorted(set(labels))
     if len(classes) != 400:
-        print0(f"note: {found[0]} names {len(classes)} classes; Kinetics-400 has 400, ids are those of the sorted names")
-    return [(row["youtube_id"], classes.index(name)) for row, name in zip(table, names)], classes
+        print0(f"note: {found[0]} names {len(classes)} classes; Kinetics-400 has 400, "
+               "ids are those of the sorted names")
+    return [(row["youtube_id"], classes.index(name)) for row, name in zip(table, labels)], classes
 
 
 def _ssv2(files, split, label):
@@ -560,13 +593,15 @@ def _epic(files, split, label):
         return None, None
     tables = {s: list(csv.DictReader(_lines(path))) for s, path in tables.items() if path}
 
-    def name(row):                                                         # the 3,806 actions are the pairs that occur
+    def name(row):                                                         # the 3,806 actions: pairs that occur
         return f"{row['verb_class']}:{row['noun_class']}" if label == "action" else row[f"{label}_class"]
     names = {name(row) for table in tables.values() for row in table}
     classes = sorted(names) if label == "action" else [str(i) for i in range(1 + max(map(int, names)))]
     ids = {name: i for i, name in enumerate(classes)}
-    rows = [(row["video_id"].lower(), ids[name(row)], _seconds(row["start_timestamp"]), _seconds(row["stop_timestamp"]))
-            for row in tables[split]]
+    rows = []
+    for row in tables[split]:
+        start, stop = _seconds(row["start_timestamp"]), _seconds(row["stop_timestamp"])
+        rows.append((row["video_id"].lower(), ids[name(row)], start, stop))
     return rows, classes
 
 
@@ -583,7 +618,7 @@ def _seconds(stamp):
 
 
 def _toy(root, split, label, train=1024, test=256, size=64):
-    """The toy data, written on first use; `train_biased` is a third split, in which the scene gives the motion away."""
+    """The toy data, written on first use; in its third split, `train_biased`, the scene gives the motion away."""
     root = root / f"{size}px"
     if int(os.environ.get("RANK", 0)) == 0:
         make_toy(root, split, test if split == "test" else train, size)
@@ -598,45 +633,60 @@ def _own_videos(path, root, split):
     if path.is_file():
         return _list_file(path, root, split)
     if not path.is_dir():
-        raise UserError(f"--data {path}: neither one of toy, {', '.join(LAYOUTS)} nor an existing directory or list file")
+        known = ", ".join(("toy", *LAYOUTS))
+        raise UserError(f"--data {path}: neither one of {known} nor an existing directory or list file")
     base = next((path / d for d in SPLIT_DIRS[split] if (path / d).is_dir()), path)
     if base == path and any((path / d).is_dir() for dirs in SPLIT_DIRS.values() for d in dirs):
-        raise UserError(f"--data {path}: has no {split} split, expected a directory {' or '.join(SPLIT_DIRS[split][:2])}")
+        expected = " or ".join(SPLIT_DIRS[split][:2])
+        raise UserError(f"--data {path}: has no {split} split, expected a directory {expected}")
     files = [f for f in _walk(base) if f.suffix.lower() in VIDEO_FILES]
     if not files:
         raise UserError(f"--data {path}: no {', '.join(sorted(VIDEO_FILES))} file below {base}")
     folders = [f.relative_to(base).parts[0] if f.parent != base else "" for f in files]
-    classes = sorted(set(folders)) if "" not in folders and len(set(folders)) > 1 else []
+    labelled = "" not in folders and len(set(folders)) > 1                 # every file in one of several directories
+    classes = sorted(set(folders)) if labelled else []
     rows = [(str(f), f, classes.index(c) if classes else -1) for f, c in zip(files, folders)]
-    if classes and base == path:                           # no split of its own: of every five of a class the second is for testing
-        rows = [row for _, group in groupby(rows, lambda row: row[2]) for k, row in enumerate(group)
-                if (k % 5 == 1) == (split == "test")]
+    if classes and base == path:                                           # it comes without a split: make one
+        every, rows, count = rows, [], [0] * len(classes)
+        for row in every:
+            label = row[2]
+            is_test = count[label] % 5 == 1                                # the second of every five of a class
+            count[label] += 1
+            if is_test == (split == "test"):
+                rows.append(row)
     return _listing(f"{path} {split}", rows, classes)
 
 
 def _list_file(path, root, split):
-    """Lines `path`, `path label` or `path,label`; paths relative to the list or to root; labels are numbers or names."""
+    """A file with lines `path`, `path label` or `path,label`: paths are relative to root, without one to the file's
+    own directory; labels are numbers or names."""
     base, rows = Path(root) if root else path.parent, []
     try:
         lines = _lines(path)
     except UnicodeDecodeError:
         lines = []
     if not lines:
-        raise UserError(f"--data {path}: neither a directory of videos nor a text file with lines `path`, `path label` or `path,label`")
-    for number, line in enumerate(lines, 1):                               # VideoMAE-style lists may quote a text between
+        raise UserError(f"--data {path}: neither a directory of videos nor a text file with lines `path`, "
+                        "`path label` or `path,label`")
+    for number, line in enumerate(lines, 1):                               # VideoMAE's may quote a text in between
         match = re.fullmatch(r'(.+?\.(?:mp4|avi|webm|mkv|mov))(?:\s+".*")?(?:[\s,]+(.+))?', line, re.I)
         if not match:
             raise UserError(f"{path}:{number}: expected the path of a video and perhaps a label, got {line[:80]!r}")
         video, label = match.groups()
-        rows.append((video, base / video if os.path.exists(base / video) else None, label))
+        file = base / video
+        rows.append((video, file if os.path.exists(file) else None, label))
     if not any(file for _, file, _ in rows):
-        raise UserError(f"--data {path}: none of its {len(rows)} videos exists, the first would be {base / rows[0][0]}. "
-                        "Paths are relative to the list; --root DIR names another base")
+        raise UserError(f"--data {path}: none of its {len(rows)} videos exists, the first would be "
+                        f"{base / rows[0][0]}. Paths are relative to the list; --root DIR names another base")
     labels = {label for *_, label in rows}
     if None in labels and len(labels) > 1:
         raise UserError(f"{path}: some lines have a label and some have none")
-    numeric = None not in labels and all(label.isdigit() for label in labels)
-    classes = [] if None in labels else [str(i) for i in range(1 + max(map(int, labels)))] if numeric else sorted(labels)
+    if None in labels:
+        classes = []
+    elif all(label.isdigit() for label in labels):
+        classes = [str(i) for i in range(1 + max(map(int, labels)))]
+    else:
+        classes = sorted(labels)
     rows = [(name, file, classes.index(label) if classes else -1) for name, file, label in rows]
     return _listing(f"{path} {split}", rows, classes)
 
@@ -644,10 +694,10 @@ def _list_file(path, root, split):
 class Clips(torch.utils.data.Dataset):
     """Clips of listed videos, read in worker processes.
 
-    sample(video, item, rng) -> uint8 (K, T, H, W, 3), or a dict of such: the policy of the script, e.g. K random clips.
-    A key is (epoch, index), and the randomness of a sample is a function of (seed, epoch, index) alone.  A video that cannot
-    be read is replaced by another one of the same epoch, if `replace`, and is reported in any case.
-    Returns (clips or None, name, label, errors).
+    sample(video, item, rng) -> uint8 (K, T, H, W, 3), or a dict of such: the script's choice, e.g. K random clips.  A
+    key is (epoch, index), and the randomness of a sample is a function of (seed, epoch, index) alone.  A video that
+    cannot be read is replaced by another one of the same epoch, if `replace`, and is reported in any case.  Returns
+    (clips or None, name, label, errors).
     """
 
     def __init__(self, items, sample, seed=0, replace=True):
@@ -671,19 +721,28 @@ class Clips(torch.utils.data.Dataset):
 
 
 def collate(samples):
-    """Samples of `Clips` -> dict(clips (B, T, H, W, 3) uint8 or a dict of such or None, names, labels (B,), errors).
+    """n samples of `Clips` -> dict(clips, names, labels (n,), read (n,) bool, errors).
 
-    Clips that could not be read are left out of `clips`; `read` (B,) bool says which were.
+    clips is uint8 (B, T, H, W, 3), or a dict of such: the K clips of each sample that could be read, which is what
+    `read` says.  It is None if there is none.
     """
-    clips = [s[0] for s in samples if s[0] is not None]
-    cat = lambda arrays: torch.from_numpy(np.concatenate(arrays))
-    joined = None if not clips else {k: cat([c[k] for c in clips]) for k in clips[0]} if isinstance(clips[0], dict) else cat(clips)
-    return dict(clips=joined, names=[s[1] for s in samples], labels=torch.tensor([s[2] for s in samples]),
-                read=torch.tensor([s[0] is not None for s in samples]), errors=[e for s in samples for e in s[3]])
+    def join(arrays):
+        return torch.from_numpy(np.concatenate(arrays))
+
+    clips, names, labels, errors = zip(*samples)
+    found = [c for c in clips if c is not None]
+    if not found:
+        joined = None
+    elif isinstance(found[0], dict):
+        joined = {key: join([c[key] for c in found]) for key in found[0]}
+    else:
+        joined = join(found)
+    return dict(clips=joined, names=list(names), labels=torch.tensor(labels),
+                read=torch.tensor([c is not None for c in clips]), errors=sum(errors, []))
 
 
 def loader(dataset, batches, workers, device):
-    """DataLoader over an iterable of batches of keys; workers stay alive, use one thread each and leave signals to us."""
+    """DataLoader over batches of keys; its workers stay alive, use one thread each and leave signals to us."""
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=_worker_init,
         pin_memory=device.type == "cuda", persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
@@ -703,8 +762,10 @@ def to_device(clips, device):
 
 
 def clip_indices(video, item, frames, stride, rng):
-    """Frame numbers (frames,) of a random clip of a video, `stride` apart, inside the item's time span; a span that is too
-    short repeats its last frame."""
+    """Frame numbers (frames,) of a random clip of a video, `stride` apart, inside the item's time span.
+
+    A span that is too short repeats its last frame.
+    """
     first, last = item_frames(video, item)
     start = first + rng.integers(max(1, last - first + 1 - (frames - 1) * stride))
     return np.minimum(start + stride * np.arange(frames), last)
@@ -714,10 +775,19 @@ def item_frames(video, item):
     """First and last frame number of an item."""
     last = video.info.frames - 1
     first = min(last, video.index_at(item.start)) if item.start else 0
-    return first, last if item.stop == math.inf else max(first, min(last, video.index_at(item.stop)))
+    if item.stop < math.inf:
+        last = max(first, min(last, video.index_at(item.stop)))
+    return first, last
 
 
-# ---- toy data --------------------------------------------------------------------------------------------------------
+def read_views(video, indices, boxes, size):
+    """K clips of one video, from frame numbers (K, T) and boxes (K, 4) -> uint8 (K, T, size, size, 3)."""
+    indices = np.stack(indices)
+    pixels = video.read(indices.ravel(), (size, size), np.repeat(boxes, indices.shape[1], 0))
+    return pixels.reshape(*indices.shape, size, size, 3)
+
+
+# ---- 5. Toy data ---------------------------------------------------------------------------------------------------
 
 TOY_CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "to-and-fro", "zoom")
 TOY_SCENES = ("gradient", "vertical", "horizontal", "diagonal", "checks", "rings", "rays", "blobs")
@@ -727,14 +797,15 @@ TOY_SPLITS = ("train", "test", "train_biased")
 def toy_video(seed, split, index, size=64, frames=32, label=None):
     """One clip -> (video uint8 (F, H, W, 3), truth).  Same arguments, same clip.
 
-    A textured sprite moves over a textured background while the camera pans; the class is only the sprite's motion.  In
-    "train" and "test" the scene is independent of it; in "train_biased" the scene is the class with probability 0.9, else
-    uniform over the other seven.  `label` overrides the class and changes nothing else; -1 = the sprite stands still in
-    the scene.  Lengths are made for 64 pixels and grow with `size`; a clip holds the whole motion, however many `frames`.
+    A textured sprite moves over a textured background while the camera pans; the class is only the sprite's motion.
+    In "train" and "test" the scene is independent of it; in "train_biased" the scene is the class with probability
+    0.9, else uniform over the other seven.  `label` overrides the class and changes nothing else; -1 = the sprite
+    stands still in the scene.  Lengths are made for 64 pixels and grow with `size`; a clip holds the whole motion,
+    however many `frames`.
 
-    truth: label, scene, size; order and radius of the sprite (see `_toy_depth`); per frame its centre (F, 2), scale (F,)
-    and box (F, 4), clipped to the frame; camera (F, 2), how far the pan has moved the picture.  Arrays, in pixels, x before
-    y; pixel i covers [i, i + 1).
+    truth: label, scene, size; order and radius of the sprite (see `_toy_depth`); per frame its centre (F, 2), scale
+    (F,) and box (F, 4), clipped to the frame; camera (F, 2), how far the pan has moved the picture.  Arrays, in
+    pixels, x before y; pixel i covers [i, i + 1).
     """
     look, motion = np.random.default_rng([seed, TOY_SPLITS.index(split), index]).spawn(2)
     own, scene, other = look.integers(8), look.integers(8), look.integers(1, 8)
@@ -743,7 +814,7 @@ def toy_video(seed, split, index, size=64, frames=32, label=None):
     label = own if label is None else label
 
     time = np.linspace(0, 1, frames)[:, None]                                # (F, 1)
-    start, end = motion.uniform(-3.2, 3.2, (2, 2))                           # pan speed: up to 0.3 px per frame at stride 2
+    start, end = motion.uniform(-3.2, 3.2, (2, 2))                           # pan: up to 0.3 px per frame at stride 2
     camera = start * time + (end - start) * time ** 2 / 2                    # (F, 2)
     path, scale = _toy_path(motion, label, time)
     path = path + camera
@@ -760,14 +831,15 @@ def toy_video(seed, split, index, size=64, frames=32, label=None):
 
     # Colours: a dark pair for the background, a bright and any other for the sprite.
     xy = _toy_grid(size)                                                     # (2, H, W)
-    dark, middle, bright, any = look.uniform([[0.05], [0.35], [0.75], [0.1]], [[0.3], [0.65], [1.0], [0.9]], (4, 3))
+    low, high = [[0.05], [0.35], [0.75], [0.1]], [[0.3], [0.65], [1.0], [0.9]]
+    dark, middle, bright, fourth = look.uniform(low, high, (4, 3))
     ground = _toy_scene(look, TOY_SCENES[scene], *(xy[:, None] - truth["camera"].T[:, :, None, None]) / unit)
     x, y = (xy[:, None] - truth["centre"].T[:, :, None, None]) / (truth["scale"][:, None, None] * unit)
-    angle, wave = look.uniform(0, 6.28), 6.28 / look.uniform(8, 14)          # the sprite's texture moves and zooms with it
+    angle, wave = look.uniform(0, 6.28), 6.28 / look.uniform(8, 14)          # the texture moves and zooms with it
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     plaid = 0.5 + 0.5 * np.sin(wave * u) * np.sin(wave * v)
-    alpha = (_toy_depth(truth, slice(None)) + 0.5).clip(0, 1)[..., None]      # a one-pixel edge, moves by fractions of a pixel
-    video = (1 - alpha) * _mix(dark, middle, ground) + alpha * _mix(bright, any, plaid)
+    alpha = (_toy_depth(truth, slice(None)) + 0.5).clip(0, 1)[..., None]     # an edge that moves by fractions of a px
+    video = (1 - alpha) * _mix(dark, middle, ground) + alpha * _mix(bright, fourth, plaid)
     return (video * 255).round().clip(0, 255).astype(np.uint8), truth
 
 
@@ -789,13 +861,13 @@ def _toy_path(rng, label, time):
     match TOY_CLASSES[label] if label >= 0 else "still":
         case "left" | "right" | "up" | "down" as name:
             along, axis = travel * time, np.array(dict(left=(-1, 0), right=(1, 0), up=(0, -1), down=(0, 1))[name])
-        case "clockwise" | "counter-clockwise" as name:                      # y points down: a growing angle is clockwise
+        case "clockwise" | "counter-clockwise" as name:                      # y points down: + is clockwise
             along = rng.uniform(10, 13)
             angle = phase + travel / along * time * (1 if name == "clockwise" else -1)
             axis = np.hstack([np.cos(angle), np.sin(angle)])                 # (F, 2)
         case "to-and-fro":
             along = travel * np.minimum(time, 2 * turn - time)
-        case "zoom":                                                         # by 2 at least, about the size of the others
+        case "zoom":                                                         # by 2.0 to 2.5, about as far as the rest
             scale = np.exp(rng.choice([-1, 1]) * rng.uniform(0.7, 0.9) * (time - 0.5))
     return along * axis, scale
 
@@ -817,26 +889,27 @@ def _toy_scene(rng, name, x, y):
             z = np.sin(wave * x + a) * np.sin(wave * y + b)
         case "rings":
             z = np.sin(wave * np.hypot(dx, dy) + a)
-        case "rays":                                                         # faded at the centre, where they are too fine
+        case "rays":                                                         # faded at the centre: too fine there
             r = np.hypot(dx, dy)
             z = np.sin(rng.integers(4, 8) * np.arctan2(dy, dx) + a) * r / (r + 6)
         case "blobs":
             spots, width = rng.uniform(0, 64, (6, 2)), rng.uniform(5, 9)
             z = 2 * sum(np.exp(-((x - px) ** 2 + (y - py) ** 2) / 2 / width ** 2) for px, py in spots).clip(0, 1) - 1
-    (u, v), (c, d) = 6.28 / rng.uniform(10, 16, 2), rng.uniform(0, 6.28, 2)     # a faint plaid: without it stripes and plain
-    return 0.5 + 0.425 * z + 0.075 * np.sin(u * x + c) * np.sin(v * y + d)      # areas would not tell flow how they move
+    # A faint plaid: without it stripes and plain areas would not tell flow how they move.
+    (u, v), (c, d) = 6.28 / rng.uniform(10, 16, 2), rng.uniform(0, 6.28, 2)
+    return 0.5 + 0.425 * z + 0.075 * np.sin(u * x + c) * np.sin(v * y + d)
 
 
 def _toy_depth(truth, frame):
-    """How many px each pixel centre lies inside the sprite, (..., H, W): radius - |p - centre|, in the norm that makes
-    the sprite a diamond (order 1), a disc (2) or a square (inf)."""
+    """How many px each pixel centre lies inside the sprite, (..., H, W): radius - |p - centre|, in the norm that
+    makes the sprite a diamond (order 1), a disc (2) or a square (inf)."""
     offset = np.abs(_toy_grid(truth["size"]) - truth["centre"][frame][..., None, None])        # (..., 2, H, W)
     edge = truth["radius"] * truth["scale"][frame][..., None, None]
     return edge - np.linalg.norm(offset, truth["order"], axis=-3)
 
 
 def toy_flow(truth, first, second):
-    """True flow (2, H, W) in px from frame `first` to frame `second` of the file, and the sprite's mask (H, W) in `first`."""
+    """True flow (2, H, W) in px from frame `first` to frame `second`, and the sprite's mask (H, W) in `first`."""
     inside = _toy_depth(truth, first) > 0
     (c1, c2), (s1, s2) = truth["centre"][[first, second]], truth["scale"][[first, second]]
     pan = truth["camera"][second] - truth["camera"][first]
@@ -845,10 +918,10 @@ def toy_flow(truth, first, second):
 
 
 def make_toy(root, split, count, size=64, frames=32, seed=0):
-    """Write root/<split>/<index>.mp4, the truth beside each as .npz, and root/<split>.csv with lines path,label,scene.
+    """Write root/<split>/<index>.mp4, the truth of each as .npz, and root/<split>.csv with lines path,label,scene.
 
-    The list is written last: if it holds `count` videos there is nothing to do, and an interrupted call is continued.  One
-    root holds one choice of size, frames and seed; a smaller `count` is a prefix of a larger one.
+    The list is written last: if it holds `count` videos there is nothing to do, and an interrupted call is continued.
+    One root holds one choice of size, frames and seed; a smaller `count` is a prefix of a larger one.
     """
     root, listing = Path(root), Path(root, f"{split}.csv")
     if listing.exists() and len(listing.read_text().splitlines()) == count + 1:
@@ -866,7 +939,7 @@ def make_toy(root, split, count, size=64, frames=32, seed=0):
 def _write_toy(root, split, size, frames, seed, index):
     """Write one video and its truth unless they are there -> its row of the list."""
     path = root / split / f"{index:06d}.mp4"
-    if path.exists():                                                        # it came after its truth, so both are complete
+    if path.exists():                                                        # written after its truth: both complete
         truth = np.load(path.with_suffix(".npz"))
     else:
         video, truth = toy_video(seed, split, index, size, frames)
@@ -883,7 +956,7 @@ def _write_toy(root, split, size, frames, seed, index):
     return f"{split}/{path.name}", int(truth["label"]), int(truth["scene"])
 
 
-# ---- 5. Augmentation on the device ---------------------------------------------------------------------------------------
+# ---- 6. Augmentation on the device ---------------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                  # ImageNet, as VideoMAE normalises
 
@@ -903,8 +976,8 @@ def unnormalize(clips):
 def multi_scale_crop(height, width, rng, scales=(1.0, 0.875, 0.75, 0.66), snap=0):
     """A random box (x1, y1, x2, y2) inside a (height, width) frame: VideoMAE's multi-scale crop.
 
-    Both sides are drawn from `scales` x the short side, at most one scale apart; the place is one of 13 fixed anchors.
-    A side within 2 px of `snap` becomes `snap` (no resampling).  Source: VideoMAE, pre-training transform.
+    Both sides are drawn from `scales` x the short side, at most one scale apart; the place is one of 13 fixed
+    anchors.  A side within 2 px of `snap` becomes `snap` (no resampling).  Source: VideoMAE, pre-training transform.
     """
     short = min(height, width)
     sides = [snap if abs(int(short * s) - snap) < 3 and snap <= short else int(short * s) for s in scales]
@@ -923,7 +996,7 @@ def flip(clips, generator=None, p=0.5):
     return torch.where(flipped[:, None, None, None, None], clips.flip(-1), clips), flipped
 
 
-# ---- 6. Optical flow -----------------------------------------------------------------------------------------------------
+# ---- 7. Optical flow -----------------------------------------------------------------------------------------------
 
 class FlowEstimator:
     """Optical flow between consecutive frames, computed where the clips are.
@@ -935,28 +1008,33 @@ class FlowEstimator:
     amp      autocast type of RAFT's convolutions; correlations and coordinates stay fp32 (TF32 where the GPU has it)
     compile  compile the parts that run many times
 
-    Call with clips (B, 3, T, H, W), uint8 or float in [0, 1] -> flow (B, T-1, 2, h, w): the (x, y) displacement in pixels
-    of the (h, w) grid that takes a pixel of frame t to frame t+1.  Raises UserError if the weights cannot be had.
+    Call with clips (B, 3, T, H, W), uint8 or float in [0, 1] -> flow (B, T-1, 2, h, w): the (x, y) displacement in
+    pixels of the (h, w) grid that takes a pixel of frame t to frame t+1.  Raises UserError if the weights cannot be
+    had.
     """
 
     def __init__(self, name, weights=None, updates=6, size=None, device="cpu", amp=None, compile=False):
         models = {"raft_small": (raft_small, Raft_Small_Weights), "raft_large": (raft_large, Raft_Large_Weights)}
         if name not in ("tvl1", *models):
             raise UserError(f"--flow {name}: choose raft_small, raft_large or tvl1")
-        self.name, self.updates, self.size, self.device, self._marks = name, updates, size, torch.device(device), []
+        self.name, self.updates, self.size, self.device = name, updates, size, torch.device(device)
+        self._marks = []                                         # when each call began and ended
         compile = compile and can_compile()
         self.inner = torch.compile(_tvl1_inner, dynamic=False) if compile else _tvl1_inner
         if name == "tvl1":
             return
+        make, published = models[name]
         try:
-            state = torch.load(weights, map_location="cpu", weights_only=True) if weights else \
-                models[name][1].DEFAULT.get_state_dict(progress=False, check_hash=True)
-            self.raft = models[name][0]()
+            if weights:
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+            else:
+                state = published.DEFAULT.get_state_dict(progress=False, check_hash=True)
+            self.raft = make()
             self.raft.load_state_dict(state)
         except Exception as error:                               # network, file or keys: each is for the user to mend
             what = f"--raft-weights {weights}" if weights else f"downloading torchvision's {name} weights"
-            raise UserError(f"{what} failed ({(str(error).strip() or type(error).__name__).splitlines()[0]}). Give torchvision's state dict as "
-                            "--raft-weights FILE, or use --flow tvl1, which needs no weights") from None
+            raise UserError(f"{what} failed ({_first_line(error)}). Give torchvision's state dict as --raft-weights "
+                            "FILE, or use --flow tvl1, which needs no weights") from None
         self.raft.to(self.device).eval().requires_grad_(False)
         for part in (self.raft.feature_encoder, self.raft.context_encoder, self.raft.update_block):
             if amp:
@@ -967,7 +1045,8 @@ class FlowEstimator:
     @torch.no_grad()
     def __call__(self, clips):
         began = self._now()
-        video = clips.transpose(1, 2).float() / (255 if clips.dtype == torch.uint8 else 1)    # (B, T, 3, H, W) in [0, 1]
+        white = 255 if clips.dtype == torch.uint8 else 1
+        video = clips.transpose(1, 2).float() / white                                         # (B, T, 3, H, W)
         B, T, _, H, W = video.shape
         side = (self.size, self.size) if self.size else (H, W)
         if self.name != "tvl1":
@@ -1009,8 +1088,11 @@ def _in_autocast(forward, device_type, dtype):
 
 
 def spatial_gradient(x):
-    """True gradient per pixel of maps (..., H, W) -> (..., 2, H, W), d/dx first: central differences averaged over the three
-    rows (columns) around a pixel, i.e. the Prewitt kernel / 6; the border is replicated."""
+    """True gradient per pixel of maps (..., H, W) -> (..., 2, H, W), d/dx first.
+
+    Central differences averaged over the three rows (columns) around a pixel, i.e. the Prewitt kernel / 6; the border
+    is replicated.
+    """
     shape = x.shape
     x = F.pad(x.reshape(-1, 1, *shape[-2:]), (1, 1, 1, 1), mode="replicate")
     step, mean = x.new_tensor([-0.5, 0.0, 0.5]), x.new_full((3,), 1 / 3)
@@ -1022,16 +1104,18 @@ def warp(image, flow):
     """Read image (B, C, H, W) where the flow (B, 2, H, W), in pixels, points: bilinear, border replicated."""
     B, _, H, W = flow.shape
     y, x = torch.meshgrid(torch.arange(H, device=flow.device), torch.arange(W, device=flow.device), indexing="ij")
-    grid = torch.stack([(x + flow[:, 0] + 0.5) * 2 / W - 1, (y + flow[:, 1] + 0.5) * 2 / H - 1], -1)     # (B, H, W, 2)
+    x, y = x + flow[:, 0], y + flow[:, 1]                                                      # (B, H, W)
+    grid = torch.stack([(x + 0.5) * 2 / W - 1, (y + 0.5) * 2 / H - 1], -1)                     # (B, H, W, 2)
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def tvl1(first, second, smoothness=0.15, theta=0.3, warps=3, iterations=15, coarsest=16, inner=None):
-    """TV-L1 optical flow (Zach, Pock and Bischof 2007) of image pairs (B, 3, H, W) in [0, 1] -> (B, 2, H, W) in pixels.
+    """TV-L1 flow (Zach, Pock and Bischof 2007) of image pairs (B, 3, H, W) in [0, 1] -> (B, 2, H, W) in pixels.
 
-    Minimises |grad u| + smoothness * |second(x + u) - first(x)| from coarse to fine, alternating a pointwise step on the data
-    term with a dual step on the total variation.  Grey values are 0..255, for which the usual constants are meant.  The
-    finest level has half the image's size: 4x cheaper at the same agreement with RAFT on real footage (our choice).
+    Minimises |grad u| + smoothness * |second(x + u) - first(x)| from coarse to fine, alternating a pointwise step on
+    the data term with a dual step on the total variation.  Grey values are 0..255, for which the usual constants are
+    meant.  The finest level has half the image's size: 4x cheaper at the same agreement with RAFT on real footage
+    (our choice).
     """
     inner = inner or _tvl1_inner
     H, W = first.shape[-2:]
@@ -1041,12 +1125,12 @@ def tvl1(first, second, smoothness=0.15, theta=0.3, warps=3, iterations=15, coar
     for h, w in reversed(sides):
         I0, I1 = (F.interpolate(g, (h, w), mode="bilinear", antialias=True, align_corners=False) for g in grey)
         flow = _resize_flow(flow, h, w)
-        dual = first.new_zeros(len(first), 2, 2, h, w)                                         # (B, component of u, x or y, h, w)
+        dual = first.new_zeros(len(first), 2, 2, h, w)                            # (B, component of u, x or y, h, w)
         for _ in range(warps):
             warped = warp(I1, flow)
-            gradient = spatial_gradient(warped[:, 0])                                          # (B, 2, h, w)
+            gradient = spatial_gradient(warped[:, 0])                             # (B, 2, h, w)
             square = gradient.square().sum(1, keepdim=True) + 1e-6
-            residual = warped - I0 - (gradient * flow).sum(1, keepdim=True)                    # data term at u = 0
+            residual = warped - I0 - (gradient * flow).sum(1, keepdim=True)       # data term at u = 0
             for _ in range(iterations):
                 flow, dual = inner(flow, dual, gradient, square, residual, smoothness * theta, theta)
     return _resize_flow(flow, H, W)
@@ -1054,16 +1138,16 @@ def tvl1(first, second, smoothness=0.15, theta=0.3, warps=3, iterations=15, coar
 
 def _tvl1_inner(flow, dual, gradient, square, residual, step, theta, tau=0.25):
     rho = residual + (gradient * flow).sum(1, keepdim=True)
-    v = flow - gradient * (rho / square).clamp(-step, step)                     # the data term, pixel by pixel
-    px, py = dual.unbind(2)                                                     # px is 0 in the last column, py in the last row
+    v = flow - gradient * (rho / square).clamp(-step, step)          # the data term, pixel by pixel
+    px, py = dual.unbind(2)                                          # px is 0 in the last column, py in the last row
     divergence = px + py
     divergence[..., 1:] -= px[..., :-1]
     divergence[..., 1:, :] -= py[..., :-1, :]
     flow = v + theta * divergence
-    du = torch.zeros_like(dual)                                                 # forward differences
+    du = torch.zeros_like(dual)                                      # forward differences
     du[:, :, 0, :, :-1] = flow[..., 1:] - flow[..., :-1]
     du[:, :, 1, :-1] = flow[..., 1:, :] - flow[..., :-1, :]
-    length = du.square().sum(2, keepdim=True).sqrt()                            # (a norm over dim 2 takes 20 times as long)
+    length = du.square().sum(2, keepdim=True).sqrt()                 # (a norm over dim 2 takes 20 times as long)
     return flow, (dual + tau / theta * du) / (1 + tau / theta * length)
 
 
@@ -1072,9 +1156,10 @@ def _resize_flow(flow, h, w):
     return F.interpolate(flow, (h, w), mode="bilinear", align_corners=False) * scale
 
 
-# ---- 7. Backbone -----------------------------------------------------------------------------------------------------
+# ---- 8. Backbone ---------------------------------------------------------------------------------------------------
 
-VITS = {  # dim, depth, heads of the encoder, depth of the VideoMAE decoder (its width and heads are half the encoder's)
+# dim, depth, heads of the encoder, depth of the VideoMAE decoder (its width and heads are half the encoder's)
+VITS = {
     "vit_tiny": (192, 4, 3, 2), "vit_small": (384, 12, 6, 4), "vit_base": (768, 12, 12, 4),
     "vit_large": (1024, 24, 16, 12), "vit_huge": (1280, 32, 16, 12)}
 
@@ -1157,10 +1242,12 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Video transformer with joint space-time attention (VideoMAE): clips (B, 3, T, H, W), normalised -> (B, dim) or logits.
+    """Video transformer with joint space-time attention (VideoMAE): normalised clips (B, 3, T, H, W) -> (B, dim), or
+    logits (B, num_classes).
 
-    With num_classes = 0 (pre-training, features): final `norm`, mean over tokens.  With classes: mean over tokens, `fc_norm`,
-    `head`, as VideoMAE fine-tunes.  State-dict names are those of the public VideoMAE fine-tuning checkpoints.
+    With num_classes = 0 (pre-training, features): final `norm`, mean over tokens.  With classes: mean over tokens,
+    `fc_norm`, `head`, as VideoMAE fine-tunes.  State-dict names are those of the public VideoMAE fine-tuning
+    checkpoints.
     """
 
     def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads, num_classes=0, drop_path=0.0):
@@ -1181,7 +1268,8 @@ class ViT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias) if module.bias is not None else None
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         if num_classes:
             self.head.weight.data.mul_(0.001)                                      # VideoMAE's init_scale
 
@@ -1206,7 +1294,7 @@ class ViT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Transformer blocks, norm, linear head: (B, N, dim) -> (B, last, outputs) for the last tokens, VideoMAE's decoder."""
+    """VideoMAE's decoder: blocks, norm, linear head; (B, N, dim) -> (B, last, outputs) for the last tokens."""
 
     def __init__(self, dim, depth, heads, outputs):
         super().__init__()
@@ -1219,16 +1307,16 @@ class Decoder(nn.Module):
         return self.head(self.norm(x[:, -last:]))
 
 
-# ---- 8. Checkpoints of other people ----------------------------------------------------------------------------------
+# ---- 9. Checkpoints of other people --------------------------------------------------------------------------------
 
 class LoadReport(NamedTuple):
-    """Parameter names: what was loaded, what the model has and the file lacks, what the file has and the model lacks."""
+    """Names of tensors: what was loaded, what only the model has, what only the file has."""
     loaded: list
     missing: list
     unexpected: list
 
 
-# where the weights lie in a file, what is put before their names, and which parameters are no part of the backbone
+# Where the weights lie in a file, what is put before their names, and which parameters are no part of the backbone.
 WRAPPERS = ("model", "module", "model_state", "state_dict")
 PREFIXES = ("", "encoder.", "model.", "module.", "backbone.", "encoder.model.", "encoder_q.encoder.model.",
             "module.encoder_q.", "module.backbone.", "module.encoder.")
@@ -1237,45 +1325,50 @@ NOT_BACKBONE = r"(encoder\.)?(head|fc_norm|norm|fc)\.|decoder\.|encoder_to_decod
 
 def load_file(path):
     """torch.load that runs no code from the file; allows what VideoMAE and DeepSpeed store.  Raises UserError."""
-    allowed = [argparse.Namespace, np.dtype, np._core.multiarray.scalar, *{type(np.dtype(t)) for t in "?bhilqBHILQefd"}]
+    number_types = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+    allowed = [argparse.Namespace, np.dtype, np._core.multiarray.scalar, *number_types]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({(str(error).strip() or type(error).__name__).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read as a checkpoint ({_first_line(error)})") from None
 
 
 def load_weights(model, path, strict_backbone=True):
     """Load weights by name from our own, VideoMAE, MOFO, MME or DeepSpeed files -> LoadReport.
 
-    Wrappers and prefixes are tried in turn and the reading under which most tensors match in name and shape is taken.
-    Raises UserError, naming the first parameters, if nothing matches or (strict_backbone) a parameter of the backbone, that
-    is anything but norms after the last block, heads and decoders, has no match ("all": any parameter at all): never train on
-    silently random weights.
+    Prefixes are tried in turn and the reading under which most tensors match in name and shape is taken.  Raises
+    UserError, naming the first tensors, if nothing matches or if a tensor of the backbone has no match: never train
+    on silently random weights.  The backbone is everything but norms after the last block, heads and decoders;
+    strict_backbone False drops the check, "all" extends it to everything.
     """
-    content = load_file(path)
-    state = next((content[k] for k in WRAPPERS if isinstance(content, dict) and isinstance(content.get(k), dict)), content)
-    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    content, state = load_file(path), {}
+    if isinstance(content, dict):
+        weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
+        state = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     own, readings = model.state_dict(), []
     for prefix in PREFIXES:
         for add in ("", "encoder."):                             # a bare encoder also fits into a masked autoencoder
-            names = {add + k[len(prefix):]: k for k in state if k.startswith(prefix)}             # in the model: in the file
+            names = {add + k[len(prefix):]: k for k in state if k.startswith(prefix)}   # in the model: in the file
             names = {k: old for k, old in names.items() if k in own}
-            readings.append(({k: old for k, old in names.items() if own[k].shape == state[old].shape}, names))
-    best, names = max(readings, key=lambda pair: (len(pair[0]), len(pair[1])))
-    missing, unexpected = [k for k in own if k not in best], [k for k in state if k not in set(best.values())]
+            fits = {k: old for k, old in names.items() if own[k].shape == state[old].shape}
+            readings.append((fits, names))
+    best, names = max(readings, key=lambda reading: (len(reading[0]), len(reading[1])))
+    used = set(best.values())
+    missing, unexpected = [k for k in own if k not in best], [k for k in state if k not in used]
     needed = [k for k in missing if strict_backbone == "all" or not re.match(NOT_BACKBONE, k)]
     if not best or (strict_backbone and needed):
-        wrong = [f"{k} {tuple(state[names[k]].shape)} there, {tuple(own[k].shape)} here" for k in needed if k in names]
-        raise UserError(f"{path} does not fit: {len(best)} of {len(own)} tensors match; missing {needed[:3]}, unexpected "
-                        f"{unexpected[:3]}{'; shapes: ' + wrong[0] if wrong else ''}. Is it another model size or another backbone?")
+        shapes = [f"; shapes: {k} {tuple(state[names[k]].shape)} there, {tuple(own[k].shape)} here"
+                  for k in needed if k in names] or [""]
+        raise UserError(f"{path} does not fit: {len(best)} of {len(own)} tensors match; missing {needed[:3]}, "
+                        f"unexpected {unexpected[:3]}{shapes[0]}. Is it another model size or another backbone?")
     model.load_state_dict({k: state[old] for k, old in best.items()}, strict=False)
     return LoadReport(list(best), missing, unexpected)
 
 
-# ---- 9. Run ----------------------------------------------------------------------------------------------------------
+# ---- 10. Run -------------------------------------------------------------------------------------------------------
 
 class Plan(NamedTuple):
     """How a global batch of clips is spread: `micro` clips per process and forward pass, `accum` passes per step."""
@@ -1284,7 +1377,7 @@ class Plan(NamedTuple):
     accum: int
     repeats: int
     steps: int
-    per_epoch: float
+    per_epoch: float    # steps per epoch
 
     def generator(self, env, seed, step, micro):
         """The random numbers of one forward pass, a function of (seed, step) and of the rows that it computes."""
@@ -1296,18 +1389,23 @@ class Plan(NamedTuple):
 
 
 def plan_run(cfg, videos, env):
-    """Spread cfg.batch over the processes and accumulation.  Raises UserError with the numbers if it does not divide."""
+    """Spread cfg.batch over processes and accumulation -> Plan.  Raises UserError if it does not divide."""
     micro = min(cfg.device_batch or cfg.batch, cfg.batch // env.world)
     if not micro or cfg.batch % (env.world * micro) or micro % cfg.repeats:
-        raise UserError(f"--batch {cfg.batch} does not spread evenly over {env.world} processes with --device-batch {cfg.device_batch}"
-                        f" ({micro} clips per pass), or those are no multiple of --repeats {cfg.repeats}: change one of them")
+        raise UserError(f"--batch {cfg.batch} does not spread evenly over {env.world} processes with --device-batch "
+                        f"{cfg.device_batch} ({micro} clips per pass), or those are no multiple of --repeats "
+                        f"{cfg.repeats}: change one of them")
     steps = cfg.steps or max(1, int(cfg.epochs * videos / cfg.batch))
-    return Plan(cfg.batch, micro, cfg.batch // (env.world * micro), cfg.repeats, steps, videos / cfg.batch)
+    return Plan(batch=cfg.batch, micro=micro, accum=cfg.batch // (env.world * micro), repeats=cfg.repeats,
+                steps=steps, per_epoch=videos / cfg.batch)
 
 
 class StepSampler(torch.utils.data.Sampler):
-    """Batches of (epoch, index) for this process, from step `start` to the end: one endless stream of shuffled epochs, cut
-    into global batches.  The same for any number of processes, so a run can stop and continue anywhere."""
+    """Batches of (epoch, index) for this process, from step `start` to the end.
+
+    They are cut from one endless stream of shuffled epochs, the same for any number of processes, so a run can stop
+    and continue anywhere.
+    """
 
     def __init__(self, videos, plan, env, seed, start=0):
         self.videos, self.plan, self.env, self.seed, self.start = videos, plan, env, seed, start
@@ -1336,7 +1434,7 @@ def adamw(model, lr, weight_decay, betas, device):
 
 
 def cosine_lr(step, steps, warmup, peak, floor):
-    """Linear from 0 to `peak` over the first `warmup` steps, then half a cosine towards `floor` at `steps` (VideoMAE)."""
+    """Linear from 0 to `peak` in `warmup` steps, then half a cosine towards `floor` at `steps` (VideoMAE)."""
     if step < warmup:
         return peak * step / max(1, warmup - 1)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -1352,16 +1450,17 @@ def vit_sizes(name):
 @functools.cache
 def can_compile():
     """Whether torch.compile has the C compiler that it needs; says so once if not."""
-    found = any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))
+    names = os.environ.get("CC"), "cc", "gcc", "clang"
+    found = any(shutil.which(name) for name in names if name)
     if not found:
         print0("warning: torch.compile needs a C compiler and there is none: running eagerly, more slowly")
     return found
 
 
 def wrap(model, env, compile):
-    """The model as the loop calls it: blocks compiled in place, then DistributedDataParallel where there are several processes.
+    """The model as the loop calls it: compiled, and with several processes in DistributedDataParallel.
 
-    Compiled block by block: one graph per width and token count, and no `_orig_mod.` in the state dict.
+    Compiled block by block, in place: one graph per width and token count, and no `_orig_mod.` in the state dict.
     """
     if compile and can_compile():
         for module in model.modules():
@@ -1374,7 +1473,7 @@ def wrap(model, env, compile):
 
 
 def restore(checkpoint, init, model, optimizer, scaler):
-    """Continue from a checkpoint of this run (auto-resume wins), or start from the weights of `init` -> first step."""
+    """Continue from a checkpoint of this run or, without one, start from the weights of `init` -> first step."""
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1388,19 +1487,22 @@ def restore(checkpoint, init, model, optimizer, scaler):
     return 0
 
 
-FREE = {"out", "fresh", "init", "root", "raft_weights", "device_batch", "workers", "compile", "log_every", "save_every",
-        "preview_every"}                                       # settings that may change when a run goes on
+# Settings that may change when a run goes on.
+FREE = {"out", "fresh", "init", "root", "raft_weights", "device_batch", "workers", "compile", "log_every",
+        "save_every", "preview_every"}
 
 
 def run_directory(name, cfg):
     """--out, or runs/<name>-<data>."""
-    return Path(cfg.out or f"runs/{name}-{cfg.data if cfg.data in ('toy', *LAYOUTS) else Path(cfg.data).resolve().stem}")
+    data = cfg.data if cfg.data in ("toy", *LAYOUTS) else Path(cfg.data).resolve().stem
+    return Path(cfg.out or f"runs/{name}-{data}")
 
 
 def open_run(name, cfg, env, listing, plan, lr):
     """Make the run's directory, write config.json there -> (directory, checkpoint to continue from or None).
 
-    Raises UserError if a checkpoint is there that was made with other settings.  `--fresh` moves it aside.
+    Raises UserError if a checkpoint is there that was made with other settings.  `--fresh` moves it aside, with the
+    log.
     """
     out = run_directory(name, cfg)
     settings = {**dataclasses.asdict(cfg), "videos": len(listing.items)}
@@ -1413,25 +1515,31 @@ def open_run(name, cfg, env, listing, plan, lr):
     checkpoint = load_file(last) if last.exists() else None
     if checkpoint:
         was = checkpoint["config"]
-        differ = [f"{k}: {was.get(k)} there, {v} now" for k, v in settings.items() if k not in FREE and was.get(k) != v]
+        differ = [f"{k}: {was.get(k)} there, {v} now" for k, v in settings.items()
+                  if k not in FREE and was.get(k) != v]
         if differ:
-            raise UserError(f"{last} was made with other settings ({'; '.join(differ)}). Use them again, or --out for another "
-                            f"run, or --fresh to start over, or --init {last} --out DIR for its weights alone")
+            raise UserError(f"{last} was made with other settings ({'; '.join(differ)}). Use them again, or --out "
+                            "for another run, or --fresh to start over, or "
+                            f"--init {last} --out DIR for its weights alone")
     if env.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        about = dict(settings, method=name, world=env.world, accumulation=plan.accum, steps_planned=plan.steps, peak_lr=lr,
-                     torch=str(torch.__version__))
+        about = dict(settings, method=name, world=env.world, accumulation=plan.accum, steps_planned=plan.steps,
+                     peak_lr=lr, torch=str(torch.__version__))
         (out / "config.json").write_text(json.dumps(about, indent=1))
         if listing.missing:
             (out / "missing_videos.txt").write_text("\n".join(listing.missing) + "\n")
-    print0(f"{plan.steps} steps of {plan.batch} clips = {env.world} x {plan.micro} x {plan.accum} accumulated, peak lr {lr:.2g}, "
-           f"{env.device.type} {str(env.amp or torch.float32)[6:]} -> {out}")
+    precision = str(env.amp or torch.float32).removeprefix("torch.")
+    print0(f"{plan.steps} steps of {plan.batch} clips = {env.world} x {plan.micro} x {plan.accum} accumulated, "
+           f"peak lr {lr:.2g}, {env.device.type} {precision} -> {out}")
     return out, checkpoint
 
 
 def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler):
-    """Write everything that continuing needs, as plain dicts and tensors, to a temporary file that then takes the name:
-    an interrupted write leaves the previous checkpoint whole.  Raises UserError if the disk is full."""
+    """Write everything that continuing needs, as plain dicts and tensors.
+
+    It goes to a temporary file that then takes the name, so an interrupted write leaves the previous checkpoint
+    whole.  Raises UserError if it cannot be written.
+    """
     content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
                    backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__),
                    config={**dataclasses.asdict(cfg), "videos": len(listing.items)})
@@ -1441,11 +1549,12 @@ def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({error}). The previous checkpoint is as it was. Is the disk full?") from None
+        raise UserError(f"{path}: could not be written ({error}). The previous checkpoint is as it was. Is the disk "
+                        "full?") from None
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a flag, so that the loop can finish its step and save.  A second one ends at once."""
+    """Turns SIGTERM and SIGINT into a flag: the loop finishes its step and saves.  A second one ends at once."""
 
     def __init__(self):
         self.received = False
@@ -1459,7 +1568,7 @@ class StopSignal:
 
 
 class Log:
-    """What a run tells: log.jsonl (one object per logged step), a progress bar on a terminal, plain lines elsewhere."""
+    """What a run tells: log.jsonl (one object per logged step), a progress bar on a terminal, or else plain lines."""
 
     def __init__(self, out, env, plan, start, every):
         self.out, self.env, self.plan, self.start, self.every = out, env, plan, start, every
@@ -1475,9 +1584,10 @@ class Log:
         self.bar = tqdm(total=plan.steps, initial=start, unit="step", disable=True if env.rank else None)
 
     def next_batch(self, batches):
-        """The next batch of the loader (see `collate`), on the device; counts the wait and the videos that are broken.
+        """The next batch of the loader (see `collate`), on the device; counts the wait and the broken videos.
 
-        Raises UserError when more than a fifth of the videos is broken."""
+        Raises UserError when more than a fifth of the videos is broken.
+        """
         began = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - began
@@ -1491,39 +1601,42 @@ class Log:
         if batch["clips"] is None or not batch["read"].all() or (self.tried >= 20 and self.bad > 0.2 * self.tried):
             raise UserError(f"{self.bad} of {self.tried} videos could not be read, more than a fifth; the last: "
                             f"{batch['errors'][-1]}. All are in {self.out / 'bad_videos.txt'}")
-        return dict(batch, clips=to_device(batch["clips"], self.env.device), labels=batch["labels"].to(self.env.device))
+        clips, labels = to_device(batch["clips"], self.env.device), batch["labels"].to(self.env.device)
+        return dict(batch, clips=clips, labels=labels)
 
     def finite(self, loss, names):
-        """False if the step must be skipped; after three such steps in a row raises UserError with the videos' names."""
+        """False if the step must be skipped; after three of them in a row raises UserError with the videos' names."""
         self.not_finite = 0 if math.isfinite(loss) else self.not_finite + 1
         if self.not_finite:
             print0(f"the loss is {loss}: step skipped")
         if self.not_finite == 3:
-            raise UserError(f"the loss is not finite for 3 steps in a row; last.pt is from before. Videos of the last batch: "
-                            f"{', '.join(names)}")
+            raise UserError("the loss is not finite for 3 steps in a row; last.pt is from before. Videos of the last "
+                            f"batch: {', '.join(names)}")
         return not self.not_finite
 
     def step(self, step, loss, flow=None, **values):
-        """Log a step: its loss, the given numbers or 0-d tensors (their means over the processes), and the run's speed."""
+        """Log a step: its loss, the given numbers or 0-d tensors (means over the processes), and the run's speed."""
         self.bar.update()
         if (step + 1) % self.every and step + 1 != self.plan.steps:
             return
         names = sorted(values)
-        means = all_reduce_mean(torch.stack([torch.as_tensor(values[n], dtype=torch.float32, device=self.env.device)
-                                             for n in names])).tolist()
+        numbers = [torch.as_tensor(values[n], dtype=torch.float32, device=self.env.device) for n in names]
+        means = all_reduce_mean(torch.stack(numbers)).tolist()
         flow_seconds, now = flow.seconds() if flow else 0.0, time.perf_counter()
         seconds, steps = now - self.began, step + 1 - self.logged
         line = dict(step=step, epoch=round((step + 1) / self.plan.per_epoch, 3), loss=loss, **dict(zip(names, means)),
-                    clips_per_s=round(steps * self.plan.batch / seconds, 1), step_ms=round(1000 * seconds / steps, 1),
-                    data_wait_pct=round(100 * self.waited / seconds, 1), flow_pct=round(100 * flow_seconds / seconds, 1))
+                    clips_per_s=round(steps * self.plan.batch / seconds, 1),
+                    step_ms=round(1000 * seconds / steps, 1),
+                    data_wait_pct=round(100 * self.waited / seconds, 1),
+                    flow_pct=round(100 * flow_seconds / seconds, 1))
         if self.env.device.type == "cuda":
             line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         self.began, self.waited, self.logged = now, 0.0, step + 1
         if self.env.rank == 0:
             self.file.write(json.dumps(line) + "\n")
             left = (self.plan.steps - step - 1) * seconds / steps
-            text = f"loss {loss:.4f}  lr {line['lr']:.1e}  {line['clips_per_s']:.0f} clips/s  data wait {line['data_wait_pct']:.0f}%  " \
-                   f"flow {line['flow_pct']:.0f}%"
+            text = (f"loss {loss:.4f}  lr {line['lr']:.1e}  {line['clips_per_s']:.0f} clips/s  "
+                    f"data wait {line['data_wait_pct']:.0f}%  flow {line['flow_pct']:.0f}%")
             self.bar.set_postfix_str(text)
             if self.bar.disable:
                 print0(f"step {step + 1}/{self.plan.steps}  {text}  {left / 60:.1f} min left")
@@ -1531,11 +1644,14 @@ class Log:
     def close(self, stopped):
         """Say how the run ended and, if it was stopped, how to go on."""
         self.bar.close()
-        print0(f"stopped and saved; the same command goes on from {self.out / 'last.pt'}" if stopped else
-               f"trained: {', '.join(str(self.out / n) for n in ('last.pt', 'log.jsonl', 'preview.png') if (self.out / n).exists())}")
+        if stopped:
+            print0(f"stopped and saved; the same command goes on from {self.out / 'last.pt'}")
+        else:
+            files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
+            print0(f"trained: {', '.join(str(file) for file in files if file.exists())}")
 
 
-# ---- 10. Pictures ----------------------------------------------------------------------------------------------------
+# ---- 11. Pictures --------------------------------------------------------------------------------------------------
 
 def save_sheet(path, rows, tile=112):
     """Write rows of pictures, each (n, 3, h, w) in [0, 1], as one PNG; tiles are scaled to `tile` pixels."""
@@ -1556,6 +1672,6 @@ def map_picture(maps):
 
 def draw_box(pictures, box):
     """Outline one box (4,) on pictures (n, 3, h, w) in [0, 1]."""
-    width = max(1, pictures.shape[-1] // 75)
-    return torch.stack([draw_bounding_boxes((p * 255).byte().cpu(), box[None].cpu(), colors="red", width=width).float() / 255
-                        for p in pictures])
+    box, width = box[None].cpu(), max(1, pictures.shape[-1] // 75)
+    pictures = (pictures * 255).byte().cpu()
+    return torch.stack([draw_bounding_boxes(p, box, colors="red", width=width) for p in pictures]).float() / 255

@@ -6,12 +6,14 @@
     torchrun --nproc_per_node=8 finetune.py --data ssv2 --init runs/mofo-ssv2/last.pt
     python finetune.py --mode test --init runs/finetune-finetune-toy/last.pt   # test a fine-tuned checkpoint again
 
---init takes checkpoints of this project and public VideoMAE, MOFO and MME files (for those name the network with --model).
-Testing averages the softmax over `--views TxS`: T clips in time, S crops in space.  A video that cannot be read counts as
-wrong and is reported.  Results go to the terminal and to results.json in the run's directory, named by their views.
+--init takes checkpoints of this project and public VideoMAE, MOFO and MME files (for those name the network with
+--model).  Testing averages the softmax over `--views TxS`: T clips in time, S crops in space; knn averages the
+features.  A video that cannot be read counts as wrong and is reported.  Results go to the terminal and to
+results.json in the run's directory, named by their views.
 
-Sources: the fine-tuning recipe is VideoMAE's (layer decay, drop path, cosine per step); the probe is ours: logistic regression
-on standardised mean tokens, solved by L-BFGS, because with fixed features there is nothing to tune but the penalty.
+Sources: the fine-tuning recipe is VideoMAE's (layer decay, drop path, cosine per step); the probe is ours: logistic
+regression on standardised mean tokens, solved by L-BFGS, because with fixed features there is nothing to tune but the
+penalty.
 """
 import json
 import math
@@ -27,17 +29,18 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from common import (Clips, Log, StepSampler, StopSignal, UserError, ViT, all_reduce_mean, cosine_lr, clip_indices,
-                    find_videos, flip, item_frames, load_file, load_weights, loader, normalize, open_run, parse_config, plan_run,
-                    print0, restore, run_directory, save_checkpoint, setup, shutdown, to_device, vit_sizes, wrap)
+from common import (Clips, Log, StepSampler, StopSignal, UserError, ViT, all_reduce_mean, clip_indices, cosine_lr,
+                    find_videos, flip, item_frames, load_file, load_weights, loader, normalize, open_run,
+                    parse_config, plan_run, print0, read_views, restore, run_directory, save_checkpoint, setup,
+                    shutdown, to_device, vit_sizes, wrap)
 
 
-# ---- 1. Config -------------------------------------------------------------------------------------------------------
+# ---- 1. Config -----------------------------------------------------------------------------------------------------
 # Defaults are VideoMAE's fine-tuning on Something-Something v2.
 
 @dataclass
 class Config:
-    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, or a directory or list file of your own videos
+    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, or your own: a directory, a list file
     root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
     test_data: str = ""                # list file or directory for testing, where --data is a list file
     train_split: str = "train"         # train; toy also has train_biased
@@ -47,7 +50,7 @@ class Config:
     mode: str = "finetune"             # finetune, linear, knn, test
     init: str = ""                     # checkpoint to start from
     random_init: bool = False          # take the network from --init but not its weights: the baseline of every probe
-    model: str = "vit_base"            # for checkpoints that do not say: vit_tiny, vit_small, vit_base, vit_large, vit_huge
+    model: str = "vit_base"            # where --init does not say: vit_tiny, vit_small, vit_base, vit_large, vit_huge
     sampling: str = "uniform"          # frames: uniform (one of each of `frames` segments) or dense (`stride` apart)
     stride: int = 4                    # of dense sampling
     views: str = "2x3"                 # clips in time x crops in space, at test time
@@ -83,20 +86,27 @@ RECIPES = {   # VideoMAE ViT-B: specs per data set; `views` as published
     "ssv2": {},
     "epic": dict(epochs=100, min_crop=0.5),
     "k400": dict(sampling="dense", views="5x3", epochs=75, batch=384, repeats=2, flip=True),
-    "ucf101": dict(sampling="dense", views="5x3", epochs=100, batch=128, repeats=2, layer_decay=0.7, drop_path=0.2, flip=True),
-    "hmdb51": dict(sampling="dense", views="5x3", epochs=100, batch=128, repeats=2, layer_decay=0.7, drop_path=0.2, flip=True),
+    "ucf101": dict(sampling="dense", views="5x3", epochs=100, batch=128, repeats=2, layer_decay=0.7, drop_path=0.2,
+                   flip=True),
+    "hmdb51": dict(sampling="dense", views="5x3", epochs=100, batch=128, repeats=2, layer_decay=0.7, drop_path=0.2,
+                   flip=True),
+    # our choice, both
     "custom": dict(sampling="dense", views="2x3", epochs=50, batch=16, workers=2, flip=True, log_every=1),
-    "toy": dict(sampling="dense", stride=2, views="1x1", epochs=8, batch=32, device_batch=32, test_batch=32, lr=4e-3, warmup_epochs=1,
-                layer_decay=0.9, min_crop=0.5, workers=2, log_every=16),
+    "toy": dict(sampling="dense", stride=2, views="1x1", epochs=8, batch=32, device_batch=32, test_batch=32, lr=4e-3,
+                warmup_epochs=1, layer_decay=0.9, min_crop=0.5, workers=2, log_every=16),
 }
 
 
-# ---- 2. Frames and crops ---------------------------------------------------------------------------------------------
+# ---- 2. Frames and crops -------------------------------------------------------------------------------------------
 
 def random_resized_crop(height, width, rng, area, ratio=(3 / 4, 4 / 3)):
-    """A random box of a share of the frame drawn from `area` and an aspect from `ratio`; the whole frame if 10 draws fail."""
+    """A random box: its share of the frame is drawn from `area`, its aspect from `ratio`, each (least, most).
+
+    If none of 10 draws fits it is the whole frame.
+    """
     for _ in range(10):
-        size, aspect = height * width * rng.uniform(*area), math.exp(rng.uniform(*map(math.log, ratio)))
+        size = height * width * rng.uniform(*area)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(size * aspect)), round(math.sqrt(size / aspect))
         if 0 < w <= width and 0 < h <= height:
             x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
@@ -105,41 +115,52 @@ def random_resized_crop(height, width, rng, area, ratio=(3 / 4, 4 / 3)):
 
 
 def segment_indices(first, last, frames, offset):
-    """One frame of each of `frames` equal parts of first..last, at `offset` (scalar or (frames,)) in [0, 1) of the part."""
+    """One frame of each of `frames` equal parts of first..last, at `offset` (scalar or (frames,)) in [0, 1) of it."""
     part = (last - first + 1) / frames
     return first + np.minimum((part * (np.arange(frames) + offset)).astype(int), last - first)
 
 
 def train_clips(video, item, rng, cfg, size, frames):
-    """cfg.repeats random clips -> uint8 (repeats, frames, size, size, 3), each with a random resized crop of its own."""
-    first, last = item_frames(video, item)
-    indices = [clip_indices(video, item, frames, cfg.stride, rng) if cfg.sampling == "dense" else
-               segment_indices(first, last, frames, rng.random(frames)) for _ in range(cfg.repeats)]
+    """cfg.repeats random clips, each with a random crop of its own -> uint8 (repeats, frames, size, size, 3)."""
+    if cfg.sampling == "dense":
+        indices = [clip_indices(video, item, frames, cfg.stride, rng) for _ in range(cfg.repeats)]
+    else:
+        first, last = item_frames(video, item)
+        indices = [segment_indices(first, last, frames, rng.random(frames)) for _ in range(cfg.repeats)]
     crops = [random_resized_crop(video.info.height, video.info.width, rng, (cfg.min_crop, 1)) for _ in indices]
-    return video.read(np.concatenate(indices), (size, size), np.repeat(crops, frames, 0)).reshape(-1, frames, size, size, 3)
+    return read_views(video, indices, crops, size)
 
 
 def test_clips(video, item, rng, cfg, size, frames, views=(1, 1)):
-    """All views of a video -> uint8 (T * S, frames, size, size, 3).  Dense: T clips evenly over the video.  Uniform: T frames of
-    each segment, each clip takes one.  S square crops evenly along the long side, the short side whole."""
+    """All views (T, S) of a video -> uint8 (T * S, frames, size, size, 3), time slowest.
+
+    Dense: T clips evenly over the video.  Uniform: T frames of each segment, each clip takes one.  S square crops
+    evenly along the long side, the short side whole.
+    """
     first, last = item_frames(video, item)
     if cfg.sampling == "dense":
         room = max(0, last - first - cfg.stride * (frames - 1))
-        starts = [first + round(room * (t + 0.5) / views[0]) if views[0] == 1 else first + round(room * t / (views[0] - 1))
-                  for t in range(views[0])]
+        starts = [first + shift for shift in evenly(room, views[0])]
         indices = [np.minimum(start + cfg.stride * np.arange(frames), last) for start in starts]
     else:
         indices = [segment_indices(first, last, frames, (t + 0.5) / views[0]) for t in range(views[0])]
     height, width = video.info.height, video.info.width
-    side, room = min(height, width), abs(height - width)
-    offsets = [round(room * (s + 0.5) / views[1]) if views[1] == 1 else round(room * s / (views[1] - 1)) for s in range(views[1])]
-    crops = [(o, 0, o + side, side) if width >= height else (0, o, side, o + side) for o in offsets]
-    pixels = video.read(np.concatenate([i for i in indices for _ in crops]), (size, size),
-                        np.concatenate([np.repeat(crops, frames, 0) for _ in indices]))
-    return pixels.reshape(-1, frames, size, size, 3)
+    side, crops = min(height, width), []
+    for shift in evenly(abs(height - width), views[1]):
+        x, y = (shift, 0) if width >= height else (0, shift)
+        crops.append((x, y, x + side, y + side))
+    pairs = [(i, crop) for i in indices for crop in crops]
+    return read_views(video, [i for i, _ in pairs], [crop for _, crop in pairs], size)
 
 
-# ---- 3. Network and optimiser ----------------------------------------------------------------------------------------
+def evenly(room, count):
+    """`count` whole numbers from 0 to `room`, both included; a single one is the middle."""
+    if count == 1:
+        return [round(room / 2)]
+    return [round(room * k / (count - 1)) for k in range(count)]
+
+
+# ---- 3. Network and optimiser --------------------------------------------------------------------------------------
 
 class Classifier(nn.Module):
     """A ViT with a classification loss: clips (B, 3, T, H, W) uint8, labels (B / repeats,) -> loss, stats."""
@@ -151,25 +172,29 @@ class Classifier(nn.Module):
     def forward(self, clips, labels, generator=None):
         labels = labels.repeat_interleave(len(clips) // len(labels))
         clips = flip(clips, generator)[0] if self.mirrored else clips
-        logits = self.vit(normalize(clips)).float()
-        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing), \
-            dict(train_acc=100 * (logits.argmax(1) == labels).float().mean())
+        logits = self.vit(normalize(clips)).float()                            # (B, classes)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+        return loss, dict(train_acc=100 * (logits.argmax(1) == labels).float().mean())
 
 
 def layer_decay_groups(vit, lr, weight_decay, decay):
-    """Parameter groups whose learning rate falls by `decay` per layer below the head; none of the vectors decays."""
-    depth, groups = len(vit.blocks), {}
+    """Parameter groups whose learning rate falls by `decay` per layer below the head; no weight decay on vectors."""
+    top, groups = len(vit.blocks) + 1, {}                                      # layers: 0 = patch_embed .. top = head
     for name, p in vit.named_parameters():
-        block = re.match(r"blocks\.(\d+)\.", name)
-        layer = 0 if name.startswith("patch_embed") else int(block[1]) + 1 if block else depth + 1
+        layer = top
+        if name.startswith("patch_embed"):
+            layer = 0
+        elif block := re.match(r"blocks\.(\d+)\.", name):
+            layer = int(block[1]) + 1
         wd = weight_decay if p.ndim > 1 else 0.0
-        group = groups.setdefault((layer, wd), dict(params=[], weight_decay=wd, lr=lr, scale=decay ** (depth + 1 - layer)))
-        group["params"].append(p)
+        if (layer, wd) not in groups:
+            groups[layer, wd] = dict(params=[], weight_decay=wd, lr=lr, scale=decay ** (top - layer))
+        groups[layer, wd]["params"].append(p)
     return list(groups.values())
 
 
 def build_vit(cfg, classes, drop_path=0.0):
-    """The network that --init describes, with its weights (unless --random-init) -> ViT."""
+    """The network that --init describes, with its weights (unless --random-init) -> ViT, content of the file."""
     if not cfg.init:
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
     dim, depth, heads, _ = vit_sizes(cfg.model)
@@ -184,18 +209,21 @@ def build_vit(cfg, classes, drop_path=0.0):
     return vit, content
 
 
-# ---- 4. Evaluation ---------------------------------------------------------------------------------------------------
+# ---- 4. Evaluation -------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def sweep(compute, items, sample, cfg, env, what):
-    """compute(clips (n, 3, T, H, W) normalised) -> (n, D) over all items -> (N, views, D) on the CPU, read (N,) bool, errors.
+    """Apply compute(normalised clips (n, 3, T, H, W)) -> (n, D) to all N items, sampled by `sample`.
 
-    Every process takes its share; rows of videos that could not be read are 0 and not marked as read."""
+    Returns results (N, views, D) on the CPU, read (N,) bool, errors.  Every process takes its share; rows of videos
+    that could not be read are 0 and not marked as read.
+    """
     dataset = Clips(items, sample, cfg.seed, replace=False)
     mine = list(range(env.rank, len(items), env.world))
     batches = [mine[i:i + cfg.test_batch] for i in range(0, len(mine), cfg.test_batch)]
+    progress = tqdm(loader(dataset, batches, cfg.workers, env.device), what, disable=True if env.rank else None)
     out, read, errors = None, torch.zeros(len(items), dtype=torch.bool), []
-    for keys, batch in zip(batches, tqdm(loader(dataset, batches, cfg.workers, env.device), what, disable=True if env.rank else None)):
+    for keys, batch in zip(batches, progress):
         errors += batch["errors"]
         if batch["clips"] is None:
             continue
@@ -213,28 +241,38 @@ def gather_rows(out, read, errors, env):
     if env.world > 1:
         parts = [None] * env.world
         torch.distributed.all_gather_object(parts, (out, read, errors))
-        out = sum(part for part, _, _ in parts if part is not None)
-        read, errors = torch.stack([r for _, r, _ in parts]).any(0), [e for *_, es in parts for e in es]
+        outs, reads, lists = zip(*parts)
+        out = sum(part for part in outs if part is not None)
+        read, errors = torch.stack(reads).any(0), sum(lists, [])
     if not read.any():
         raise UserError(f"none of the {len(read)} videos could be read; the first: {errors[0]}")
     return out, read, errors
 
 
 def accuracy(scores, read, labels, classes):
-    """scores (N, C), read (N,) bool, labels (N,) -> top-1, top-5 and per-class accuracy in percent; what was not read is wrong.
+    """Scores (N, C), read (N,) bool, labels (N,) -> top-1, top-5, mean-class and per-class accuracy in percent.
 
-    The mean over classes leaves out classes without a test video."""
-    top = scores.topk(min(5, scores.shape[1]), 1).indices == labels[:, None]
-    first, five = top[:, 0] & read, top.any(1) & read
-    per_class = {name: 100 * first[labels == i].float().mean().item() for i, name in enumerate(classes) if (labels == i).any()}
-    return dict(acc1=100 * first.float().mean().item(), acc5=100 * five.float().mean().item(),
-                mean_class=sum(per_class.values()) / len(per_class), per_class=per_class)
+    What was not read is wrong.  Classes without a test video are left out.
+    """
+    def percent(right):
+        return 100 * right.float().mean().item()
+
+    hits = scores.topk(min(5, scores.shape[1]), 1).indices == labels[:, None]  # (N, 5): is the k-th guess right?
+    first, any_of_5 = hits[:, 0] & read, hits.any(1) & read                    # (N,)
+    per_class = {}
+    for i, name in enumerate(classes):
+        of_class = labels == i
+        if of_class.any():
+            per_class[name] = percent(first[of_class])
+    return dict(acc1=percent(first), acc5=percent(any_of_5), mean_class=sum(per_class.values()) / len(per_class),
+                per_class=per_class)
 
 
 def fit_linear(features, labels, classes, l2):
     """Multinomial logistic regression on features (N, D), standardised -> function from features to logits.
 
-    Minimises mean cross-entropy + l2/2 |W|^2 by L-BFGS."""
+    Minimises mean cross-entropy + l2/2 |W|^2 by L-BFGS.
+    """
     mean, std = features.mean(0), features.std(0) + 1e-6
     x = (features - mean) / std
     W = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
@@ -251,13 +289,17 @@ def fit_linear(features, labels, classes, l2):
 
 
 def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
-    """Votes of the k nearest: features (N, D), labels (N,), query (Q, D) -> (Q, classes), weights exp(cosine / temperature)."""
-    similarity, nearest = (F.normalize(query, dim=1) @ F.normalize(gallery, dim=1).T).topk(min(k, len(gallery)), 1)
+    """Votes of the k nearest: gallery (N, D), labels (N,), query (Q, D) -> (Q, classes).
+
+    The votes are weighted by exp(cosine / temperature).
+    """
+    cosine = F.normalize(query, dim=1) @ F.normalize(gallery, dim=1).T         # (Q, N)
+    similarity, nearest = cosine.topk(min(k, len(gallery)), 1)                 # (Q, k)
     votes = F.one_hot(labels[nearest], classes).float()                        # (Q, k, C)
     return ((similarity / temperature).exp()[..., None] * votes).sum(1)
 
 
-# ---- 5. Main ---------------------------------------------------------------------------------------------------------
+# ---- 5. Main -------------------------------------------------------------------------------------------------------
 
 def main(cfg):
     if cfg.mode not in ("finetune", "linear", "knn", "test"):
@@ -272,18 +314,21 @@ def main(cfg):
     train = find_videos(cfg.data, cfg.root, cfg.train_split, cfg.label, toy)
     test = find_videos(cfg.test_data or cfg.data, cfg.root, "test", cfg.label, toy)
     new = sorted(set(test.classes) - set(train.classes))
-    if not train.classes or not test.classes or new:
-        raise UserError(f"--data {cfg.data}: " + (f"the test split has classes that the training split has not: {new[:3]}" if new
-                                                  else "has no labels, which every mode of finetune.py needs"))
+    if new:
+        raise UserError(f"--data {cfg.data}: the test split has classes that the training split has not: {new[:3]}")
+    if not train.classes or not test.classes:
+        raise UserError(f"--data {cfg.data}: has no labels, which every mode of finetune.py needs")
     classes = len(train.classes)
     labels = torch.tensor([item.label for item in train.items])
     test_labels = torch.tensor([train.classes.index(test.classes[item.label]) for item in test.items])
     out = run_directory(f"finetune-{cfg.mode}", cfg)
     out.mkdir(parents=True, exist_ok=True)
-    vit, content = build_vit(cfg, classes if cfg.mode in ("finetune", "test") else 0, cfg.drop_path if cfg.mode == "finetune" else 0.0)
+    with_head = cfg.mode in ("finetune", "test")
+    vit, content = build_vit(cfg, classes if with_head else 0, cfg.drop_path if cfg.mode == "finetune" else 0.0)
     vit.to(env.device)
     if cfg.mode == "test" and content.get("classes") and content["classes"] != train.classes:
-        raise UserError(f"--mode test: {cfg.init} knows the classes {content['classes'][:3]} ..., the data has {train.classes[:3]} ...")
+        raise UserError(f"--mode test: {cfg.init} knows the classes {content['classes'][:3]} ..., the data has "
+                        f"{train.classes[:3]} ...")
     size, frames = vit.config["image_size"], vit.config["frames"]
 
     if cfg.mode == "finetune" and not run_training(cfg, env, train, vit):
@@ -291,15 +336,15 @@ def main(cfg):
     vit.eval()
     view = partial(test_clips, cfg=cfg, size=size, frames=frames, views=views)
     result, read, errors = sweep(vit, test.items, view, cfg, env, "testing")   # (N, views, logits or features)
-    if cfg.mode in ("finetune", "test"):
+    if with_head:
         scores = result.softmax(-1).mean(1)
     else:
         one = partial(test_clips, cfg=cfg, size=size, frames=frames)           # the middle clip, the middle crop
         features, known, train_errors = sweep(vit, train.items, one, cfg, env, "training features")
         features, known_labels, errors = features[known][:, 0], labels[known], train_errors + errors
         if cfg.mode == "linear":
-            scores = fit_linear(features.to(env.device), known_labels.to(env.device), classes, cfg.l2)(result.to(env.device))
-            scores = scores.softmax(-1).mean(1).cpu()
+            probe = fit_linear(features.to(env.device), known_labels.to(env.device), classes, cfg.l2)
+            scores = probe(result.to(env.device)).softmax(-1).mean(1).cpu()
         else:
             scores = knn_scores(features, known_labels, F.normalize(result, dim=-1).mean(1), classes, cfg.neighbours)
     report(cfg, env, out, accuracy(scores, read, test_labels, train.classes), errors, len(test.items))
@@ -307,18 +352,19 @@ def main(cfg):
 
 
 def report(cfg, env, out, result, errors, videos):
-    """Print the result and write it to results.json, named by the views that it was made with."""
+    """Print the result and write it to results.json, its numbers named by the views that they were made with."""
     if env.rank:
         return
-    named = {f"{k}_{cfg.views}" if k != "per_class" else k: v for k, v in result.items()}
-    results = dict(named, mode=cfg.mode, init=cfg.init, random_init=cfg.random_init, data=cfg.data, label=cfg.label,
-                   train_split=cfg.train_split, videos=videos, unreadable=errors)
+    named = {f"{name}_{cfg.views}": value for name, value in result.items() if name != "per_class"}
+    results = dict(named, per_class=result["per_class"], mode=cfg.mode, init=cfg.init, random_init=cfg.random_init,
+                   data=cfg.data, label=cfg.label, train_split=cfg.train_split, videos=videos, unreadable=errors)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     for name, value in sorted(result["per_class"].items(), key=lambda pair: pair[1]):
         print0(f"  {value:6.2f}  {name}")
     for error in errors:
         print0(f"not read (counts as wrong): {error}")
-    print0("  ".join(f"{k} {v:.2f}" for k, v in named.items() if k != "per_class") + f"  on {videos} videos -> {out / 'results.json'}")
+    numbers = "  ".join(f"{name} {value:.2f}" for name, value in named.items())
+    print0(f"{numbers}  on {videos} videos -> {out / 'results.json'}")
 
 
 def run_training(cfg, env, listing, vit):
@@ -327,8 +373,8 @@ def run_training(cfg, env, listing, vit):
     lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
     out, checkpoint = open_run("finetune-finetune", cfg, env, listing, plan, lr)
     model = Classifier(vit, cfg.label_smoothing, cfg.flip)
-    optimizer = torch.optim.AdamW(layer_decay_groups(vit, lr, cfg.weight_decay, cfg.layer_decay), lr=lr, betas=(0.9, 0.999),
-                                  fused=env.device.type == "cuda")
+    groups = layer_decay_groups(vit, lr, cfg.weight_decay, cfg.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=env.device.type == "cuda")
     sample = partial(train_clips, cfg=cfg, size=vit.config["image_size"], frames=vit.config["frames"])
     dataset = Clips(listing.items, sample, cfg.seed)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)

@@ -1,31 +1,35 @@
 """MOFO: motion-focused masked autoencoding of videos, in one file.   https://arxiv.org/abs/2308.12447
 
 A masked autoencoder (VideoMAE, https://arxiv.org/abs/2203.12602) hides 90 % of a clip and learns by painting it in
-again.  Where it hides is left to chance, and in most videos most of the frame does not move.  MOFO finds the region that
-moves from optical flow, without labels, and masks by it: a fixed share of the patches inside the motion box is hidden, the
-rest of the 90 % comes from outside.  So every clip asks for what moves to be painted, from some of what moves.
+again.  Where it hides is left to chance, and in most videos most of the frame does not move.  MOFO finds the region
+that moves from optical flow, without labels, and masks by it: a fixed share of the patches inside the motion box is
+hidden, the rest of the 90 % comes from outside.  So every clip asks for what moves to be painted, from some of what
+moves.
 
-    Paper (section numbers are ours)                     Code
-    1  motion map: flow edges, free of camera pans       motion_map()
-    2  motion box: where the map's mass lies             motion_box()
-    3  motion tube mask: 75 % inside, 90 % in all        motion_tube_mask()
-    4  target: pixels, normalised per patch and colour   pixel_target()
-    5  masked autoencoder and its loss                   MaskedAutoencoder
-    6  all of it on one batch                            MOFO
+    Paper                                             Code                  Section
+    motion map: flow edges, free of camera pans       motion_map()          2
+    motion box: where the map's mass lies             motion_box()          2
+    motion tube mask: 75 % inside, 90 % in all        motion_tube_mask()    3
+    target: pixels, normalised per patch and colour   pixel_target()        4
+    masked autoencoder and its loss                   MaskedAutoencoder     4
+    all of it on one batch                            MOFO                  4
 
 Differs from the paper, and why
- 1. Flow is estimated in-line, on the very crop that the network sees, by RAFT instead of TV-L1: no offline pass over the
-    data set, and the box needs no transforming.  `--flow tvl1` is the paper's estimator (the default on the toy data).
+ 1. Flow is estimated in-line, on the very crop that the network sees, by RAFT instead of TV-L1: no offline pass over
+    the data set, and the box needs no transforming.  `--flow tvl1` is the paper's estimator (the default on the toy
+    data).
  2. Flow of one pair of frames per tubelet, half of the pairs: flow is the dearest part that the method adds.
- 3. The motion map averages the flow over windows of 2 pairs (8 video frames at stride 2, as many as the paper's, but not
-    sliding), and the lengths of the gradients over the windows.  One sum over the clip would cancel what goes and returns.
+ 3. The motion map averages the flow over windows of 2 pairs (8 video frames at stride 2, as many as the paper's, but
+    not sliding), and the lengths of the gradients over the windows.  One sum over the clip would cancel what goes and
+    returns.
  4. The box comes from the mass of the map along x and y instead of from contours (which do not batch), and over the
-    sampled clip instead of the whole video.  The map's median is subtracted, so that a zoom of the camera, which has the
-    same gradient everywhere, does not count; and below a floor there is no motion: the clip gets a uniform tube mask.
- 5. The mask is what the paper's text says: a patch is inside if it overlaps the box.  The released code compares x with
-    rows and y with columns, and never hides the last patches unless they are inside.
- 6. A 75 % inside ratio *shows* more of the motion than VideoMAE's 90 %, and boxes over 41 % of the frame need more than
-    75 % to hide 90 % in all.  It is the published value, so it is the default; treat it as a setting to study.
+    sampled clip instead of the whole video.  The map's median is subtracted, so that a zoom of the camera, which has
+    the same gradient everywhere, does not count; and below a floor there is no motion: the clip gets a uniform tube
+    mask.
+ 5. The mask is what the paper's text says: a patch is inside if it overlaps the box.  The released code compares x
+    with rows and y with columns, and never hides the last patches unless they are inside.
+ 6. A 75 % inside ratio *shows* more of the motion than VideoMAE's 90 %, and boxes over 41 % of the frame need more
+    than 75 % to hide 90 % in all.  It is the published value, so it is the default; treat it as a setting to study.
     `--inside-ratio none` is VideoMAE, the baseline.
 
 Run    python mofo.py                                        # toy data, made on the spot, CPU or GPU
@@ -46,11 +50,11 @@ from torch.nn.utils import clip_grad_norm_
 from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal, UserError, ViT, adamw,
                     all_reduce_mean, clip_indices, collate, cosine_lr, draw_box, find_videos, flow_picture, loader,
                     map_picture, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand,
-                    restore, save_checkpoint, save_sheet, setup, shutdown, sincos_positions, spatial_gradient, take,
-                    to_device, unnormalize, unpatchify, vit_sizes, wrap)
+                    read_views, restore, save_checkpoint, save_sheet, setup, shutdown, sincos_positions,
+                    spatial_gradient, take, to_device, unnormalize, unpatchify, vit_sizes, wrap)
 
 
-# ---- 1. Config -------------------------------------------------------------------------------------------------------
+# ---- 1. Config -----------------------------------------------------------------------------------------------------
 # Defaults are the published pre-training on Something-Something v2 (VideoMAE's, with MOFO's mask).
 
 @dataclass
@@ -100,7 +104,7 @@ RECIPES = {
     # VideoMAE's UCF101 run; its batch is not in our sources, 256 is our choice
     "ucf101": dict(stride=4, mask_ratio=0.75, lr=3e-4, epochs=3200, batch=256),
     "hmdb51": dict(stride=4, mask_ratio=0.75, lr=3e-4, epochs=3200, batch=256),          # as UCF101 (our choice)
-    # our choice: small enough to start on any machine; with a large data set and GPUs say --model vit_base --batch 1024
+    # our choice: small enough to start on any machine; for large data and GPUs say --model vit_base --batch 1024
     "custom": dict(model="vit_small", batch=16, workers=2, log_every=1, save_every=50, preview_every=50),
     # our choice: two minutes on two CPU cores
     "toy": dict(model="vit_tiny", image_size=64, patch_size=8, flow="tvl1", batch=32, epochs=10, warmup_epochs=1,
@@ -108,14 +112,15 @@ RECIPES = {
 }
 
 
-# ---- 2. Motion -------------------------------------------------------------------------------------------------------
+# ---- 2. Motion -----------------------------------------------------------------------------------------------------
 
 def motion_map(flow, window=2):
-    """Motion that is not the camera's pan: flow (B, F, 2, h, w) in pixels per frame -> map (B, h, w), the same per pixel.
+    """Motion, less the camera's pan: flow (B, F, 2, h, w) in pixels per frame -> map (B, h, w), its change per pixel.
 
-    The flow is averaged over windows of `window` flows with its sign, so that jitter cancels; of each window the length
-    of the spatial gradient is taken and averaged over the two components; then the mean over windows.  A pan has gradient
-    0; zoom and roll of the camera leave a constant.  Source: MOFO's motion map (itself MCL's), which sums where we average.
+    The flow is averaged over windows of `window` flows with its sign, so that jitter cancels; of each window the
+    length of the spatial gradient is taken and averaged over the two components; then the mean over windows.  A pan
+    has gradient 0; zoom and roll of the camera leave a constant.  Source: MOFO's motion map (itself MCL's), which
+    sums where we average.
     """
     smooth = torch.stack([part.mean(1) for part in flow.split(window, 1)], 1)   # (B, windows, 2, h, w)
     length = spatial_gradient(smooth).norm(dim=3)                               # (B, windows, 2 components, h, w)
@@ -125,10 +130,11 @@ def motion_map(flow, window=2):
 def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.01):
     """The region that moves: map (B, h, w) -> boxes (B, 4) in pixels of an image of side image_size, found (B,) bool.
 
-    The map is blurred (sigma = blur x its side), its median is subtracted (what zoom, roll or noise leaves everywhere),
-    and what is below `relative` x the maximum is cut; the box spans the columns and rows between the lowest and the
-    highest `tail` of the mass that remains.  found is False, and the box 0, where the maximum is less than what the edge
-    of an object leaves that moves at `floor` pixels per frame along both axes, at 224 pixels.  Our choice of a box finder.
+    The map is blurred (sigma = blur x its side), its median is subtracted (what zoom, roll or noise leaves
+    everywhere), and what is below `relative` x the maximum is cut; the box spans the columns and rows between the
+    lowest and the highest `tail` of the mass that remains.  found is False, and the box 0, where the maximum is less
+    than what the edge of an object leaves that moves at `floor` pixels per frame along both axes, at 224 pixels.  Our
+    choice of a box finder.
     """
     h, w = motion.shape[-2:]
     sigma = blur * w
@@ -138,8 +144,9 @@ def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.0
     smooth = F.conv2d(motion[:, None], kernel.view(1, 1, 1, -1), padding=(0, reach))
     smooth = F.conv2d(smooth, kernel.view(1, 1, -1, 1), padding=(reach, 0))[:, 0]
     smooth = (smooth - smooth.flatten(1).median(1).values[:, None, None]).clamp(min=0)
-    peak = smooth.amax((1, 2))
-    found = peak * math.sqrt(2 * math.pi) * sigma > floor * w / 224             # an edge of height c peaks at c / (sqrt(2 pi) sigma)
+    peak = smooth.amax((1, 2))                                                  # (B,)
+    height = peak * math.sqrt(2 * math.pi) * sigma                              # of the edge that blurs to this peak
+    found = height > floor * w / 224
     mass = torch.where(smooth >= relative * peak[:, None, None], smooth, 0.0)
     sides = []
     for total, scale in ((mass.sum(1), image_size / w), (mass.sum(2), image_size / h)):   # along x, along y
@@ -150,16 +157,16 @@ def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.0
     return torch.stack([x1, y1, x2, y2], 1) * found[:, None], found
 
 
-# ---- 3. Mask ---------------------------------------------------------------------------------------------------------
+# ---- 3. Mask -------------------------------------------------------------------------------------------------------
 
 def motion_tube_mask(boxes, found, grid, ratio, inside_ratio, generator=None, patch_size=16):
     """Hide `inside_ratio` of the patches in the box and `ratio` of all, the same at all times -> hidden (B, N) bool.
 
-    boxes (B, 4) in pixels, found (B,) bool, grid (T', H', W') tokens.  Each clip gets exactly K = int(ratio * H' * W')
+    boxes (B, 4) in pixels, found (B,) bool, grid (T', H', W') tokens.  Each clip gets exactly K = int(ratio * H' W')
     hidden patches per time, which bounds the share inside: with n_in patches inside and n_out outside,
         m_in = clamp(floor(inside_ratio * n_in), max(0, K - n_out), min(n_in, K))
-    are hidden inside, at random, and K - m_in outside.  A patch is inside if the box covers any of it.  Without a box, or
-    with inside_ratio None, the mask is uniform over the patches (VideoMAE's tube mask).
+    are hidden inside, at random, and K - m_in outside.  A patch is inside if the box covers any of it.  Without a
+    box, or with inside_ratio None, the mask is uniform over the patches (VideoMAE's tube mask).
     """
     T, H, W = grid
     x1, y1, x2, y2 = (side[:, None] for side in boxes.unbind(1))                # each (B, 1)
@@ -172,12 +179,13 @@ def motion_tube_mask(boxes, found, grid, ratio, inside_ratio, generator=None, pa
     m_in = ((inside_ratio or 0.0) * n_in.double()).floor().long()
     m_in = torch.minimum(torch.maximum(m_in, K - (H * W - n_in)), n_in.clamp(max=K)).clamp(min=0)
     noise = rand(len(boxes), H * W, generator=generator, device=boxes.device)
-    rank_in, rank_out = ((noise + ~side).argsort(1).argsort(1) for side in (inside, ~inside))  # own side first, shuffled
-    hidden = torch.where(inside, rank_in < m_in[:, None], rank_out < K - m_in[:, None])        # (B, H'W')
+    rank_in = (noise + ~inside).argsort(1).argsort(1)                           # inside first, shuffled
+    rank_out = (noise + inside).argsort(1).argsort(1)                           # outside first, shuffled
+    hidden = torch.where(inside, rank_in < m_in[:, None], rank_out < K - m_in[:, None])    # (B, H'W')
     return hidden.repeat(1, T)
 
 
-# ---- 4. Target and model ---------------------------------------------------------------------------------------------
+# ---- 4. Target and model -------------------------------------------------------------------------------------------
 
 def normalize_patches(patches):
     """Patches (B, n, 3 * P) in [0, 1], colour slowest -> (B, n, P * 3), colour fastest: minus the mean and over the
@@ -189,7 +197,7 @@ def normalize_patches(patches):
 
 
 def pixel_target(clips01, patch_size, tubelet_size):
-    """What is predicted: clips (B, 3, T, H, W) in [0, 1] -> (B, N, tubelet * patch^2 * 3), normalised per patch and colour."""
+    """What is predicted: clips (B, 3, T, H, W) in [0, 1] -> (B, N, D), normalised per patch and colour."""
     return normalize_patches(patchify(clips01, patch_size, tubelet_size))[0]
 
 
@@ -206,11 +214,13 @@ class MaskedAutoencoder(nn.Module):
         self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads, 3 * tubelet_size * patch_size**2)
-        self.register_buffer("positions", sincos_positions(math.prod(self.encoder.grid), decoder_dim), persistent=False)
-        for module in [*self.encoder.modules(), *self.decoder.modules()]:       # not the projection between them (VideoMAE)
+        positions = sincos_positions(math.prod(self.encoder.grid), decoder_dim)  # (1, N, decoder_dim)
+        self.register_buffer("positions", positions, persistent=False)
+        for module in [*self.encoder.modules(), *self.decoder.modules()]:       # not what is between them (VideoMAE)
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias) if module.bias is not None else None
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, clips, hidden, count=None):
@@ -239,19 +249,20 @@ class MOFO(MaskedAutoencoder):
         T, H, W = self.encoder.grid
         self.count = T * int(mask_ratio * H * W)                                # hidden tokens of a clip
         if not 0 < self.count < T * H * W or not 0 <= (inside_ratio or 0) <= 1:
-            raise UserError(f"--mask-ratio {mask_ratio} must leave some of the {H * W} patches hidden and some visible, "
-                            f"--inside-ratio {inside_ratio} must be in [0, 1] or none")
+            raise UserError(f"--mask-ratio {mask_ratio} must leave some of the {H * W} patches hidden and some "
+                            f"visible, --inside-ratio {inside_ratio} must be in [0, 1] or none")
         if sizes["tubelet_size"] < 2:
             raise UserError("--tubelet-size 1: flow needs two frames of each tubelet")
         self.flow, self.mask_ratio, self.inside_ratio = flow, mask_ratio, inside_ratio
 
     @torch.no_grad()
     def mask(self, clips, generator=None):
-        """-> hidden (B, N), and what it comes from: flow (B, T', 2, h, w), motion (B, h, w), boxes (B, 4), found (B,)."""
-        B, _, T, _, side = clips.shape
-        pairs = clips.unflatten(2, (-1, self.encoder.tubelet_size))[:, :, :, :2]            # first two frames per tubelet
-        flow = self.flow(pairs.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, -1))[:, :, 0]    # (B, T', 2, h, w)
-        with torch.autocast(clips.device.type, enabled=False):                              # bf16 cannot tell pan from edge
+        """Hidden (B, N) and what it comes from: flow (B, T', 2, h, w), motion (B, h, w), boxes (B, 4), found (B,)."""
+        B, side = len(clips), clips.shape[-1]
+        tubelets = clips.unflatten(2, (-1, self.encoder.tubelet_size)).transpose(1, 2)      # (B, T', 3, t, H, W)
+        pairs = tubelets[:, :, :, :2].flatten(0, 1)                                         # (B T', 3, 2, H, W)
+        flow = self.flow(pairs).unflatten(0, (B, -1))[:, :, 0]                              # (B, T', 2, h, w)
+        with torch.autocast(clips.device.type, enabled=False):                              # in bf16 a pan has edges
             motion = motion_map(flow)
             boxes, found = motion_box(motion, side)
         hidden = motion_tube_mask(boxes, found, self.encoder.grid, self.mask_ratio, self.inside_ratio, generator,
@@ -265,13 +276,15 @@ class MOFO(MaskedAutoencoder):
         return loss, dict(with_box=found.float().mean(), box_area=area.sum() / found.sum().clamp(min=1))
 
 
-# ---- 5. Preview ------------------------------------------------------------------------------------------------------
+# ---- 5. Preview ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def preview(model, clips, path):
-    """Write what the method sees in an even number of clips (B, 3, T, H, W) uint8, two side by side, five rows each:
-    frames with the motion box, flow, motion map with the box, what the encoder sees, reconstruction (of hidden patches,
-    each with its true mean and contrast, which the normalised target leaves open)."""
+    """Write what the method sees in an even number of clips (B, 3, T, H, W) uint8, two side by side, five rows each.
+
+    The rows: frames with the motion box, flow, motion map with the box, what the encoder sees, reconstruction (of
+    hidden patches, each with its true mean and contrast, which the normalised target leaves open).
+    """
     model.eval()
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
     hidden, flow, motion, boxes, found = model.mask(clips, torch.Generator(clips.device).manual_seed(0))
@@ -282,27 +295,27 @@ def preview(model, clips, path):
     seen[hidden] = 0.5
     colours = prediction.float().unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(0, 1)     # (B N_hidden, 3, D / 3)
     painted[hidden] = (colours * deviation[hidden] + mean[hidden]).flatten(1)
-    blocks = []                                                                             # per clip 5 rows of 4 pictures
+    blocks = []                                                                             # per clip 5 rows
     for i in range(len(clips)):
         frames = clips[i].float()[:, ::2 * t].transpose(0, 1) / 255                         # every second tubelet
         maps = F.interpolate(map_picture(motion[i, None]), frames.shape[-2:]).expand(len(frames), -1, -1, -1)
         boxed = [draw_box(x, boxes[i]) if found[i] else x for x in (frames, maps)]
-        shown = [unpatchify(x[i, None], grid, p, t)[0, :, ::2 * t].transpose(0, 1).clamp(0, 1) for x in (seen, painted)]
+        shown = [unpatchify(x[i, None], grid, p, t)[0, :, ::2 * t].transpose(0, 1) for x in (seen, painted)]
+        shown = [x.clamp(0, 1) for x in shown]
         blocks.append([boxed[0], flow_picture(flow[i, ::2]), boxed[1], *shown])
     pairs = zip(blocks[::2], blocks[1::2])
     save_sheet(path, [torch.cat([x.cpu(), y.cpu()]) for left, right in pairs for x, y in zip(left, right)])
     model.train()
 
 
-# ---- 6. Train --------------------------------------------------------------------------------------------------------
+# ---- 6. Train ------------------------------------------------------------------------------------------------------
 
 def sample_clips(video, item, rng, cfg):
     """cfg.repeats random clips of a video, each with a crop of its own -> uint8 (repeats, frames, side, side, 3)."""
     indices = [clip_indices(video, item, cfg.frames, cfg.stride, rng) for _ in range(cfg.repeats)]
     scales = [s for s in (1.0, 0.875, 0.75, 0.66) if s >= cfg.min_crop]
     crops = [multi_scale_crop(video.info.height, video.info.width, rng, scales, cfg.image_size) for _ in indices]
-    pixels = video.read(np.concatenate(indices), (cfg.image_size, cfg.image_size), np.repeat(crops, cfg.frames, 0))
-    return pixels.reshape(cfg.repeats, cfg.frames, cfg.image_size, cfg.image_size, 3)
+    return read_views(video, indices, crops, cfg.image_size)
 
 
 def main(cfg):

@@ -5,8 +5,8 @@
     python tests/bench.py --videos DIR     # read these files too
     python tests/bench.py --compile        # compiled steps on a CPU too; on a GPU this is the default
 
-Prints the machine, then Markdown tables: reading a clip, against decord and torchcodec where they are installed; what the
-DataLoader delivers; what video length, clips per opened file and clip length cost; the pre-training step of mofo.py, the
+Prints the machine, then Markdown tables: what the DataLoader delivers; reading a clip, against decord and torchcodec where
+they are installed; what video length, clips per opened file and clip length cost; the pre-training step of mofo.py, the
 first step and memory; optical flow.  Values are medians; what a row compares ran in turns, in random order (memory and first
 steps: once).  Reading is CPU time of all threads, which busy neighbours disturb less than wall time; all else is wall time.
 Test videos are made on the spot.  RAFT gets random weights, which cost what trained ones cost.
@@ -138,14 +138,15 @@ def read_torchcodec(path, indices, box):
     return crop_and_scale(decoder.get_frames_at(indices).data, box)
 
 
-def optional(name):
+def optional(name, part=""):
     try:
+        importlib.import_module(name + part)
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError):                   # torchcodec without FFmpeg's libraries raises the last
         return None
 
 
-OTHERS = {name: optional(name) for name in ("decord", "torchcodec")}
+OTHERS = {"decord": optional("decord"), "torchcodec": optional("torchcodec", ".decoders")}
 
 
 def bench_clips(videos, reps):
@@ -155,11 +156,11 @@ def bench_clips(videos, reps):
         try:
             draws = [draw(path, stride, k) for k in range(reps + 1)]
         except VideoError as error:
-            print(f"| {error} |")
+            yield text, stride, "-", f"fails: {error}", None, None, None
             continue
         for name, read in (("decord", read_decord), ("torchcodec", read_torchcodec)):
             try:
-                apart[name] = OTHERS[name] and float(np.abs(read(path, *draws[0]).numpy() - ours[0, 0][0][0].astype(float)).mean())
+                apart[name] = "not installed" if not OTHERS[name] else float(np.abs(read(path, *draws[0]).numpy() - ours[0, 0][0][0].astype(float)).mean())
             except Exception as error:                             # whatever a reader raises on a file is its result
                 apart[name] = f"fails: {str(error).strip().splitlines()[0][:50]}"
             if isinstance(apart[name], float):
@@ -325,10 +326,11 @@ def main():
         torch.set_num_threads(1)                                   # as in a worker of the DataLoader
         made = make_videos(Path(root))
         own = [p for p in sorted(Path(args.videos).rglob("*")) if p.suffix.lower() in VIDEO_FILES] if args.videos else []
-        table("A random clip of 16 frames: open, decode, crop, scale to 224^2; ms of CPU time", "video | stride | against | ours, ms | "
-              "other, ms | other / ours | mean difference of pixel values (of 255)", bench_clips(made | {p.name: (str(p), 4) for p in own}, 5 if few else 25))
+        # First the DataLoader: once torchcodec has decoded in this process, two forked workers deliver no more than one.
         table("What the DataLoader delivers, clips/s of wall time", "video | workers | one process without it | DataLoader | "
               "DataLoader / (workers x one process)", bench_delivery(dict(list(made.items())[::2]), 3 if few else 9, args.workers, env.device))
+        table("A random clip of 16 frames: open, decode, crop, scale to 224^2; ms of CPU time", "video | stride | against | ours, ms | "
+              "other, ms | other / ours | mean difference of pixel values (of 255)", bench_clips(made | {p.name: (str(p), 4) for p in own}, 5 if few else 25))
         table("What length and number of clips cost, ms of CPU time", "b against a | a, ms | b, ms | b / a", bench_costs(made, 4 if few else 20))
 
         torch.set_num_threads(threads)
@@ -342,8 +344,8 @@ def main():
         what = f"{args.device}, {str(env.amp or torch.float32)[6:]}"
         table(f"Pre-training step of mofo.py with clips of 16 frames, clips/s ({what})", "model, clips, flow | eager | compiled | "
               "compiled / eager | flow, % of eager | flow, % of compiled", speed)
-        table(f"In a fresh process: building the model and the first step, s; peak memory, GB, of which "
-              f"{'torch.cuda.max_memory_allocated' if cuda else 'VmHWM of the process less VmRSS before the model is built'} tells",
+        table(f"In a fresh process: building the model and the first step, s; peak memory, GB: "
+              f"{'torch.cuda.max_memory_allocated' if cuda else 'VmHWM of the process less VmRSS before the model is built'}",
               "model, clips, flow | eager, s | compiled, s | compiled / eager | eager, GB | compiled, GB | compiled / eager", start)
         pairs = 256 if cuda else 4
         table(f"Optical flow of 224^2 frames, {pairs} pairs at once, ms per pair ({what})", "estimator | eager | compiled | eager / compiled | "
