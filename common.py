@@ -741,6 +741,14 @@ def collate(samples):
                 read=torch.tensor([c is not None for c in clips]), errors=sum(errors, []))
 
 
+def example_clips(dataset, count=8):
+    """`count` samples evenly over the data set, for pictures; UserError if none of them can be read."""
+    batch = collate([dataset[0, int(i)] for i in np.linspace(0, len(dataset) - 1, count)])
+    if batch["clips"] is None:
+        raise UserError(f"no video can be read; the first: {batch['errors'][0]}")
+    return batch["clips"]
+
+
 def loader(dataset, batches, workers, device):
     """DataLoader over batches of keys; its workers stay alive, use one thread each and leave signals to us."""
     return torch.utils.data.DataLoader(
@@ -854,7 +862,7 @@ def _toy_grid(size):
 
 def _toy_path(rng, label, time):
     """The sprite's own motion: path (F, 2) in px, scale (F, 1), for time (F, 1) in [0, 1]."""
-    travel = rng.uniform(30, 44)                                             # 1.9 to 2.8 px per frame at stride 2
+    travel = rng.uniform(34, 44)                                             # 2.1 to 2.8 px per frame at stride 2
     phase, turn = rng.uniform(0, 6.28), rng.uniform(0.4, 0.6)
     along, scale = 0 * time, 1 + 0 * time
     axis = np.array([np.cos(phase), np.sin(phase)])
@@ -862,7 +870,7 @@ def _toy_path(rng, label, time):
         case "left" | "right" | "up" | "down" as name:
             along, axis = travel * time, np.array(dict(left=(-1, 0), right=(1, 0), up=(0, -1), down=(0, 1))[name])
         case "clockwise" | "counter-clockwise" as name:                      # y points down: + is clockwise
-            along = rng.uniform(10, 13)
+            along = rng.uniform(11, 14)
             angle = phase + travel / along * time * (1 if name == "clockwise" else -1)
             axis = np.hstack([np.cos(angle), np.sin(angle)])                 # (F, 2)
         case "to-and-fro":
@@ -873,31 +881,30 @@ def _toy_path(rng, label, time):
 
 
 def _toy_scene(rng, name, x, y):
-    """Background texture in [0, 1] at the points x, y (F, H, W) in px; waves are long, so that it is predictable."""
-    wave, (a, b), (cx, cy) = 6.28 / rng.uniform(24, 40), rng.uniform(0, 6.28, 2), rng.uniform(8, 56, 2)
+    """Background texture in [0, 1] at the points x, y (F, H, W) in px.  A scene has the same layout in every clip, up
+    to shifts of a few px, and long waves: so a network can learn in minutes what belongs where it cannot see."""
+    (a, b), (cx, cy), wave = rng.uniform(-0.6, 0.6, 2), rng.uniform(28, 36, 2), 6.28 / rng.uniform(30, 34)
     dx, dy = x - cx, y - cy
     match name:
         case "gradient":
-            z = ((x - 32) * np.cos(a) + (y - 32) * np.sin(a)) / 45
+            z = (dx * np.cos(a) + dy * np.sin(a)) / 40
         case "vertical":
             z = np.sin(wave * x + a)
         case "horizontal":
             z = np.sin(wave * y + a)
         case "diagonal":
-            z = np.sin(wave * (x + rng.choice([-1, 1]) * y) / 1.41 + a)
+            z = np.sin(wave * (x + y) / 1.41 + a)
         case "checks":
             z = np.sin(wave * x + a) * np.sin(wave * y + b)
         case "rings":
-            z = np.sin(wave * np.hypot(dx, dy) + a)
-        case "rays":                                                         # faded at the centre: too fine there
-            r = np.hypot(dx, dy)
-            z = np.sin(rng.integers(4, 8) * np.arctan2(dy, dx) + a) * r / (r + 6)
+            z = np.sin(wave * np.hypot(dx, dy))
+        case "rays":  # faded at the centre, where they are too fine
+            z = np.sin(6 * np.arctan2(dy, dx) + a) * np.hypot(dx, dy) / (np.hypot(dx, dy) + 6)
         case "blobs":
-            spots, width = rng.uniform(0, 64, (6, 2)), rng.uniform(5, 9)
-            z = 2 * sum(np.exp(-((x - px) ** 2 + (y - py) ** 2) / 2 / width ** 2) for px, py in spots).clip(0, 1) - 1
-    # A faint plaid: without it stripes and plain areas would not tell flow how they move.
-    (u, v), (c, d) = 6.28 / rng.uniform(10, 16, 2), rng.uniform(0, 6.28, 2)
-    return 0.5 + 0.425 * z + 0.075 * np.sin(u * x + c) * np.sin(v * y + d)
+            spots = ((-20, -18), (16, -22), (22, 14), (-14, 20), (0, 0))
+            z = 2 * sum(np.exp(-((dx - px) ** 2 + (dy - py) ** 2) / 100) for px, py in spots).clip(0, 1) - 1
+    plaid = np.sin(0.5 * x + a) * np.sin(0.42 * y + b)  # faint: without it stripes and plain areas would
+    return 0.5 + 0.425 * z + 0.075 * plaid                                   # not tell flow how they move
 
 
 def _toy_depth(truth, frame):
@@ -1109,7 +1116,7 @@ def warp(image, flow):
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def tvl1(first, second, smoothness=0.15, theta=0.3, warps=3, iterations=15, coarsest=16, inner=None):
+def tvl1(first, second, smoothness=0.15, theta=0.3, warps=3, iterations=10, coarsest=16, inner=None):
     """TV-L1 flow (Zach, Pock and Bischof 2007) of image pairs (B, 3, H, W) in [0, 1] -> (B, 2, H, W) in pixels.
 
     Minimises |grad u| + smoothness * |second(x + u) - first(x)| from coarse to fine, alternating a pointwise step on
@@ -1159,9 +1166,9 @@ def _resize_flow(flow, h, w):
 # ---- 8. Backbone ---------------------------------------------------------------------------------------------------
 
 # dim, depth, heads of the encoder, depth of the VideoMAE decoder (its width and heads are half the encoder's)
-VITS = {
-    "vit_tiny": (192, 4, 3, 2), "vit_small": (384, 12, 6, 4), "vit_base": (768, 12, 12, 4),
-    "vit_large": (1024, 24, 16, 12), "vit_huge": (1280, 32, 16, 12)}
+VITS = {   # dim, depth, heads of the encoder, then of the decoder that VideoMAE puts on it (tiny: our choice)
+    "vit_tiny": (192, 3, 6, 192, 2, 6), "vit_small": (384, 12, 6, 192, 4, 3), "vit_base": (768, 12, 12, 384, 4, 6),
+    "vit_large": (1024, 24, 16, 512, 12, 8), "vit_huge": (1280, 32, 16, 640, 12, 8)}
 
 
 def patchify(clips, patch_size, tubelet_size):
@@ -1441,7 +1448,7 @@ def cosine_lr(step, steps, warmup, peak, floor):
 
 
 def vit_sizes(name):
-    """dim, depth, heads and decoder depth of a ViT by name; UserError if there is none of that name."""
+    """dim, depth, heads of a ViT and of its decoder, by name; UserError if there is none of that name."""
     if name not in VITS:
         raise UserError(f"--model {name}: choose {', '.join(VITS)}")
     return VITS[name]
@@ -1489,7 +1496,7 @@ def restore(checkpoint, init, model, optimizer, scaler):
 
 # Settings that may change when a run goes on.
 FREE = {"out", "fresh", "init", "root", "raft_weights", "device_batch", "workers", "compile", "log_every",
-        "save_every", "preview_every"}
+        "save_every", "preview_every", "views", "test_batch", "neighbours", "l2"}
 
 
 def run_directory(name, cfg):

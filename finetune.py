@@ -197,7 +197,7 @@ def build_vit(cfg, classes, drop_path=0.0):
     """The network that --init describes, with its weights (unless --random-init) -> ViT, content of the file."""
     if not cfg.init:
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
-    dim, depth, heads, _ = vit_sizes(cfg.model)
+    dim, depth, heads, *_ = vit_sizes(cfg.model)
     public = dict(image_size=224, frames=16, patch_size=16, tubelet_size=2, dim=dim, depth=depth, heads=heads)
     content = load_file(cfg.init)
     backbone = content.get("backbone") if isinstance(content, dict) else None

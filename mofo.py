@@ -41,16 +41,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal, UserError, ViT, adamw,
-                    all_reduce_mean, clip_indices, collate, cosine_lr, draw_box, find_videos, flow_picture, loader,
-                    map_picture, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand,
-                    read_views, restore, save_checkpoint, save_sheet, setup, shutdown, sincos_positions,
+                    all_reduce_mean, clip_indices, cosine_lr, draw_box, example_clips, find_videos, flow_picture,
+                    loader, map_picture, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run,
+                    rand, read_views, restore, save_checkpoint, save_sheet, setup, shutdown, sincos_positions,
                     spatial_gradient, take, to_device, unnormalize, unpatchify, vit_sizes, wrap)
 
 
@@ -107,8 +106,9 @@ RECIPES = {
     # our choice: small enough to start on any machine; for large data and GPUs say --model vit_base --batch 1024
     "custom": dict(model="vit_small", batch=16, workers=2, log_every=1, save_every=50, preview_every=50),
     # our choice: two minutes on two CPU cores
-    "toy": dict(model="vit_tiny", image_size=64, patch_size=8, flow="tvl1", batch=32, epochs=10, warmup_epochs=1,
-                lr=8e-3, workers=2, log_every=10, save_every=100, preview_every=100),
+    "toy": dict(model="vit_tiny", image_size=64, min_crop=1.0, mask_ratio=0.75, inside_ratio=0.6, flow="tvl1",
+                steps=400, batch=16, warmup_epochs=1, lr=0.024, min_lr=0.008, workers=2, log_every=10, save_every=100,
+                preview_every=100),
 }
 
 
@@ -270,7 +270,13 @@ class MOFO(MaskedAutoencoder):
         return hidden, flow, motion, boxes, found
 
     def forward(self, clips, generator=None):
-        hidden, _, _, boxes, found = self.mask(clips, generator)
+        if self.inside_ratio is None:                                                       # VideoMAE needs no flow
+            boxes = torch.zeros(len(clips), 4, device=clips.device)
+            found = torch.zeros(len(clips), dtype=torch.bool, device=clips.device)
+            hidden = motion_tube_mask(boxes, found, self.encoder.grid, self.mask_ratio, None, generator,
+                                      self.encoder.patch_size)
+        else:
+            hidden, _, _, boxes, found = self.mask(clips, generator)
         _, loss = super().forward(normalize(clips), hidden, self.count)
         area = (boxes[:, 2:] - boxes[:, :2]).prod(1) / clips.shape[-1] ** 2                 # (B,), 0 without a box
         return loss, dict(with_box=found.float().mean(), box_area=area.sum() / found.sum().clamp(min=1))
@@ -326,14 +332,14 @@ def main(cfg):
     lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
     out, checkpoint = open_run("mofo", cfg, env, listing, plan, lr)
 
-    dim, depth, heads, decoder_depth = vit_sizes(cfg.model)
+    dim, depth, heads, decoder_dim, decoder_depth, decoder_heads = vit_sizes(cfg.model)
     flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
     model = MOFO(flow, cfg.mask_ratio, cfg.inside_ratio, image_size=cfg.image_size, frames=cfg.frames,
                  patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size, dim=dim, depth=depth, heads=heads,
-                 decoder_dim=dim // 2, decoder_depth=decoder_depth, decoder_heads=max(1, heads // 2)).to(env.device)
+                 decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_heads=decoder_heads).to(env.device)
     optimizer = adamw(model, lr, cfg.weight_decay, (0.9, 0.95), env.device)
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
-    examples = collate([dataset[0, int(i)] for i in np.linspace(0, len(dataset) - 1, 8)])["clips"][:8]
+    examples = example_clips(dataset)
 
     # >>> same: loop
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)

@@ -5,9 +5,10 @@
     python tests/bench.py --videos DIR     # read these files too
     python tests/bench.py --compile        # compiled steps on a CPU too; on a GPU this is the default
 
-Prints the machine, then Markdown tables: what the DataLoader delivers; reading a clip, against decord and torchcodec where
-they are installed; what video length, clips per opened file and clip length cost; the pre-training step of mofo.py, the
-first step and memory; optical flow.  Values are medians; what a row compares ran in turns, in random order (memory and first
+Prints the machine, then Markdown tables: reading a clip, against decord and torchcodec where they are installed; what the
+DataLoader delivers; what video length, clips per opened file and clip length cost; the pre-training step of mofo.py, the
+first step and memory; optical flow.  The DataLoader is also compared with as many plain processes, which tell what the machine
+gives at that moment: where they reach much less than workers x one process, others use the cores.  Values are medians; what a row compares ran in turns, in random order (memory and first
 steps: once).  Reading is CPU time of all threads, which busy neighbours disturb less than wall time; all else is wall time.
 Test videos are made on the spot.  RAFT gets random weights, which cost what trained ones cost.
 """
@@ -170,23 +171,39 @@ def bench_clips(videos, reps):
             yield text, stride, name, times["ours"], times.get(name), over(times.get(name), times["ours"]), difference
 
 
+def plain_processes(ours, processes, clips):
+    """Read `clips` clips in each of some forked processes that hand nothing over."""
+    children = []
+    for _ in range(processes):
+        child = os.fork()
+        if child == 0:
+            [ours[k, 0] for k in range(clips)]
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
 def bench_delivery(videos, reps, workers, device, size=8, batches=8):
     for text, (path, stride) in videos.items():
         ours, total = read_ours(path, stride=stride), workers * -(-batches // workers)
         through = loader(ours, [[(size * b + i, 0) for i in range(size)] for b in range(workers + total)], workers, device)
-        speeds = {"bare": [], "loader": []}
+        speeds = {"bare": [], "plain": [], "loader": []}
         for _ in range(reps):
-            for name in random.sample(list(speeds), 2):
+            for name in random.sample(list(speeds), 3):
                 began, count = time.perf_counter(), 3 * size
                 if name == "bare":
                     [ours[k, 0] for k in range(count)]
+                elif name == "plain":
+                    count *= workers
+                    plain_processes(ours, workers, 3 * size)
                 else:
                     for b, _ in enumerate(through):
                         if b == workers - 1:                       # every worker has started and delivered once
                             began, count = time.perf_counter(), total * size
                 speeds[name].append(count / (time.perf_counter() - began))
-        bare, rate = median(speeds["bare"]), median(speeds["loader"])
-        yield text, workers, bare, rate, rate / (workers * bare)
+        bare, plain, rate = map(median, speeds.values())
+        yield text, workers, bare, plain, rate, rate / (workers * bare), rate / plain
 
 
 def bench_costs(videos, reps, clips=4):
@@ -206,11 +223,12 @@ class Step:
     """One step of mofo.py's loop, on clips that are on the device already."""
 
     def __init__(self, env, model, image_size, patch_size, clips, flow, weights, compile):
-        dim, depth, heads, decoder_depth = vit_sizes(model)
+        dim, depth, heads, decoder_dim, decoder_depth, decoder_heads = vit_sizes(model)
         self.env, self.flow = env, FlowEstimator(flow, weights.get(flow), CONFIG.flow_updates, None, env.device, env.amp, compile)
         self.model = mofo.MOFO(self.flow, CONFIG.mask_ratio, CONFIG.inside_ratio, image_size=image_size, frames=CONFIG.frames,
                                patch_size=patch_size, tubelet_size=CONFIG.tubelet_size, dim=dim, depth=depth, heads=heads,
-                               decoder_dim=dim // 2, decoder_depth=decoder_depth, decoder_heads=max(1, heads // 2)).to(env.device)
+                               decoder_dim=decoder_dim, decoder_depth=decoder_depth,
+                               decoder_heads=decoder_heads).to(env.device)
         self.optimizer = adamw(self.model, 1e-4, CONFIG.weight_decay, (0.9, 0.95), env.device)
         self.net = wrap(self.model, env, compile)
         self.batch = to_device(torch.randint(256, (clips, CONFIG.frames, image_size, image_size, 3), dtype=torch.uint8), env.device)
@@ -265,7 +283,7 @@ def bench_steps(env, modes, cases, reps):
         rates, flow = [[f(m) if m in modes else None for m in (False, True)] for f in (
             lambda m: case["clips"] * inner / times[m], lambda m: median(shares[m][1:]))]
         speed.append((text, *rates, over(*rates[::-1]), *flow))
-        del steps
+        steps.clear()                                              # free the models before the fresh processes
         found = [(None, None)] * 2
         for mode in modes:
             with tempfile.TemporaryDirectory() as cache:           # of compiled code: empty, as on a fresh machine
@@ -326,11 +344,10 @@ def main():
         torch.set_num_threads(1)                                   # as in a worker of the DataLoader
         made = make_videos(Path(root))
         own = [p for p in sorted(Path(args.videos).rglob("*")) if p.suffix.lower() in VIDEO_FILES] if args.videos else []
-        # First the DataLoader: once torchcodec has decoded in this process, two forked workers deliver no more than one.
-        table("What the DataLoader delivers, clips/s of wall time", "video | workers | one process without it | DataLoader | "
-              "DataLoader / (workers x one process)", bench_delivery(dict(list(made.items())[::2]), 3 if few else 9, args.workers, env.device))
         table("A random clip of 16 frames: open, decode, crop, scale to 224^2; ms of CPU time", "video | stride | against | ours, ms | "
               "other, ms | other / ours | mean difference of pixel values (of 255)", bench_clips(made | {p.name: (str(p), 4) for p in own}, 5 if few else 25))
+        table("What the DataLoader delivers, clips/s of wall time", "video | workers | one process | as many plain processes | DataLoader | "
+              "DataLoader / (workers x one process) | DataLoader / plain processes", bench_delivery(dict(list(made.items())[::2]), 3 if few else 9, args.workers, env.device))
         table("What length and number of clips cost, ms of CPU time", "b against a | a, ms | b, ms | b / a", bench_costs(made, 4 if few else 20))
 
         torch.set_num_threads(threads)

@@ -287,7 +287,7 @@ def test_a_test_video_that_cannot_be_read_counts_as_wrong_and_is_named(workplace
     ([], "--init FILE: name a checkpoint"),
     (["--init", "x.pt", "--mode", "guess"], "--mode guess: choose finetune, linear, knn or test"),
     (["--init", "x.pt", "--views", "3"], "--views 3: expected e.g. 2x3"),
-    (["--init", "x.pt", "--label", "taste"], "--label taste: toy has motion and scene"),
+    (["--init", "x.pt", "--label", "taste"], "--label taste: toy has motion, scene"),
     (["--init", "runs/reference-mofo/last.pt", "--mode", "test"], "missing .*head.weight"),
 ])
 def test_a_mistake_with_finetune_gets_one_line(argv, message, reference):
