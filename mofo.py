@@ -107,7 +107,7 @@ RECIPES = {
     "custom": dict(model="vit_small", batch=16, workers=2, log_every=1, save_every=50, preview_every=50),
     # our choice: two minutes on two CPU cores
     "toy": dict(model="vit_tiny", image_size=64, min_crop=1.0, mask_ratio=0.75, inside_ratio=0.6, flow="tvl1",
-                steps=400, batch=16, warmup_epochs=1, lr=0.024, min_lr=0.008, workers=2, log_every=10, save_every=100,
+                epochs=8, batch=16, warmup_epochs=1, lr=0.024, min_lr=0.008, workers=2, log_every=10, save_every=100,
                 preview_every=100),
 }
 
@@ -123,7 +123,7 @@ def motion_map(flow, window=2):
     sums where we average.
     """
     smooth = torch.stack([part.mean(1) for part in flow.split(window, 1)], 1)   # (B, windows, 2, h, w)
-    length = spatial_gradient(smooth).norm(dim=3)                               # (B, windows, 2 components, h, w)
+    length = spatial_gradient(smooth).square().sum(3).sqrt()                    # (B, windows, 2 components, h, w)
     return length.mean((1, 2))
 
 
