@@ -23,11 +23,11 @@ from common import (Clips, Env, Item, Listing, StepSampler, UserError, ViT, adam
 CPU = torch.device("cpu")
 
 
-def tiny_video(path, frames=12, fps=10, side=32, codec="libx264"):
+def tiny_video(path, frames=12, fps=10, side=32, codec="libx264", options={"qp": "0"}):
     """Frame n is grey 8 + 4 n, so that a picture tells its number (see `numbers`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, fps, width=side, height=side, pix_fmt="yuv420p", options={"qp": "0"})
+        stream = file.add_stream(codec, fps, width=side, height=side, pix_fmt="yuv420p", options=options)
         for n in range(frames):
             file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((side, side, 3), 8 + 4 * n, np.uint8))))
         file.mux(stream.encode())

@@ -17,6 +17,7 @@ import common
 import finetune
 import mofo
 from common import UserError, parse_config
+from test_data import put, tiny_video
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = ["mofo"]
@@ -238,6 +239,61 @@ def test_compiled_blocks_give_the_eager_result_without_recompiling():
         with torch._dynamo.config.patch(error_on_recompile=seed > 0):
             hidden = mofo.motion_tube_mask(torch.zeros(2, 4), found, (2, 4, 4), 0.75, None, torch.Generator().manual_seed(seed), 8)
             torch.testing.assert_close(model(clips, hidden)[1], eager(clips, hidden)[1], rtol=1e-5, atol=1e-6)
+
+
+def miniature(data, root):
+    """A data set in its published layout: 5 training videos, of which one is missing and one is broken, and 2 to test."""
+    stems = ["-aB_cd-EF1g", "_hIjKlMnOp2", "qRsTuVwXyZ3", "broken-f1l3", "missing-f1l", "t3st-aaaaaa", "t3st-bbbbbb"]
+    names = {"k400": [f"{s}_000010_000020.mp4" for s in stems], "ssv2": [f"{i}.webm" for i in range(7)],
+             "ucf101": [f"v_Jump_g0{i}_c01.avi" for i in range(7)], "hmdb51": [f"a!#&b(+)@;]_{i}.avi" for i in range(7)],
+             "epic": [f"P0{i}_01.MP4" for i in range(7)]}[data]
+    codec = {"k400": "libx264", "epic": "libx264", "ssv2": "libvpx-vp9"}.get(data, "mpeg4")
+    for i, name in enumerate(names):
+        if i == 3:
+            put(root, videos=[f"videos/{name}"])
+        elif i != 4:
+            tiny_video(root / "videos" / name, 40, codec=codec, **({} if codec == "libx264" else dict(options={})))
+    split = lambda line: ["\n".join(line(i, n) for i, n in enumerate(names) if (i > 4) == test) + "\n" for test in (False, True)]
+    if data == "k400":
+        head, (train, test) = "label,youtube_id,time_start,time_end,split\n", split(lambda i, n: f'"class {i % 2}",{n[:11]},10,20,x')
+        put(root, {"train.csv": head + train, "val.csv": head + test})
+    if data == "ssv2":
+        rows = [[dict(id=str(i), template=f"Moving [something] {i % 2}") for i in range(7) if (i > 4) == test] for test in (False, True)]
+        put(root, {"labels.json": json.dumps({"Moving something 0": "0", "Moving something 1": "1"}),
+                   "train.json": json.dumps(rows[0]), "validation.json": json.dumps(rows[1])})
+    if data == "ucf101":
+        train, test = split(lambda i, n: f"Jump/{n} 1")
+        put(root, {"classInd.txt": "1 Jump\n2 Run\n", "trainlist01.txt": train, "testlist01.txt": test.replace(" 1", "")})
+    if data == "hmdb51":
+        put(root, {"jump_test_split1.txt": "".join(f"{n} {2 if i > 4 else 1} \n" for i, n in enumerate(names)), "run_test_split1.txt": ""})
+    if data == "epic":
+        train, test = split(lambda i, n: f"x,P0{i},P0{i}_01,,00:00:00.50,00:00:02.50,1,2,take,take,{i % 2},cup,3,[],[]")
+        head = ("narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,stop_frame,"
+                "narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes\n")
+        put(root, {"EPIC_100_train.csv": head + train, "EPIC_100_validation.csv": head + test})
+
+
+@pytest.mark.parametrize("data", ["ssv2", "k400", "ucf101", "hmdb51", "epic"])
+def test_published_layouts_train_and_test(data, tmp_path):
+    miniature(data, tmp_path)
+    small = "--model vit_tiny --image-size 32 --flow tvl1 --batch 4 --workers 0 --steps 2 --mask-ratio 0.5".split()
+    run("mofo", "--data", data, "--root", tmp_path, *small, "--out", f"runs/mini-{data}")
+    out = Path(f"runs/mini-{data}")
+    assert len(losses(out)) == 1 and json.loads((out / "config.json").read_text())["videos"] == 4
+    assert len((out / "missing_videos.txt").read_text().splitlines()) == 1
+    assert len((out / "bad_videos.txt").read_text().splitlines()) == 1
+    run("finetune", "--data", data, "--root", tmp_path, "--mode", "knn", "--init", out / "last.pt", "--workers", 0, "--out",
+        f"runs/mini-knn-{data}")
+    results = json.loads(Path(f"runs/mini-knn-{data}/results.json").read_text())
+    assert results["videos"] == 2 and len(results["unreadable"]) == 1                    # the broken one, of the training videos
+
+
+def test_without_a_c_compiler_it_runs_eagerly_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(common.shutil, "which", lambda name: None)
+    common.can_compile.cache_clear()
+    run("mofo", *TINY, "--steps", 1, "--workers", 0, "--compile", "--out", "runs/no-compiler")
+    common.can_compile.cache_clear()
+    assert "needs a C compiler" in capsys.readouterr().out
 
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
