@@ -92,8 +92,9 @@ RECIPES = {   # VideoMAE ViT-B: specs per data set; `views` as published
                    flip=True),
     # our choice, both
     "custom": dict(sampling="dense", views="2x3", epochs=50, batch=16, workers=2, flip=True, log_every=1),
-    "toy": dict(sampling="dense", stride=2, views="1x1", epochs=8, batch=32, device_batch=32, test_batch=32, lr=4e-3,
-                warmup_epochs=1, layer_decay=0.9, min_crop=0.5, workers=2, log_every=16),
+    "toy": dict(sampling="dense", stride=2, views="1x1", test_batch=32, epochs=16, batch=32, device_batch=32, lr=8e-3,
+                warmup_epochs=2, layer_decay=1.0, drop_path=0.0, label_smoothing=0.0, min_crop=1.0, workers=2,
+                log_every=16),
 }
 
 
