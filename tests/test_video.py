@@ -191,6 +191,8 @@ def test_rotation(turns, tmp_path, clip):
     path = tmp_path / "turned.mp4"
     with av.open(str(clip)) as a, av.open(str(path), "w") as b:
         stream = b.add_stream_from_template(a.streams.video[0])
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this version of PyAV cannot write a rotation")
         stream.set_display_rotation(90 * turns)
         for packet in a.demux(video=0):
             if packet.size:
