@@ -573,7 +573,8 @@ def _k400(files, split, label):
     if len(classes) != 400:
         print0(f"note: {found[0]} names {len(classes)} classes; Kinetics-400 has 400, "
                "ids are those of the sorted names")
-    return [(row["youtube_id"], classes.index(name)) for row, name in zip(table, labels)], classes
+    ids = {name: i for i, name in enumerate(classes)}
+    return [(row["youtube_id"], ids[name]) for row, name in zip(table, labels)], classes
 
 
 def _ssv2(files, split, label):
@@ -645,7 +646,8 @@ def _own_videos(path, root, split):
     folders = [f.relative_to(base).parts[0] if f.parent != base else "" for f in files]
     labelled = "" not in folders and len(set(folders)) > 1                 # every file in one of several directories
     classes = sorted(set(folders)) if labelled else []
-    rows = [(str(f), f, classes.index(c) if classes else -1) for f, c in zip(files, folders)]
+    ids = {name: i for i, name in enumerate(classes)}
+    rows = [(str(f), f, ids.get(c, -1)) for f, c in zip(files, folders)]
     if classes and base == path:                                           # it comes without a split: make one
         every, rows, count = rows, [], [0] * len(classes)
         for row in every:
@@ -1578,7 +1580,7 @@ class Log:
     """What a run tells: log.jsonl (one object per logged step), a progress bar on a terminal, or else plain lines."""
 
     def __init__(self, out, env, plan, start, every):
-        self.out, self.env, self.plan, self.start, self.every = out, env, plan, start, every
+        self.out, self.env, self.plan, self.every = out, env, plan, every
         self.tried = self.bad = self.not_finite = 0
         self.waited, self.began, self.logged = 0.0, time.perf_counter(), start
         self.named = set()

@@ -305,11 +305,9 @@ def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
 def main(cfg):
     if cfg.mode not in ("finetune", "linear", "knn", "test"):
         raise UserError(f"--mode {cfg.mode}: choose finetune, linear, knn or test")
-    try:
-        views = tuple(int(v) for v in cfg.views.split("x"))
-        assert len(views) == 2 and min(views) > 0
-    except (ValueError, AssertionError):
-        raise UserError(f"--views {cfg.views}: expected e.g. 2x3, clips in time x crops in space") from None
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", cfg.views):
+        raise UserError(f"--views {cfg.views}: expected e.g. 2x3, clips in time x crops in space")
+    views = tuple(int(v) for v in cfg.views.split("x"))
     env = setup(cfg.seed)
     toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
     train = find_videos(cfg.data, cfg.root, cfg.train_split, cfg.label, toy)
@@ -321,7 +319,8 @@ def main(cfg):
         raise UserError(f"--data {cfg.data}: has no labels, which every mode of finetune.py needs")
     classes = len(train.classes)
     labels = torch.tensor([item.label for item in train.items])
-    test_labels = torch.tensor([train.classes.index(test.classes[item.label]) for item in test.items])
+    ids = {name: i for i, name in enumerate(train.classes)}
+    test_labels = torch.tensor([ids[test.classes[item.label]] for item in test.items])
     out = run_directory(f"finetune-{cfg.mode}", cfg)
     out.mkdir(parents=True, exist_ok=True)
     with_head = cfg.mode in ("finetune", "test")
