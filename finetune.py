@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from common import (Clips, Log, StepSampler, StopSignal, UserError, ViT, all_reduce_mean, clip_indices, cosine_lr,
                     find_videos, flip, item_frames, load_file, load_weights, loader, normalize, open_run,
-                    parse_config, plan_run, print0, read_views, restore, run_directory, save_checkpoint, setup,
+                    parse_config, plan_run, print0, random_resized_crop, read_views, restore, run_directory, save_checkpoint, setup,
                     shutdown, to_device, vit_sizes, wrap)
 
 
@@ -99,21 +99,6 @@ RECIPES = {   # VideoMAE ViT-B: specs per data set; `views` as published
 
 
 # ---- 2. Frames and crops -------------------------------------------------------------------------------------------
-
-def random_resized_crop(height, width, rng, area, ratio=(3 / 4, 4 / 3)):
-    """A random box: its share of the frame is drawn from `area`, its aspect from `ratio`, each (least, most).
-
-    If none of 10 draws fits it is the whole frame.
-    """
-    for _ in range(10):
-        size = height * width * rng.uniform(*area)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(size * aspect)), round(math.sqrt(size / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
-            return x, y, x + w, y + h
-    return 0, 0, width, height
-
 
 def segment_indices(first, last, frames, offset):
     """One frame of each of `frames` equal parts of first..last, at `offset` (scalar or (frames,)) in [0, 1) of it."""

@@ -1,0 +1,518 @@
+"""MME: masked motion encoding of videos, in one file.   https://arxiv.org/abs/2210.06096
+
+A masked autoencoder (VideoMAE, https://arxiv.org/abs/2203.12602) that paints hidden pixels can live on appearance:
+most of a hidden patch is there in the frame before.  MME asks for motion instead.  For every hidden token it predicts
+how four points in it move over the next L video frames (position change), and how the picture around them looks along
+the way (shape change, as histograms of oriented gradients).  The frames between those that the network sees supervise
+it, too: what it must tell is finer in time than what it is shown.
+
+    Paper                                              Code                  Section
+    trajectories of points, chained flow               trajectories()        2
+    z^p: position change, normalised in the token      position_target()     3
+    z^s: HOG at the moving points                      hog(), shape_target() 3
+    losses                                             position_loss(), shape_loss()   3
+    masked autoencoder with two heads                  MaskedAutoencoder     4
+    all of it on one batch                             MME                   4
+
+Differs from the paper and its released code, and why
+ 1. Flow is estimated in-line, on the very crop that the network sees, by RAFT: no offline pass, no archive of
+    trajectories, and displacements are in pixels of the crop.  `--flow tvl1` needs no weights (the default on the toy
+    data).
+ 2. Flow is float and read bilinearly.  The released code truncates it to whole pixels, so whatever moves less than
+    1 pixel per frame stands still.
+ 3. Camera motion needs no homography: the position target is the z-score of a token's four points, which removes
+    what they have in common.  Our z-score has a noise floor; without one it blows the flow's noise up to unit
+    variance wherever nothing moves.
+ 4. The heads are linear at the end.  The released ones are tanh (targets reach 1.5) and sigmoid (HOG exceeds 1).
+ 5. The shape target follows the points.  The released script reads HOG of one fixed frame (`--target position`), and
+    its code for the tracked version moves the points by 1/20 of their displacement.
+ 6. HOG has no bias.  The released code draws a random one in every step, by accident; and it loses pixels whose
+    gradient points exactly at the centre of a bin.
+
+Run    python mme.py                                         # toy data; MEASURED
+       torchrun --nproc_per_node=8 mme.py --data ssv2 --root DIR                                 # not run by us
+       python mme.py --data DIR_OF_VIDEOS                    # your own, labels not needed
+"""
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal, UserError, ViT, adamw,
+                    all_reduce_mean, clip_indices, cosine_lr, draw_lines, example_clips, find_videos, loader,
+                    map_picture, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand,
+                    read_views, resize_flow, restore, save_checkpoint, save_sheet, setup, shutdown, sincos_positions,
+                    take, to_device, unpatchify, vit_sizes, wrap)
+
+
+# ---- 1. Config -----------------------------------------------------------------------------------------------------
+# Defaults are the paper's pre-training on Something-Something v2 (optimisation: its Kinetics-400 script).
+
+@dataclass
+class Config:
+    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, or your own: a directory, a list file
+    root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
+    out: str = ""                      # directory of the run; default runs/mme-<data>
+    fresh: bool = False                # start over instead of continuing the run in --out
+    init: str = ""                     # start from the weights of this checkpoint
+    model: str = "vit_base"            # vit_tiny, vit_small, vit_base, vit_large, vit_huge
+    image_size: int = 224              # side of the crop in pixels
+    frames: int = 16                   # frames of a clip
+    stride: int = 2                    # video frames from one frame of the clip to the next
+    patch_size: int = 16               # side of a patch in pixels
+    tubelet_size: int = 2              # frames of a token
+    min_crop: float = 0.66             # smallest side of a crop relative to the frame's short side
+    mask_ratio: float = 0.7            # share of the patches that is hidden
+    target: str = "trajectory"         # trajectory; position (its shape part stands still); hog; pixel = VideoMAE
+    length: int = 6                    # steps of a trajectory, in frames of the video
+    flow: str = "raft_small"           # raft_small, raft_large, tvl1
+    raft_weights: str = ""             # file with torchvision's RAFT state dict; default: download
+    flow_updates: int = 6              # refinement steps of RAFT
+    epochs: int = 400                  # passes over the data (with --repeats, passes over clips)
+    steps: int = 0                     # optimiser steps instead of epochs
+    batch: int = 1024                  # clips per step, over all GPUs and accumulation
+    device_batch: int = 64             # clips per GPU and forward pass: as many as fit
+    repeats: int = 1                   # clips cut from each video that is opened
+    lr: float = 1.5e-4                 # per 256 clips of the batch
+    min_lr: float = 1e-5               # per 256 clips, at the end
+    warmup_epochs: float = 40          # linear from 0
+    weight_decay: float = 0.05         # AdamW, betas 0.9 and 0.95
+    clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
+    seed: int = 0                      # of everything that is random
+    workers: int = 8                   # processes per GPU that read videos
+    compile: bool = torch.cuda.is_available()  # torch.compile the transformer blocks and the flow
+    log_every: int = 20                # steps
+    save_every: int = 500              # steps
+    preview_every: int = 1000          # steps
+    toy_train: int = 1024              # toy: videos to train on
+    toy_test: int = 256                # toy: videos to test on
+    toy_size: int = 64                 # toy: side in pixels
+
+
+RECIPES = {
+    "ssv2": {},                                      # the defaults above
+    "k400": dict(stride=4, length=4, epochs=1600),   # the released script, whose trajectories have 4 steps
+    # our choice from here on: not published for MME
+    "epic": {},
+    "ucf101": dict(stride=4, length=4, lr=3e-4, epochs=3200, batch=256),                 # VideoMAE's UCF101 run
+    "hmdb51": dict(stride=4, length=4, lr=3e-4, epochs=3200, batch=256),
+    # small enough to start on any machine; for large data and GPUs say --model vit_base --batch 1024
+    "custom": dict(model="vit_small", batch=16, workers=2, log_every=1, save_every=50, preview_every=50),
+    # two minutes on two CPU cores
+    "toy": dict(model="vit_tiny", image_size=64, min_crop=1.0, flow="tvl1", epochs=5, batch=16,
+                warmup_epochs=1, lr=0.024, min_lr=0.008, workers=2, log_every=10, save_every=100,
+                preview_every=100),
+}
+
+
+# ---- 2. Trajectories -----------------------------------------------------------------------------------------------
+
+def grid_points(gh, gw, cell, device=None):
+    """Centres (2, gh, gw) of cells of `cell` pixels, x before y; pixel i covers [i, i + 1)."""
+    y, x = torch.meshgrid(torch.arange(gh, device=device), torch.arange(gw, device=device), indexing="ij")
+    return (torch.stack([x, y]) + 0.5) * cell
+
+
+def trajectories(flow, starts, length, cell=8):
+    """Follow points by chaining flow: flow (B, F, 2, h, w) in pixels, flow f from frame f to f + 1; S first frames.
+
+    -> displacement (B, S, L, 2, gh, gw), the L = length steps of each point; valid (B, S, gh, gw) bool.
+
+    The points start at the centres of cells of `cell` pixels, in frame starts[s], and move by the flow where they
+    are (bilinear, in floats).  valid is False where a step starts outside of the frame; such points go on from its
+    border.  Source: MME 3.3; dense trajectories (Wang et al. 2013) without their filters.
+    """
+    B, _, _, h, w = flow.shape
+    gh, gw, S = h // cell, w // cell, len(starts)
+    start = grid_points(gh, gw, cell, flow.device)                              # (2, gh, gw)
+    most = flow.new_tensor([w, h]).view(2, 1, 1)
+    points = start.expand(B, S, -1, -1, -1)                                     # (B, S, 2, gh, gw)
+    valid = torch.ones(B, S, gh, gw, dtype=torch.bool, device=flow.device)
+    steps = []
+    for k in range(length):
+        valid = valid & ((points >= 0) & (points < most)).all(2)
+        points = torch.minimum(points.clamp(min=0), most)
+        field = flow[:, [s + k for s in starts]]                                # (B, S, 2, h, w)
+        where = (points * 2 / most - 1).movedim(2, -1)                          # (B, S, gh, gw, 2) in [-1, 1]
+        step = F.grid_sample(field.flatten(0, 1), where.flatten(0, 1), padding_mode="border", align_corners=False)
+        steps.append(step.unflatten(0, (B, S)))                                 # (B, S, 2, gh, gw)
+        points = points + steps[-1]
+    return torch.stack(steps, 2), valid
+
+
+# ---- 3. Targets, losses, mask --------------------------------------------------------------------------------------
+
+def to_tokens(x):
+    """Values of points (B, S, ..., gh, gw) -> of tokens (B, S * gh/2 * gw/2, ..., 2, 2): each has 2 x 2 points."""
+    x = x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))                         # (B, S, ..., gh/2, 2, gw/2, 2)
+    return x.movedim((-4, -2), (2, 3)).flatten(1, 3)
+
+
+NOISE = 0.2    # pixels; see position_target
+
+
+def position_target(displacement, valid, noise=NOISE):
+    """Position change: displacement (B, S, L, 2, gh, gw) in pixels, valid (B, S, gh, gw)
+    -> target (B, N, 8 L), inner order (x and y, step, row, column); token_valid (B, N) bool.
+
+    Per token, component and step, the z-score over the token's 4 points: (d - mean) / sqrt(variance + noise^2), the
+    variance unbiased.  What the 4 points share, above all the camera's motion, is gone; what is left are differences
+    of motion.  Differences well below `noise` pixels (our choice) give about 0 instead of unit variance.  A token is
+    valid if any of its points is.
+    """
+    z = to_tokens(displacement.transpose(2, 3))                                 # (B, N, 2, L, 2, 2)
+    var, mean = torch.var_mean(z, (-2, -1), keepdim=True)
+    z = (z - mean) / (var + noise**2).sqrt()
+    return z.flatten(2), to_tokens(valid).flatten(2).any(-1)
+
+
+def hog(frames, bins=9, cell=8):
+    """Histograms of oriented gradients: frames (B, 3, T, H, W) -> (B, 3 * bins, T, H / cell, W / cell).
+
+    Per colour: Sobel gradient (times 8, border replicated); its length is shared between the two nearest of `bins`
+    orientations in [0, pi), linearly; mean over cells of `cell` pixels.  No block normalisation.  Source: MME's code.
+    """
+    maps = []
+    for x in frames.unbind(2):                                                  # frame by frame: they stay in cache
+        B, C, H, W = x.shape
+        x = F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)              # (B C, H + 2, W + 2)
+        across, down = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:], x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
+        gx, gy = across[..., 2:] - across[..., :-2], down[:, 2:] - down[:, :-2]           # (B C, H, W)
+        length = (gx.square() + gy.square()).sqrt()
+        angle = torch.atan2(gy, gx) * bins / math.pi                            # in (-bins, bins], one bin = 1
+        angle = torch.where(angle < 0, angle + bins, angle)
+        votes = []
+        for b in range(bins):
+            away = (angle - b).abs()                                            # on a circle of `bins`
+            votes.append(F.avg_pool2d(length * (1 - torch.minimum(away, bins - away)).clamp(min=0), cell))
+        maps.append(torch.stack(votes, 1).unflatten(0, (B, C)).flatten(1, 2))   # (B, C bins, gh, gw)
+    return torch.stack(maps, 2)
+
+
+def shape_target(maps, displacement, starts, cell=8):
+    """Shape change: maps (B, K, F, gh, gw) = hog() of the frames, displacement (B, S, L, 2, gh, gw) of the points
+    that start in frame starts[s] -> (B, N, 4 K L), inner order (colour and orientation, step, row, column).
+
+    At step k the map of frame starts[s] + k is read in the cell in which the point is then; step 0 is the point's
+    own cell.  Points outside read the nearest cell.  Source: MME 3.3.
+    """
+    B, S, L, _, gh, gw = displacement.shape
+    points = grid_points(gh, gw, cell, maps.device).expand(B, S, -1, -1, -1)    # (B, S, 2, gh, gw)
+    most, steps = maps.new_tensor([gw, gh]).view(2, 1, 1), []
+    for step in displacement.unbind(2):
+        points = torch.minimum(points.clamp(min=0), most * cell)                # as `trajectories` goes on
+        steps.append(torch.minimum((points / cell).floor(), most - 1).long())
+        points = points + step
+    x, y = torch.stack(steps, 2).unbind(3)                                      # cells (B, S, L, gh, gw)
+    index = (y * gw + x).flatten(1)                                             # (B, S L gh gw)
+    frames = torch.tensor([[s + k for k in range(L)] for s in starts], device=maps.device)
+    index = index + (frames * gh * gw)[..., None].expand(-1, -1, gh * gw).flatten()
+    along = maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1))     # (B, K, S L gh gw)
+    return to_tokens(along.unflatten(2, (S, L, gh, gw)).transpose(1, 2)).flatten(2)
+
+
+def position_loss(prediction, target, valid):
+    """Squared error of hidden tokens (B, n, 8 L), summed as if L were 4, 0 where not valid (B, n); mean over tokens."""
+    error = (prediction - target).square().mean(-1) * 32                        # (B, n)
+    return (error * valid).mean()
+
+
+def shape_loss(prediction, target, later=0.1):
+    """Squared error of hidden tokens (B, n, 108 L): summed over the 108 values of a step, mean over the L steps of
+    weights 1, later, later, ...; mean over tokens."""
+    error = (prediction - target).square().unflatten(-1, (27, -1, 4)).sum((2, 4))                 # (B, n, L)
+    return (error[..., 0] + later * error[..., 1:].sum(-1)).mean() / error.shape[-1]
+
+
+def pixel_target(clips01, patch_size, tubelet_size):
+    """Clips (B, 3, T, H, W) in [0, 1] -> (B, N, D), minus the mean and over the standard deviation (unbiased, + 1e-6)
+    of each patch and colour, colour fastest: VideoMAE's target."""
+    patches = patchify(clips01, patch_size, tubelet_size).unflatten(-1, (3, -1))            # (B, N, 3, D / 3)
+    var, mean = torch.var_mean(patches, -1, keepdim=True)
+    return ((patches - mean) / (var.sqrt() + 1e-6)).transpose(-1, -2).flatten(2)
+
+
+def tube_mask(count, grid, ratio, generator=None, device="cpu"):
+    """Hide int(ratio * H' W') patches of each of `count` clips, at random, the same at all times -> (count, N) bool."""
+    T, H, W = grid
+    rank = rand(count, H * W, generator=generator, device=device).argsort(1).argsort(1)
+    return (rank < int(ratio * H * W)).repeat(1, T)
+
+
+# ---- 4. Model ------------------------------------------------------------------------------------------------------
+
+class MaskedAutoencoder(nn.Module):
+    """VideoMAE with a shallow decoder and several heads: encode the visible tokens, decode all, predict the hidden.
+
+    heads: name -> size of a token's target.  Names in the state dict of the encoder are those of the public VideoMAE
+    pre-training checkpoints.
+    """
+
+    def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads,
+                 decoder_dim, decoder_depth, decoder_heads, outputs):
+        super().__init__()
+        self.encoder = ViT(image_size, frames, patch_size, tubelet_size, dim, depth, heads)
+        self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads)
+        self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(decoder_dim, 512), nn.GELU(), nn.Linear(512, size))
+                                    for name, size in outputs.items()})
+        positions = sincos_positions(math.prod(self.encoder.grid), decoder_dim)  # (1, N, decoder_dim)
+        self.register_buffer("positions", positions, persistent=False)
+        for part in (self.encoder, self.decoder, self.heads):                   # not what is between them (VideoMAE)
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def predict(self, clips, hidden, count=None):
+        """Clips (B, 3, T, H, W), normalised, hidden (B, N), as many per clip -> predictions of hidden tokens by name
+        (B, N_hidden, size), and which tokens these are, masked (B, N_hidden).
+
+        count is N_hidden where the caller knows it; asking the GPU would make the host wait.
+        """
+        p, t = self.encoder.patch_size, self.encoder.tubelet_size
+        count = count or int(hidden[0].sum())
+        order = hidden.byte().argsort(dim=1, stable=True)                       # visible tokens, then hidden ones
+        visible, masked = order[:, :-count], order[:, -count:]                  # (B, N_visible), (B, N_hidden)
+        z = self.encoder.tokens(patchify(clips, p, t), visible)                 # (B, N_visible, dim)
+        positions = self.positions.expand(len(clips), -1, -1)                   # (B, N, decoder_dim)
+        z = torch.cat([self.encoder_to_decoder(z) + take(positions, visible),
+                       self.mask_token + take(positions, masked)], 1)           # (B, N, decoder_dim)
+        z = self.decoder(z, count)                                              # (B, N_hidden, decoder_dim)
+        return {name: head(z).float() for name, head in self.heads.items()}, masked
+
+
+def frames_to_read(target, frames, tubelet_size, stride, length):
+    """Number of frames of a clip and the distance between them: what the network sees, or also all in between and
+    the rest of the last trajectories."""
+    if target in ("hog", "pixel"):
+        return frames, stride
+    return (frames - tubelet_size) * stride + max(length, (tubelet_size - 1) * stride) + 1, 1
+
+
+class MME(MaskedAutoencoder):
+    """Clips (B, 3, F, H, W) uint8 as `frames_to_read` has them -> loss, stats.
+
+    target   "trajectory": position change and HOG along the way (the paper's)
+             "position": position change and HOG of each tubelet's second frame
+             "hog": the latter alone
+             "pixel": normalised pixels (VideoMAE); like "hog" it needs no flow
+    length   L, the steps of a trajectory, in frames of the video
+    """
+
+    def __init__(self, flow, target, length, stride, mask_ratio, frames, patch_size, tubelet_size, **sizes):
+        position, still, pixel = dict(position=8 * length), dict(shape=108), 3 * tubelet_size * patch_size**2
+        outputs = dict(trajectory={**position, "shape": 108 * length}, position={**position, **still}, hog=still,
+                       pixel=dict(pixel=pixel))
+        if target not in outputs:
+            raise UserError(f"--target {target}: choose {', '.join(outputs)}")
+        if length < 1 or stride < 1 or tubelet_size < 2 or patch_size % 2:
+            raise UserError(f"--length {length} and --stride {stride} must be at least 1, --tubelet-size "
+                            f"{tubelet_size} at least 2, --patch-size {patch_size} even")
+        super().__init__(frames=frames, patch_size=patch_size, tubelet_size=tubelet_size, outputs=outputs[target],
+                         **sizes)
+        T, H, W = self.encoder.grid
+        self.count = T * int(mask_ratio * H * W)                                # hidden tokens of a clip
+        if not 0 < self.count < T * H * W:
+            raise UserError(f"--mask-ratio {mask_ratio} must leave some of the {H * W} patches hidden and some "
+                            "visible")
+        self.flow, self.target, self.length, self.mask_ratio = flow, target, length, mask_ratio
+        self.cell = patch_size // 2                                             # 4 points per token
+        self.step = stride // frames_to_read(target, frames, tubelet_size, stride, length)[1]
+
+    def seen(self, clips):
+        """The frames that the network sees: (B, 3, T, H, W)."""
+        return clips[:, :, ::self.step][:, :, :self.encoder.config["frames"]]
+
+    @torch.no_grad()
+    def track(self, clips):
+        """Follow the points of each tubelet from its first frame -> displacement (B, T', L, 2, gh, gw), valid
+        (B, T', gh, gw), the frames (B, 3, F', H, W) that they pass, and in which of these each tubelet starts."""
+        S, L, span = self.encoder.grid[0], self.length, self.encoder.tubelet_size * self.step
+        if L < span:                                                            # skip the flow between trajectories
+            windows = clips.unfold(2, L + 1, span)[:, :, :S].movedim(-1, 3)     # (B, 3, T', L + 1, H, W)
+            pieces, frames = windows.transpose(1, 2).flatten(0, 1), windows[:, :, :, :-1].flatten(2, 3)
+            span = L
+        else:
+            pieces = clips[:, :, :(S - 1) * span + L + 1]
+            frames = pieces[:, :, :-1]
+        flow = self.flow(pieces).flatten(0, 1)                                  # (B F', 2, h, w)
+        flow = resize_flow(flow, *clips.shape[-2:]).unflatten(0, (len(clips), -1))
+        starts = [span * s for s in range(S)]
+        return *trajectories(flow, starts, L, self.cell), frames, starts
+
+    @torch.no_grad()
+    def targets(self, clips):
+        """Targets by name (B, N, size); token_valid (B, N) and displacement, or None where nothing is tracked."""
+        p, t = self.encoder.patch_size, self.encoder.tubelet_size
+        targets, token_valid, displacement = {}, None, None
+        with torch.autocast(clips.device.type, enabled=False):                  # HOG and flow differences need fp32
+            if self.target in ("trajectory", "position"):
+                displacement, valid, frames, starts = self.track(clips)
+                targets["position"], token_valid = position_target(displacement, valid)
+            if self.target == "trajectory":
+                maps = hog(normalize(frames), cell=self.cell)                   # (B, 27, F', gh, gw)
+                targets["shape"] = shape_target(maps, displacement, starts, self.cell)
+            elif self.target == "pixel":
+                targets["pixel"] = pixel_target(self.seen(clips).float() / 255, p, t)
+            else:
+                maps = hog(normalize(self.seen(clips)[:, :, 1::t]), cell=self.cell)               # (B, 27, T', gh, gw)
+                targets["shape"] = to_tokens(maps.transpose(1, 2)).flatten(2)                     # (B, N, 108)
+        return targets, token_valid, displacement
+
+    def forward(self, clips, generator=None):
+        targets, valid, _ = self.targets(clips)
+        hidden = tube_mask(len(clips), self.encoder.grid, self.mask_ratio, generator, clips.device)
+        predictions, masked = self.predict(normalize(self.seen(clips)), hidden, self.count)
+        targets = {name: take(target, masked) for name, target in targets.items()}          # (B, N_hidden, size)
+        terms, stats = {}, {}
+        if "position" in targets:
+            known, z = valid.gather(1, masked), targets["position"]                         # (B, N_hidden), ...
+            terms["position"] = position_loss(predictions["position"], z, known)
+            spread = z.unflatten(-1, (-1, 4)).square().sum(-1).amax(-1)         # 1.5: a deviation as large as `noise`
+            stats = dict(valid=known.float().mean(), static=(spread < 1.5).float().mean(),
+                         still=position_loss(torch.zeros_like(z), z, known))    # what it costs to predict no motion
+        if "shape" in targets:
+            terms["shape"] = shape_loss(predictions["shape"], targets["shape"])
+        if "pixel" in targets:
+            terms["pixel"] = F.mse_loss(predictions["pixel"], targets["pixel"])
+        return sum(terms.values()) / len(terms), stats | {name: term.detach() for name, term in terms.items()}
+
+
+# ---- 5. Preview ----------------------------------------------------------------------------------------------------
+
+def hog_picture(shape, grid, side=14):
+    """Shape targets (B, N, 108 L) -> pictures (B, T', 3, h, w) of step 0: in each cell a line along each edge."""
+    maps = shape.unflatten(-1, (3, 9, -1, 4))[..., 0, :].sum(2).flatten(2)                  # (B, N, 9 * 4), no colour
+    maps = unpatchify(maps, grid, 2, 1).transpose(1, 2).flatten(0, 1).clamp(min=0).sqrt()   # (B T', 9, gh, gw)
+    across, at = torch.arange(9, device=maps.device)[:, None, None] * math.pi / 9, torch.arange(side) - (side - 1) / 2
+    at = at.to(maps.device)
+    away = at * across.cos() + at[:, None] * across.sin()                                   # (9, side, side)
+    lines = (1 - away.abs()).clamp(min=0) * (at**2 + at[:, None]**2 <= (side / 2)**2)
+    return map_picture(F.conv_transpose2d(maps, lines[:, None], stride=side)[:, 0]).unflatten(0, (len(shape), -1))
+
+
+@torch.no_grad()
+def preview(model, clips, path, tile=160):
+    """Write what the method sees in an even number of clips (B, 3, F, H, W) uint8, two side by side.
+
+    The rows: frames with the trajectories that start there; what the encoder sees; HOG (of the first step) and its
+    prediction, painted into the hidden tokens; how the points of hidden tokens move in L steps, relative to the mean
+    of their token: true (green), predicted (red), both 3 x as long.  Rows that the target does not have are left out.
+    """
+    model.eval()
+    p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
+    targets, _, displacement = model.targets(clips)
+    hidden = tube_mask(len(clips), grid, model.mask_ratio, torch.Generator(clips.device).manual_seed(0), clips.device)
+    predictions, _ = model.predict(normalize(model.seen(clips)), hidden)
+    patches = patchify(model.seen(clips).float() / 255, p, t)                               # (B, N, D)
+    masked = patches.masked_fill(hidden[..., None], 0.5)
+    frames, masked = (unpatchify(x, grid, p, t)[:, :, ::t].transpose(1, 2) for x in (patches, masked))
+    frames = F.interpolate(frames, (3, tile, tile)).cpu()                                   # lines want finer pixels
+    rows, zoom = dict(frames=frames, masked=masked), tile / clips.shape[-1]
+    if "shape" in targets:
+        painted = targets["shape"].clone()
+        painted[hidden] = predictions["shape"].flatten(0, 1)
+        rows |= dict(hog=hog_picture(targets["shape"], grid), painted=hog_picture(painted, grid))
+    if displacement is not None:
+        points = grid_points(*displacement.shape[-2:], model.cell, clips.device).expand_as(displacement[:, :, :1])
+        tracks = torch.cat([points, points + displacement.cumsum(2)], 2)                    # (B, T', L + 1, 2, gh, gw)
+        rows["frames"] = draw_lines(frames.flatten(0, 1), tracks.permute(0, 1, 4, 5, 2, 3).flatten(2, 3).flatten(0, 1) * zoom, (1, 1, 0)).view_as(frames)
+        d = to_tokens(displacement.transpose(2, 3))                                         # (B, N, 2, L, 2, 2)
+        var, mean = torch.var_mean(d, (-2, -1), keepdim=True)
+        z = torch.zeros_like(d)
+        z[hidden] = predictions["position"].flatten(0, 1).unflatten(-1, d.shape[2:])
+        rows["moves"] = frames * 0.4
+        for moves, colour in (((d - mean) * hidden[..., None, None, None, None], (0, 1, 0)),
+                              (z * (var + NOISE**2).sqrt(), (1, 0.3, 0.2))):
+            ends = torch.stack([0 * moves.sum(3), 3 * moves.sum(3)], 2) + to_tokens(points.transpose(2, 3))[:, :, None, :, 0]
+            ends = ends.unflatten(1, (grid[0], -1)).permute(0, 1, 2, 5, 6, 3, 4).flatten(2, 4)    # (B, T', points, 2, 2)
+            rows["moves"] = draw_lines(rows["moves"].flatten(0, 1), ends.flatten(0, 1) * zoom, colour).view_as(frames)
+    sheet = []
+    for i in range(0, len(clips), 2):
+        for row in rows.values():
+            pair = torch.cat([row[i, ::2], row[i + 1, ::2]]).cpu()
+            sheet.append(F.interpolate(pair, (tile, tile)))
+    save_sheet(path, sheet, tile)
+    model.train()
+
+
+# ---- 6. Train ------------------------------------------------------------------------------------------------------
+
+def sample_clips(video, item, rng, cfg):
+    """cfg.repeats random clips of a video, each with a crop of its own -> uint8 (repeats, F, side, side, 3)."""
+    count, stride = frames_to_read(cfg.target, cfg.frames, cfg.tubelet_size, cfg.stride, cfg.length)
+    indices = [clip_indices(video, item, count, stride, rng) for _ in range(cfg.repeats)]
+    scales = [s for s in (1.0, 0.875, 0.75, 0.66) if s >= cfg.min_crop]
+    crops = [multi_scale_crop(video.info.height, video.info.width, rng, scales, cfg.image_size) for _ in indices]
+    return read_views(video, indices, crops, cfg.image_size)
+
+
+def main(cfg):
+    env = setup(cfg.seed)
+    toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
+    listing = find_videos(cfg.data, cfg.root, "train", toy=toy)
+    plan = plan_run(cfg, len(listing.items), env)
+    lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
+    out, checkpoint = open_run("mme", cfg, env, listing, plan, lr)
+
+    dim, depth, heads, decoder_dim, _, decoder_heads = vit_sizes(cfg.model)
+    flow = None
+    if cfg.target in ("trajectory", "position"):
+        flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+    model = MME(flow, cfg.target, cfg.length, cfg.stride, cfg.mask_ratio, image_size=cfg.image_size, frames=cfg.frames,
+                patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size, dim=dim, depth=depth, heads=heads,
+                decoder_dim=decoder_dim, decoder_depth=1, decoder_heads=decoder_heads).to(env.device)
+    optimizer = adamw(model, lr, cfg.weight_decay, (0.9, 0.95), env.device)
+    dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
+    examples = example_clips(dataset)
+
+    # >>> same: loop
+    scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
+    start = restore(checkpoint, cfg.init, model, optimizer, scaler)
+    net = wrap(model, env, cfg.compile)
+    log, stop = Log(out, env, plan, start, cfg.log_every), StopSignal()
+    batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
+    for step in range(start, plan.steps):
+        rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        total = 0.0
+        for micro in range(plan.accum):
+            batch = log.next_batch(batches)
+            generator = plan.generator(env, cfg.seed, step, micro)
+            with env.autocast(), nullcontext() if env.world == 1 or micro == plan.accum - 1 else net.no_sync():
+                loss, stats = net(batch["clips"], generator)                   # <- the method
+            scaler.scale(loss / plan.accum).backward()
+            total = total + loss.detach() / plan.accum
+        scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
+        status = torch.stack([total, total.new_tensor(float(stop.received))])
+        total, stopping = all_reduce_mean(status).tolist()                     # the one wait for the device in a step
+        if log.finite(total, batch["names"]):
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        log.step(step, total, flow, lr=rate, grad_norm=norm, **stats)
+        last = step + 1 == plan.steps or stopping
+        if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
+            save_checkpoint(out / "last.pt", cfg, listing, step + 1, model, model.encoder, optimizer, scaler)
+        if env.rank == 0 and (last or step == 0 or (step + 1) % cfg.preview_every == 0):
+            preview(model, to_device(examples, env.device), out / "preview.png")
+        if stopping:
+            break
+    log.close(stopping)
+    shutdown()
+    # <<< same
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, RECIPES))
