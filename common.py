@@ -3,7 +3,7 @@
 Nothing in this file is an equation of one of the five papers; those are in mofo.py and its siblings.  The sections:
 
     1 config    2 processes and devices    3 video    4 data sets    5 toy data    6 augmentation on the device
-    7 optical flow    8 backbone    9 checkpoints of other people    10 run    11 pictures
+    7 optical flow    8 backbones    9 momentum contrast    10 checkpoints of other people    11 run    12 pictures
 
 Clips are uint8 (B, 3, T, H, W) tensors until the network sees them.  Boxes are (x1, y1, x2, y2) in pixels, x2 and y2
 exclusive.  `hidden` is a bool mask over tokens, True = masked.  Tokens are in (t, h, w) order, t slowest.
@@ -63,13 +63,15 @@ def parse_config(Config, recipes, argv=None):
     """Fill the dataclass `Config` from its defaults, then `recipes[data]`, then the command line.
 
     Every field is a flag (`mask_ratio` -> `--mask-ratio`, bools also `--no-...`), its comment is the help text.  A
-    `data` that names no recipe is a path of the user's own and takes `recipes["custom"]`.  Raises UserError on an
-    unknown flag or a value of the wrong type.
+    `data` that names no recipe is a path of the user's own and takes `recipes["custom"]`.  With a `backbone` that is
+    a ViT, `recipes["vit"]` stands in for the class's defaults.  Raises UserError on an unknown flag or a value of the
+    wrong type.
     """
     types = typing.get_type_hints(Config)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
+    names = ", ".join(name for name in recipes if name != "vit")
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, description=(
-        f"Recipes for --data: {', '.join(recipes)}. Defaults below are those of the class; a recipe overrides them."))
+        f"Recipes for --data: {names}. Defaults below are those of the class; a recipe overrides them."))
     for field in dataclasses.fields(Config):
         name, kind = "--" + field.name.replace("_", "-"), types[field.name]
         text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
@@ -92,7 +94,10 @@ def parse_config(Config, recipes, argv=None):
     argv = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]   # --mask_ratio, too
     given = vars(parser.parse_args(argv))
     data = given.get("data", Config.data)
-    return Config(**{**recipes.get(data, recipes["custom"]), "data": data, **given})
+    recipe = recipes.get(data if data != "vit" else "custom", recipes["custom"])
+    if {"backbone": "", **recipe, **given}["backbone"].startswith("vit"):
+        recipe = {**recipes["vit"], **recipe}
+    return Config(**{**recipe, "data": data, **given})
 
 
 def _value(kind):
@@ -160,6 +165,15 @@ def all_reduce_mean(x):
         dist.all_reduce(x)
         x = x / dist.get_world_size()
     return x
+
+
+def all_gather(x):
+    """The tensors (n, ...) of all processes in order of rank, (world * n, ...); no gradient."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def barrier():
@@ -906,6 +920,7 @@ def _toy_scene(rng, name, x, y):
         case "blobs":
             spots = ((-20, -18), (16, -22), (22, 14), (-14, 20), (0, 0))
             z = 2 * sum(np.exp(-((dx - px) ** 2 + (dy - py) ** 2) / 100) for px, py in spots).clip(0, 1) - 1
+    z = np.tanh(4 * z)                                                       # two colours with soft edges: see FAME
     plaid = np.sin(0.5 * x + a) * np.sin(0.42 * y + b)  # faint: without it stripes and plain areas would
     return 0.5 + 0.425 * z + 0.075 * plaid                                   # not tell flow how they move
 
@@ -1049,8 +1064,8 @@ def colour_jitter(clips, generator=None, brightness=0.4, contrast=0.4, saturatio
 
 
 def blur(clips, generator=None, p=0.5, sigma=(0.1, 2.0)):
-    """Gaussian blur of clips (B, 3, T, H, W) with probability p, sigma in pixels drawn per clip; the kernel is about a
-    tenth of the width wide, the border reflected."""
+    """Gaussian blur of clips (B, 3, T, H, W) with probability p, sigma in pixels drawn per clip; the kernel is about
+    a tenth of the width wide, the border reflected."""
     B, _, T, H, W = clips.shape
     draw = rand(B, 2, generator=generator, device=clips.device)
     width = (sigma[0] + (sigma[1] - sigma[0]) * draw[:, 0]).where(draw[:, 1] < p, 1e-3)               # (B,)
@@ -1184,7 +1199,7 @@ def tvl1(first, second, smoothness=0.1, theta=0.15, warps=3, iterations=10, coar
     """TV-L1 flow (Zach, Pock and Bischof 2007) of image pairs (B, 3, H, W) in [0, 1] -> (B, 2, H, W) in pixels.
 
     Minimises |grad u| + smoothness * |second(x + u) - first(x)| from coarse to fine, alternating a pointwise step on
-    the data term with a dual step on the total variation.  Grey values are 0..255.  The constants (usual: 0.15 and 0.3)
+    the data term with a dual step on the total variation.  Grey values are 0..255.  The constants (usual: 0.15, 0.3)
     take a third off the error on the toy sprites and agree better with RAFT on real clips.  The finest level has half
     the image's size: 4x cheaper at the same agreement (our choices).
     """
@@ -1230,7 +1245,7 @@ def resize_flow(flow, h, w):
     return F.interpolate(flow, (h, w), mode="bilinear", align_corners=False) * scale
 
 
-# ---- 8. Backbone ---------------------------------------------------------------------------------------------------
+# ---- 8. Backbones --------------------------------------------------------------------------------------------------
 
 # dim, depth, heads of the encoder, depth of the VideoMAE decoder (its width and heads are half the encoder's)
 VITS = {   # dim, depth, heads of the encoder, then of the decoder that VideoMAE puts on it (tiny: our choice)
@@ -1433,10 +1448,10 @@ class ResNet3D(ConvNet):
         stem.bn1, stem.relu = nn.BatchNorm3d(inputs), nn.ReLU()
         stem.pool = nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
         stages = dict(stem=stem)
-        for i, (blocks, time) in enumerate(zip((3, 4, 6, 3), times)):
+        for i, (blocks, kernel) in enumerate(zip((3, 4, 6, 3), times)):
             inner, layer = int(64 * width) * 2**i, []
             for j in range(blocks):
-                layer.append(Bottleneck(inputs, inner, 2 if i and not j else 1, time, split))
+                layer.append(Bottleneck(inputs, inner, 2 if i and not j else 1, kernel, split))
                 inputs = 4 * inner
             stages[f"layer{i + 1}"] = nn.Sequential(*layer)
         config = dict(name=name, width=width, image_size=image_size, frames=frames)
@@ -1470,8 +1485,8 @@ def make_backbone(name="", image_size=224, frames=16, num_classes=0, drop_path=0
 
 
 class Decoder(nn.Module):
-    """VideoMAE's decoder: blocks, norm, linear head; (B, N, dim) -> (B, last, outputs) for the last tokens.  outputs =
-    0: no head, (B, last, dim)."""
+    """VideoMAE's decoder: blocks, norm, linear head; (B, N, dim) -> (B, last, outputs) for the last tokens.  With
+    outputs = 0 there is no head: (B, last, dim)."""
 
     def __init__(self, dim, depth, heads, outputs=0):
         super().__init__()
@@ -1485,7 +1500,41 @@ class Decoder(nn.Module):
         return self.head(self.norm(x[:, -last:]))
 
 
-# ---- 9. Checkpoints of other people --------------------------------------------------------------------------------
+# ---- 9. Momentum contrast ------------------------------------------------------------------------------------------
+
+class Queue(nn.Module):
+    """The last `size` keys of all processes, keys (size, dim), the oldest of them at `pointer`.  Both are buffers:
+    they are saved and go on with the run.  All processes hold the same."""
+
+    def __init__(self, size, dim):
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """Put keys (B, dim) of every process in the place of the oldest; what is not finite becomes 0."""
+        keys = all_gather(keys).nan_to_num(0, 0, 0)[-len(self.keys):]
+        places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.keys)
+        self.keys[places] = keys
+        self.pointer.copy_((self.pointer + len(keys)) % len(self.keys))
+
+
+@torch.no_grad()
+def ema_update(target, source, momentum, updates=None):
+    """target <- momentum * target + (1 - momentum) * source, for parameters and (running statistics) buffers.
+
+    With the number of updates so far, a tensor (), buffers are averaged over the first ones instead, so that what
+    they start with does not linger.
+    """
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
+    weight = torch.tensor(1 - momentum) if updates is None else (1 / updates).clamp(min=1 - momentum)
+    for t, s in zip(target.buffers(), source.buffers()):
+        if t.is_floating_point():
+            t.lerp_(s, weight.to(t))
+
+
+# ---- 10. Checkpoints of other people -------------------------------------------------------------------------------
 
 class LoadReport(NamedTuple):
     """Names of tensors: what was loaded, what only the model has, what only the file has."""
@@ -1498,7 +1547,8 @@ class LoadReport(NamedTuple):
 WRAPPERS = ("model", "module", "model_state", "state_dict")
 PREFIXES = ("", "encoder.", "model.", "module.", "backbone.", "encoder.model.", "encoder_q.encoder.model.",
             "module.encoder_q.", "module.backbone.", "module.encoder.")
-NOT_BACKBONE = r"(encoder\.)?(head|fc_norm|norm|fc)\.|decoder\.|encoder_to_decoder\.|mask_token"
+NOT_BACKBONE = (r"(encoder\.)?(head|fc_norm|norm|fc)\.|decoder\.|encoder_to_decoder\.|mask_token|heads\.|"
+                r"keys\.|queue|updates")
 
 
 def load_file(path):
@@ -1546,7 +1596,7 @@ def load_weights(model, path, strict_backbone=True):
     return LoadReport(list(best), missing, unexpected)
 
 
-# ---- 10. Run -------------------------------------------------------------------------------------------------------
+# ---- 11. Run -------------------------------------------------------------------------------------------------------
 
 class Plan(NamedTuple):
     """How a global batch of clips is spread: `micro` clips per process and forward pass, `accum` passes per step."""
@@ -1603,10 +1653,21 @@ class StepSampler(torch.utils.data.Sampler):
             yield batch
 
 
+def make_optimizer(name, model, lr, weight_decay, device):
+    """What --optimizer says: sgd (momentum 0.9, decay on everything) or adamw (betas 0.9 and 0.95)."""
+    if name == "adamw":
+        return adamw(model, lr, weight_decay, (0.9, 0.95), device)
+    if name != "sgd":
+        raise UserError(f"--optimizer {name}: choose sgd or adamw")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=weight_decay)
+
+
 def adamw(model, lr, weight_decay, betas, device):
     """AdamW with no decay on vectors (biases, norms) and on the mask token, fused on GPUs."""
-    decay = [p for n, p in model.named_parameters() if p.ndim > 1 and "mask_token" not in n]
-    other = [p for n, p in model.named_parameters() if p.ndim <= 1 or "mask_token" in n]
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decay = [p for n, p in named if p.ndim > 1 and "mask_token" not in n]
+    other = [p for n, p in named if p.ndim <= 1 or "mask_token" in n]
     groups = [dict(params=decay, weight_decay=weight_decay), dict(params=other, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type == "cuda")
 
@@ -1639,15 +1700,22 @@ def wrap(model, env, compile):
     """The model as the loop calls it: compiled, and with several processes in DistributedDataParallel.
 
     Compiled block by block, in place: one graph per width and token count, and no `_orig_mod.` in the state dict.
+    Convolutions get channels last.  On GPUs batch norm is synchronised between processes; buffers are not, because
+    all processes compute the same.
     """
+    cuda = env.device.type == "cuda"
+    model.to(memory_format=torch.channels_last_3d)
+    if cuda and env.world > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if compile and can_compile():
         for module in model.modules():
-            if isinstance(module, Block):
-                module.compile(dynamic=False)
+            stages = [getattr(module, name) for name in module.stages] if isinstance(module, ConvNet) else []
+            for part in [module] if isinstance(module, Block) else stages:
+                part.compile(dynamic=False)
     if env.world == 1:
         return model
-    ids = [env.device.index] if env.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, device_ids=[env.device.index] if cuda else None,
+                                               gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def restore(checkpoint, init, model, optimizer, scaler):
@@ -1662,6 +1730,8 @@ def restore(checkpoint, init, model, optimizer, scaler):
         report = load_weights(model, init)
         print0(f"{init}: {len(report.loaded)} tensors loaded, {len(report.missing)} missing {report.missing[:3]}, "
                f"{len(report.unexpected)} unexpected {report.unexpected[:3]}")
+        if any(name.startswith("keys.") for name in report.missing):
+            model.update_keys(momentum=0)                        # the key encoder starts where the query encoder does
     return 0
 
 
@@ -1829,7 +1899,7 @@ class Log:
             print0(f"trained: {', '.join(str(file) for file in files if file.exists())}")
 
 
-# ---- 11. Pictures --------------------------------------------------------------------------------------------------
+# ---- 12. Pictures --------------------------------------------------------------------------------------------------
 
 def save_sheet(path, rows, tile=112):
     """Write rows of pictures, each (n, 3, h, w) in [0, 1], as one PNG; tiles are scaled to `tile` pixels."""

@@ -29,10 +29,10 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from common import (Clips, Log, StepSampler, StopSignal, UserError, ViT, all_reduce_mean, clip_indices, cosine_lr,
-                    find_videos, flip, item_frames, load_file, load_weights, loader, normalize, open_run,
-                    parse_config, plan_run, print0, random_resized_crop, read_views, restore, run_directory, save_checkpoint, setup,
-                    shutdown, to_device, vit_sizes, wrap)
+from common import (BACKBONES, Clips, Log, StepSampler, StopSignal, UserError, all_reduce_mean, clip_indices,
+                    cosine_lr, find_videos, flip, item_frames, load_file, load_weights, loader, make_backbone,
+                    normalize, open_run, parse_config, plan_run, print0, random_resized_crop, read_views, restore,
+                    run_directory, save_checkpoint, setup, shutdown, to_device, wrap)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class Config:
     mode: str = "finetune"             # finetune, linear, knn, test
     init: str = ""                     # checkpoint to start from
     random_init: bool = False          # take the network from --init but not its weights: the baseline of every probe
-    model: str = "vit_base"            # where --init does not say: vit_tiny, vit_small, vit_base, vit_large, vit_huge
+    model: str = "vit_base"            # where --init does not say: vit_tiny .. vit_huge, r2plus1d_18, r3d_18, ...
     sampling: str = "uniform"          # frames: uniform (one of each of `frames` segments) or dense (`stride` apart)
     stride: int = 4                    # of dense sampling
     views: str = "2x3"                 # clips in time x crops in space, at test time
@@ -149,24 +149,25 @@ def evenly(room, count):
 # ---- 3. Network and optimiser --------------------------------------------------------------------------------------
 
 class Classifier(nn.Module):
-    """A ViT with a classification loss: clips (B, 3, T, H, W) uint8, labels (B / repeats,) -> loss, stats."""
+    """A network with a classification loss: clips (B, 3, T, H, W) uint8, labels (B / repeats,) -> loss, stats."""
 
-    def __init__(self, vit, smoothing, mirrored):
+    def __init__(self, network, smoothing, mirrored):
         super().__init__()
-        self.vit, self.smoothing, self.mirrored = vit, smoothing, mirrored
+        self.network, self.smoothing, self.mirrored = network, smoothing, mirrored
 
     def forward(self, clips, labels, generator=None):
         labels = labels.repeat_interleave(len(clips) // len(labels))
         clips = flip(clips, generator)[0] if self.mirrored else clips
-        logits = self.vit(normalize(clips)).float()                            # (B, classes)
+        logits = self.network(normalize(clips)).float()                            # (B, classes)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
         return loss, dict(train_acc=100 * (logits.argmax(1) == labels).float().mean())
 
 
-def layer_decay_groups(vit, lr, weight_decay, decay):
-    """Parameter groups whose learning rate falls by `decay` per layer below the head; no weight decay on vectors."""
-    top, groups = len(vit.blocks) + 1, {}                                      # layers: 0 = patch_embed .. top = head
-    for name, p in vit.named_parameters():
+def layer_decay_groups(network, lr, weight_decay, decay):
+    """Parameter groups whose learning rate falls by `decay` per transformer layer below the head (convolutional
+    networks: the same everywhere); no weight decay on vectors."""
+    top, groups = len(getattr(network, "blocks", ())) + 1, {}                  # layers: 0 = patch_embed .. top = head
+    for name, p in network.named_parameters():
         layer = top
         if name.startswith("patch_embed"):
             layer = 0
@@ -179,20 +180,21 @@ def layer_decay_groups(vit, lr, weight_decay, decay):
     return list(groups.values())
 
 
-def build_vit(cfg, classes, drop_path=0.0):
-    """The network that --init describes, with its weights (unless --random-init) -> ViT, content of the file."""
+def build_network(cfg, classes, drop_path=0.0):
+    """The network that --init describes, with its weights (unless --random-init) -> network, content of the file."""
     if not cfg.init:
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
-    dim, depth, heads, *_ = vit_sizes(cfg.model)
-    public = dict(image_size=224, frames=16, patch_size=16, tubelet_size=2, dim=dim, depth=depth, heads=heads)
+    if cfg.model not in BACKBONES:
+        raise UserError(f"--model {cfg.model}: choose {', '.join(BACKBONES)}")
+    public = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
     content = load_file(cfg.init)
     backbone = content.get("backbone") if isinstance(content, dict) else None
-    vit = ViT(**(backbone or public), num_classes=classes, drop_path=drop_path)
+    network = make_backbone(**(backbone or public), num_classes=classes, drop_path=drop_path)
     if not cfg.random_init:
-        report = load_weights(vit, cfg.init, strict_backbone="all" if cfg.mode == "test" else True)
+        report = load_weights(network, cfg.init, strict_backbone="all" if cfg.mode == "test" else True)
         print0(f"{cfg.init}: {len(report.loaded)} tensors loaded, new here {report.missing[:4]}, not used "
                f"{len(report.unexpected)} {report.unexpected[:3]}")
-    return vit, content
+    return network, content
 
 
 # ---- 4. Evaluation -------------------------------------------------------------------------------------------------
@@ -309,23 +311,24 @@ def main(cfg):
     out = run_directory(f"finetune-{cfg.mode}", cfg)
     out.mkdir(parents=True, exist_ok=True)
     with_head = cfg.mode in ("finetune", "test")
-    vit, content = build_vit(cfg, classes if with_head else 0, cfg.drop_path if cfg.mode == "finetune" else 0.0)
-    vit.to(env.device)
+    drop_path = cfg.drop_path if cfg.mode == "finetune" else 0.0
+    network, content = build_network(cfg, classes if with_head else 0, drop_path)
+    network.to(env.device)
     if cfg.mode == "test" and content.get("classes") and content["classes"] != train.classes:
         raise UserError(f"--mode test: {cfg.init} knows the classes {content['classes'][:3]} ..., the data has "
                         f"{train.classes[:3]} ...")
-    size, frames = vit.config["image_size"], vit.config["frames"]
+    size, frames = network.config["image_size"], network.config["frames"]
 
-    if cfg.mode == "finetune" and not run_training(cfg, env, train, vit):
+    if cfg.mode == "finetune" and not run_training(cfg, env, train, network):
         return shutdown()                                                      # stopped by a signal
-    vit.eval()
+    network.eval()
     view = partial(test_clips, cfg=cfg, size=size, frames=frames, views=views)
-    result, read, errors = sweep(vit, test.items, view, cfg, env, "testing")   # (N, views, logits or features)
+    result, read, errors = sweep(network, test.items, view, cfg, env, "testing")   # (N, views, logits or features)
     if with_head:
         scores = result.softmax(-1).mean(1)
     else:
         one = partial(test_clips, cfg=cfg, size=size, frames=frames)           # the middle clip, the middle crop
-        features, known, train_errors = sweep(vit, train.items, one, cfg, env, "training features")
+        features, known, train_errors = sweep(network, train.items, one, cfg, env, "training features")
         features, known_labels, errors = features[known][:, 0], labels[known], train_errors + errors
         if cfg.mode == "linear":
             probe = fit_linear(features.to(env.device), known_labels.to(env.device), classes, cfg.l2)
@@ -352,18 +355,18 @@ def report(cfg, env, out, result, errors, videos):
     print0(f"{numbers}  on {videos} videos -> {out / 'results.json'}")
 
 
-def run_training(cfg, env, listing, vit):
-    """Fine-tune all of vit; the loop is that of the pre-training scripts -> False if a signal stopped it."""
+def run_training(cfg, env, listing, network):
+    """Fine-tune the whole network; the loop is that of the pre-training scripts -> False if a signal stopped it."""
     plan = plan_run(cfg, len(listing.items), env)
     lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
     out, checkpoint = open_run("finetune-finetune", cfg, env, listing, plan, lr)
-    model = Classifier(vit, cfg.label_smoothing, cfg.flip)
-    groups = layer_decay_groups(vit, lr, cfg.weight_decay, cfg.layer_decay)
+    model = Classifier(network, cfg.label_smoothing, cfg.flip)
+    groups = layer_decay_groups(network, lr, cfg.weight_decay, cfg.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=env.device.type == "cuda")
-    sample = partial(train_clips, cfg=cfg, size=vit.config["image_size"], frames=vit.config["frames"])
+    sample = partial(train_clips, cfg=cfg, size=network.config["image_size"], frames=network.config["frames"])
     dataset = Clips(listing.items, sample, cfg.seed)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
-    start = restore(checkpoint, "", vit, optimizer, scaler)
+    start = restore(checkpoint, "", network, optimizer, scaler)
     net = wrap(model, env, cfg.compile)
     log, stop = Log(out, env, plan, start, cfg.log_every), StopSignal()
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
@@ -390,7 +393,7 @@ def run_training(cfg, env, listing, vit):
         log.step(step, total, lr=rate, grad_norm=norm, **stats)
         last = step + 1 == plan.steps or stopping
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
-            save_checkpoint(out / "last.pt", cfg, listing, step + 1, vit, vit, optimizer, scaler)
+            save_checkpoint(out / "last.pt", cfg, listing, step + 1, network, network, optimizer, scaler)
         if stopping:
             break
     log.close(stopping)

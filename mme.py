@@ -217,7 +217,8 @@ def shape_target(maps, displacement, starts, cell=8):
 
 
 def position_loss(prediction, target, valid):
-    """Squared error of hidden tokens (B, n, 8 L), summed as if L were 4, 0 where not valid (B, n); mean over tokens."""
+    """Squared error of hidden tokens (B, n, 8 L), summed as if L were 4, and 0 where not valid (B, n); mean over
+    tokens.  With z-scores, predicting no motion costs at most 24."""
     error = (prediction - target).square().mean(-1) * 32                        # (B, n)
     return (error * valid).mean()
 
@@ -238,7 +239,7 @@ def pixel_target(clips01, patch_size, tubelet_size):
 
 
 def tube_mask(count, grid, ratio, generator=None, device="cpu"):
-    """Hide int(ratio * H' W') patches of each of `count` clips, at random, the same at all times -> (count, N) bool."""
+    """Hide int(ratio * H' W') patches of each of `count` clips, at random, alike at all times -> (count, N) bool."""
     T, H, W = grid
     rank = rand(count, H * W, generator=generator, device=device).argsort(1).argsort(1)
     return (rank < int(ratio * H * W)).repeat(1, T)
@@ -364,8 +365,8 @@ class MME(MaskedAutoencoder):
             elif self.target == "pixel":
                 targets["pixel"] = pixel_target(self.seen(clips).float() / 255, p, t)
             else:
-                maps = hog(normalize(self.seen(clips)[:, :, 1::t]), cell=self.cell)               # (B, 27, T', gh, gw)
-                targets["shape"] = to_tokens(maps.transpose(1, 2)).flatten(2)                     # (B, N, 108)
+                maps = hog(normalize(self.seen(clips)[:, :, 1::t]), cell=self.cell)             # (B, 27, T', gh, gw)
+                targets["shape"] = to_tokens(maps.transpose(1, 2)).flatten(2)                   # (B, N, 108)
         return targets, token_valid, displacement
 
     def forward(self, clips, generator=None):
@@ -393,20 +394,20 @@ def hog_picture(shape, grid, side=14):
     """Shape targets (B, N, 108 L) -> pictures (B, T', 3, h, w) of step 0: in each cell a line along each edge."""
     maps = shape.unflatten(-1, (3, 9, -1, 4))[..., 0, :].sum(2).flatten(2)                  # (B, N, 9 * 4), no colour
     maps = unpatchify(maps, grid, 2, 1).transpose(1, 2).flatten(0, 1).clamp(min=0).sqrt()   # (B T', 9, gh, gw)
-    across, at = torch.arange(9, device=maps.device)[:, None, None] * math.pi / 9, torch.arange(side) - (side - 1) / 2
-    at = at.to(maps.device)
-    away = at * across.cos() + at[:, None] * across.sin()                                   # (9, side, side)
-    lines = (1 - away.abs()).clamp(min=0) * (at**2 + at[:, None]**2 <= (side / 2)**2)
+    turn, at = (torch.arange(n, device=shape.device) for n in (9, side))
+    turn, at = turn[:, None, None] * math.pi / 9, at - (side - 1) / 2
+    away = (at * turn.cos() + at[:, None] * turn.sin()).abs()                               # (9, side, side)
+    lines = (1 - away).clamp(min=0) * (at**2 + at[:, None] ** 2 <= (side / 2) ** 2)
     return map_picture(F.conv_transpose2d(maps, lines[:, None], stride=side)[:, 0]).unflatten(0, (len(shape), -1))
 
 
 @torch.no_grad()
 def preview(model, clips, path, tile=160):
-    """Write what the method sees in an even number of clips (B, 3, F, H, W) uint8, two side by side.
+    """Write what the method sees in an even number of clips (B, 3, F, H, W) uint8, two side by side, up to five rows.
 
     The rows: frames with the trajectories that start there; what the encoder sees; HOG (of the first step) and its
     prediction, painted into the hidden tokens; how the points of hidden tokens move in L steps, relative to the mean
-    of their token: true (green), predicted (red), both 3 x as long.  Rows that the target does not have are left out.
+    of their token: true (green) and predicted (red), both 3 x as long.
     """
     model.eval()
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
@@ -414,33 +415,31 @@ def preview(model, clips, path, tile=160):
     hidden = tube_mask(len(clips), grid, model.mask_ratio, torch.Generator(clips.device).manual_seed(0), clips.device)
     predictions, _ = model.predict(normalize(model.seen(clips)), hidden)
     patches = patchify(model.seen(clips).float() / 255, p, t)                               # (B, N, D)
-    masked = patches.masked_fill(hidden[..., None], 0.5)
-    frames, masked = (unpatchify(x, grid, p, t)[:, :, ::t].transpose(1, 2) for x in (patches, masked))
-    frames = F.interpolate(frames, (3, tile, tile)).cpu()                                   # lines want finer pixels
-    rows, zoom = dict(frames=frames, masked=masked), tile / clips.shape[-1]
+    views = [unpatchify(x, grid, p, t)[:, :, ::t].transpose(1, 2).flatten(0, 1)             # (B T', 3, H, W)
+             for x in (patches, patches.masked_fill(hidden[..., None], 0.5))]
+    frames, seen = (F.interpolate(x, (tile, tile)).cpu() for x in views)
+    rows = dict(frames=frames, seen=seen)
     if "shape" in targets:
         painted = targets["shape"].clone()
         painted[hidden] = predictions["shape"].flatten(0, 1)
-        rows |= dict(hog=hog_picture(targets["shape"], grid), painted=hog_picture(painted, grid))
+        rows |= {name: F.interpolate(hog_picture(x, grid).flatten(0, 1), (tile, tile))
+                 for name, x in (("hog", targets["shape"]), ("painted", painted))}
     if displacement is not None:
-        points = grid_points(*displacement.shape[-2:], model.cell, clips.device).expand_as(displacement[:, :, :1])
-        tracks = torch.cat([points, points + displacement.cumsum(2)], 2)                    # (B, T', L + 1, 2, gh, gw)
-        rows["frames"] = draw_lines(frames.flatten(0, 1), tracks.permute(0, 1, 4, 5, 2, 3).flatten(2, 3).flatten(0, 1) * zoom, (1, 1, 0)).view_as(frames)
         d = to_tokens(displacement.transpose(2, 3))                                         # (B, N, 2, L, 2, 2)
         var, mean = torch.var_mean(d, (-2, -1), keepdim=True)
         z = torch.zeros_like(d)
         z[hidden] = predictions["position"].flatten(0, 1).unflatten(-1, d.shape[2:])
+        moves = ((d - mean) * hidden[..., None, None, None, None], z * (var + NOISE**2).sqrt())
+        true, guess = (unpatchify(x.sum(3).flatten(2), grid, 2, 1).transpose(1, 2) for x in moves)
         rows["moves"] = frames * 0.4
-        for moves, colour in (((d - mean) * hidden[..., None, None, None, None], (0, 1, 0)),
-                              (z * (var + NOISE**2).sqrt(), (1, 0.3, 0.2))):
-            ends = torch.stack([0 * moves.sum(3), 3 * moves.sum(3)], 2) + to_tokens(points.transpose(2, 3))[:, :, None, :, 0]
-            ends = ends.unflatten(1, (grid[0], -1)).permute(0, 1, 2, 5, 6, 3, 4).flatten(2, 4)    # (B, T', points, 2, 2)
-            rows["moves"] = draw_lines(rows["moves"].flatten(0, 1), ends.flatten(0, 1) * zoom, colour).view_as(frames)
-    sheet = []
-    for i in range(0, len(clips), 2):
-        for row in rows.values():
-            pair = torch.cat([row[i, ::2], row[i + 1, ::2]]).cpu()
-            sheet.append(F.interpolate(pair, (tile, tile)))
+        start = grid_points(*displacement.shape[-2:], model.cell, clips.device)             # (2, gh, gw)
+        for name, steps, colour in (("frames", displacement, (1, 1, 0)), ("moves", 3 * true[:, :, None], (0, 1, 0)),
+                                    ("moves", 3 * guess[:, :, None], (1, 0.3, 0.2))):
+            tracks = start + F.pad(steps.cumsum(2), (0, 0, 0, 0, 0, 0, 1, 0))              # (B, T', 1 + L, 2, gh, gw)
+            lines = tracks.flatten(0, 1).flatten(-2).permute(0, 3, 1, 2)                    # (B T', points, 1 + L, 2)
+            rows[name] = draw_lines(rows[name], lines * (tile / clips.shape[-1]), colour)
+    sheet = [row.unflatten(0, (len(clips), -1))[i:i + 2, ::2].flatten(0, 1) for i in range(0, len(clips), 2)
+             for row in rows.values()]
     save_sheet(path, sheet, tile)
     model.train()
 
@@ -468,9 +467,9 @@ def main(cfg):
     flow = None
     if cfg.target in ("trajectory", "position"):
         flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
-    model = MME(flow, cfg.target, cfg.length, cfg.stride, cfg.mask_ratio, image_size=cfg.image_size, frames=cfg.frames,
-                patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size, dim=dim, depth=depth, heads=heads,
-                decoder_dim=decoder_dim, decoder_depth=1, decoder_heads=decoder_heads).to(env.device)
+    model = MME(flow, cfg.target, cfg.length, cfg.stride, cfg.mask_ratio, image_size=cfg.image_size,
+                frames=cfg.frames, patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size, dim=dim, depth=depth,
+                heads=heads, decoder_dim=decoder_dim, decoder_depth=1, decoder_heads=decoder_heads).to(env.device)
     optimizer = adamw(model, lr, cfg.weight_decay, (0.9, 0.95), env.device)
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples = example_clips(dataset)
