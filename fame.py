@@ -106,7 +106,7 @@ RECIPES = {
     "custom": dict(queue=2048, batch=16, workers=2, log_every=1, save_every=50, preview_every=50),
     # two minutes on two CPU cores
     "toy": dict(backbone="vit_tiny", image_size=64, frames=8, min_crop=1.0, colour=0.3, beta=0.3, queue=256,
-                momentum=0.99, epochs=8, batch=32, lr=8e-3, warmup_epochs=1, weight_decay=0.05, workers=2,
+                momentum=0.99, epochs=12, batch=32, lr=8e-3, warmup_epochs=1, weight_decay=0.05, workers=2,
                 log_every=10, save_every=100, preview_every=100),
 }
 
@@ -214,7 +214,7 @@ class FAME(nn.Module):
 
     def views(self, clips, generator=None):
         """The two views of each video as the network gets them, (B, 3, T, H, W) each."""
-        first, second = unit(clips).unflatten(0, (-1, 2)).unbind(1)
+        first, second = unit(clips).contiguous().unflatten(0, (-1, 2)).unbind(1)
         first, second = flip(first, generator)[0], flip(second, generator)[0]
         if self.merge:
             mask, _ = foreground_mask(first, self.beta)

@@ -185,7 +185,7 @@ OWN = dict(mofo=[*FLOW, (["--inside-ratio", "2"], "--mask-ratio 0.75 .* --inside
                 (["--length", "0"], "--length 0 and --stride 2 must be at least 1")],
            fame=[(["--backbone", "vgg"], "--backbone vgg: choose vit_tiny"), (["--optimizer", "lamb"], "--optimizer lamb: choose sgd"),
                  (["--batch", "8", "--device-batch", "1"], "merging needs another clip in each forward pass, there is 1"),
-                 (["--queue", "0"], "--queue 0"), (["--beta", "1.5"], "--beta 1.5")])
+                 (["--queue", "0"], "--queue 0 must be at least 1"), (["--beta", "1.5"], "--queue 256 .* --beta 1.5 in")])
 
 
 @pytest.mark.parametrize("script, argv, message", [(s, *mistake) for s in SCRIPTS for mistake in MISTAKES + OWN[s]])
