@@ -10,6 +10,7 @@ exclusive.  `hidden` is a bool mask over tokens, True = masked.  Tokens are in (
 """
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import difflib
@@ -991,15 +992,21 @@ def unit(clips):
     return clips.float() / 255 if clips.dtype == torch.uint8 else clips
 
 
+@functools.cache
+def constant(values, device):
+    """A tensor of numbers that never change, made once per device: making one lets the host wait for a GPU."""
+    return torch.tensor(values, device=device)
+
+
 def normalize(clips):
     """Clips (B, 3, T, H, W), uint8 or float in [0, 1] -> float32, ImageNet mean 0 and std 1 per colour."""
-    mean, std = (torch.tensor(v, device=clips.device).view(3, 1, 1, 1) for v in (MEAN, STD))
+    mean, std = (constant(v, clips.device).view(3, 1, 1, 1) for v in (MEAN, STD))
     return (unit(clips) - mean) / std
 
 
 def unnormalize(clips):
     """Inverse of `normalize`, up to the factor 255: (..., 3, T, H, W) -> colours in [0, 1]."""
-    mean, std = (torch.tensor(v, device=clips.device).view(3, 1, 1, 1) for v in (MEAN, STD))
+    mean, std = (constant(v, clips.device).view(3, 1, 1, 1) for v in (MEAN, STD))
     return clips * std + mean
 
 
@@ -1041,6 +1048,10 @@ def flip(clips, generator=None, p=0.5):
     return torch.where(flipped[:, None, None, None, None], clips.flip(-1), clips), flipped
 
 
+YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))     # grey, and two of colour
+FROM_YIQ = tuple(map(tuple, np.linalg.inv(YIQ).tolist()))
+
+
 def colour_jitter(clips, generator=None, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8, grey=0.2):
     """Change the colours of clips (B, 3, T, H, W) in [0, 1], alike in all frames of a clip: with probability p jitter
     of up to the given strengths (hue in turns), with probability `grey` no colour.
@@ -1052,12 +1063,12 @@ def colour_jitter(clips, generator=None, brightness=0.4, contrast=0.4, saturatio
     """
     draw = rand(len(clips), 6, generator=generator, device=clips.device)        # (B, 6)
     amount = (2 * draw[:, :4] - 1) * (draw[:, 4:5] < p)                         # in (-1, 1), 0 = as it is
-    b, c, s = (1 + amount[:, :3] * amount.new_tensor([brightness, contrast, saturation])).unbind(1)
+    b, c, s = (1 + x * most for x, most in zip(amount.unbind(1), (brightness, contrast, saturation)))
     s, turn = s * (draw[:, 5] >= grey), 2 * math.pi * hue * amount[:, 3]
-    yiq = amount.new_tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    yiq, back = constant(YIQ, clips.device), constant(FROM_YIQ, clips.device)
     x, y, zero = s * turn.cos(), s * turn.sin(), torch.zeros_like(s)
     change = torch.stack([zero + 1, zero, zero, zero, x, -y, zero, y, x], 1).view(-1, 3, 3)           # of (Y, I, Q)
-    colour = (b * c)[:, None, None] * (torch.linalg.inv(yiq) @ change @ yiq)    # (B, 3, 3)
+    colour = (b * c)[:, None, None] * (back @ change @ yiq)                     # (B, 3, 3)
     mean = clips.mean((2, 3, 4)) @ yiq[0]                                       # (B,) grey of the clip
     pixels = colour @ clips.flatten(2) + (b * (1 - c) * mean)[:, None, None]    # (B, 3, T H W)
     return pixels.clamp(0, 1).view_as(clips)
@@ -1247,7 +1258,6 @@ def resize_flow(flow, h, w):
 
 # ---- 8. Backbones --------------------------------------------------------------------------------------------------
 
-# dim, depth, heads of the encoder, depth of the VideoMAE decoder (its width and heads are half the encoder's)
 VITS = {   # dim, depth, heads of the encoder, then of the decoder that VideoMAE puts on it (tiny: our choice)
     "vit_tiny": (192, 3, 6, 192, 2, 6), "vit_small": (384, 12, 6, 192, 4, 3), "vit_base": (768, 12, 12, 384, 4, 6),
     "vit_large": (1024, 24, 16, 512, 12, 8), "vit_huge": (1280, 32, 16, 640, 12, 8)}
@@ -1474,14 +1484,21 @@ def make_backbone(name="", image_size=224, frames=16, num_classes=0, drop_path=0
         vit = dict(zip(("dim", "depth", "heads"), VITS[name]))
     if vit:
         return ViT(image_size, frames, patch_size, tubelet_size, **vit, num_classes=num_classes, drop_path=drop_path)
-    if name in ("slow_r50", "r2plus1d_50"):
-        return ResNet3D(name, width, image_size, frames, num_classes)
     if name not in BACKBONES:
         raise UserError(f"--backbone {name}: choose {', '.join(BACKBONES)}")
-    net = getattr(torchvision.models.video, name)()
-    stages = {k: v for k, v in net.named_children() if k not in ("avgpool", "fc", "classifier")}
-    return ConvNet(stages, 1024 if name == "s3d" else 512, dict(name=name, image_size=image_size, frames=frames),
-                   num_classes)
+    if name in ("slow_r50", "r2plus1d_50"):
+        net = ResNet3D(name, width, image_size, frames, num_classes)
+    else:
+        public = getattr(torchvision.models.video, name)()
+        stages = {k: v for k, v in public.named_children() if k not in ("avgpool", "fc", "classifier")}
+        config = dict(name=name, image_size=image_size, frames=frames)
+        net = ConvNet(stages, 1024 if name == "s3d" else 512, config, num_classes)
+    try:                                                                          # on "meta" only shapes are computed
+        copy.deepcopy(net).to("meta")(torch.empty(2, 3, frames, image_size, image_size, device="meta"))
+    except RuntimeError as error:
+        raise UserError(f"{name} cannot take {frames} frames of {image_size} pixels ({_first_line(error)}): raise "
+                        "--frames or --image-size") from None
+    return net
 
 
 class Decoder(nn.Module):
@@ -1531,6 +1548,7 @@ def ema_update(target, source, momentum, updates=None):
     weight = torch.tensor(1 - momentum) if updates is None else (1 / updates).clamp(min=1 - momentum)
     for t, s in zip(target.buffers(), source.buffers()):
         if t.is_floating_point():
+            s.copy_(torch.where(s.isfinite(), s, t))             # a step that was skipped may have left NaN there
             t.lerp_(s, weight.to(t))
 
 
@@ -1617,7 +1635,17 @@ class Plan(NamedTuple):
 
 
 def plan_run(cfg, videos, env):
-    """Spread cfg.batch over processes and accumulation -> Plan.  Raises UserError if it does not divide."""
+    """Spread cfg.batch over processes and accumulation -> Plan.
+
+    Raises UserError if it does not divide, or if another number in the settings makes no sense.
+    """
+    for name in ("frames", "stride", "patch_size", "tubelet_size", "batch", "repeats", "queue"):
+        if getattr(cfg, name, 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
+    for name in ("min_crop", "width", "temperature"):
+        if getattr(cfg, name, 1) <= 0 or name == "min_crop" and cfg.min_crop > 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be above 0"
+                            f"{' and at most 1' * (name == 'min_crop')}")
     micro = min(cfg.device_batch or cfg.batch, cfg.batch // env.world)
     if not micro or cfg.batch % (env.world * micro) or micro % cfg.repeats:
         raise UserError(f"--batch {cfg.batch} does not spread evenly over {env.world} processes with --device-batch "
@@ -1693,6 +1721,7 @@ def can_compile():
     found = any(shutil.which(name) for name in names if name)
     if not found:
         print0("warning: torch.compile needs a C compiler and there is none: running eagerly, more slowly")
+    torch._dynamo.config.recompile_limit = 64              # blocks, stages and scales share code, each has its graph
     return found
 
 
@@ -1700,18 +1729,20 @@ def wrap(model, env, compile):
     """The model as the loop calls it: compiled, and with several processes in DistributedDataParallel.
 
     Compiled block by block, in place: one graph per width and token count, and no `_orig_mod.` in the state dict.
-    Convolutions get channels last.  On GPUs batch norm is synchronised between processes; buffers are not, because
-    all processes compute the same.
+    Convolutional networks get channels last.  On several GPUs their batch norm is synchronised, stages then are not
+    compiled, and buffers stay as they are, because all processes compute the same.  On CPUs each process has running
+    statistics of its own, and those of the first are saved.
     """
     cuda = env.device.type == "cuda"
-    model.to(memory_format=torch.channels_last_3d)
+    parts = [module for module in model.modules() if isinstance(module, Block)]
+    for network in [module for module in model.modules() if isinstance(module, ConvNet)]:
+        network.to(memory_format=torch.channels_last_3d)
+        parts += [getattr(network, name) for name in network.stages if env.world == 1]
+    if compile and can_compile():
+        for part in parts:
+            part.compile(dynamic=False)
     if cuda and env.world > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if compile and can_compile():
-        for module in model.modules():
-            stages = [getattr(module, name) for name in module.stages] if isinstance(module, ConvNet) else []
-            for part in [module] if isinstance(module, Block) else stages:
-                part.compile(dynamic=False)
     if env.world == 1:
         return model
     return nn.parallel.DistributedDataParallel(model, device_ids=[env.device.index] if cuda else None,
@@ -1925,12 +1956,12 @@ def draw_box(pictures, box):
     return torch.stack([draw_bounding_boxes(p, box, colors="red", width=width) for p in pictures]).float() / 255
 
 
-def draw_lines(pictures, lines, color):
+def draw_lines(pictures, lines, colour):
     """Draw m lines through K points each, (n, m, K, 2) in pixels, x before y, on pictures (n, 3, h, w) in [0, 1]."""
     pictures, lines = pictures.clone().cpu(), lines.cpu()
     weight = torch.linspace(0, 1, 64)[:, None]
     points = lines[..., :-1, None, :] * (1 - weight) + lines[..., 1:, None, :] * weight        # (n, m, K - 1, 64, 2)
     x, y = points.flatten(1, -2).floor().long().unbind(-1)                                     # each (n, points)
     n, k = ((x >= 0) & (y >= 0) & (x < pictures.shape[-1]) & (y < pictures.shape[-2])).nonzero(as_tuple=True)
-    pictures[n, :, y[n, k], x[n, k]] = torch.tensor(color, dtype=pictures.dtype)
+    pictures[n, :, y[n, k], x[n, k]] = torch.tensor(colour, dtype=pictures.dtype)
     return pictures

@@ -16,16 +16,20 @@ Differs from the paper and its released code, and why
  1. The keys of both passes enter the queue after both.  The released code enqueues in between, so that each query of
     the second pass finds a key of its own clip among the negatives.
  2. Nobody gets its own background: partners are a random cycle through the batch.  A random permutation, as released,
-    leaves one clip in B with its own.
+    leaves one clip in B with its own, on average.
  3. The angle of a colour is its hue.  The released code multiplies the hue, in radians, by 2 pi once more:
-    `hue_scale=2 * math.pi`.  Masks differ, how well they hold what moves does not.
+    foreground_mask(..., hue_scale=2 * math.pi) does that, too.
  4. Keys are encoded with running instead of batch statistics, averaged over steps as the key encoder's weights are
     (Cai et al. 2021, https://arxiv.org/abs/2101.08482).  Batch statistics would tell which key was computed together
     with the query; MoCo shuffles clips across GPUs against that, which one GPU cannot.  This costs nothing, the
     released shuffling gathers all clips.  On several GPUs the query encoder's batch norm is synchronised.
  5. The blur's width is drawn per clip (released: once per process).  Colour jitter is one affine map per clip,
     colours are normalised with ImageNet's mean and deviation.  Both views go through the query encoder together.
- 6. The schedule is a cosine per step (released: per epoch).  Videos shorter than a clip repeat their last frame.
+ 6. The schedule is a cosine (the released code's; the paper divides by 10 at epochs 120 and 180), per step instead
+    of per epoch.  Videos shorter than a clip repeat their last frame.
+ 7. Unlike in a masked autoencoder, how a batch is spread matters: backgrounds come from clips of the same forward
+    pass, batch norm sees one pass (of all GPUs), and with accumulation a pass finds the keys of the one before.
+ 8. I3D, the paper's other network, is not here; s3d is the nearest.
 
 Run    python fame.py                                        # toy data; MEASURED
        torchrun --nproc_per_node=8 fame.py --data k400 --root DIR                                # not run by us
@@ -75,7 +79,7 @@ class Config:
     steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 64                    # pairs of clips per step, over all GPUs and accumulation
     device_batch: int = 64             # pairs per GPU and forward pass: as many as fit
-    repeats: int = 1                   # pairs cut from each video that is opened
+    repeats: int = 1                   # pairs cut from each video that is opened; they may swap backgrounds
     optimizer: str = "sgd"             # sgd (momentum 0.9), adamw (betas 0.9 and 0.95)
     lr: float = 0.04                   # per 256 pairs of the batch
     min_lr: float = 0.0                # per 256 pairs, at the end
@@ -95,7 +99,7 @@ class Config:
 
 RECIPES = {
     "k400": {},                                      # the defaults above
-    "ucf101": dict(queue=2048),                      # published, too
+    "ucf101": dict(queue=2048),                      # the released code's queue; published with I3D only
     # our choice from here on
     "ssv2": {},
     "epic": {},
@@ -278,14 +282,14 @@ def main(cfg):
     toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
     listing = find_videos(cfg.data, cfg.root, "train", toy=toy)
     plan = plan_run(cfg, len(listing.items), env)
-    if cfg.merge and (plan.micro < 2 or cfg.frames < 2):
-        raise UserError(f"merging needs another clip in each forward pass, there is {plan.micro} (raise "
-                        "--device-batch or --batch), and at least 2 --frames")
+    if cfg.merge and plan.micro < 2:
+        raise UserError("one pair per forward pass, so there is no other background: raise --device-batch or --batch")
+    if cfg.frames < 2 or not 0 <= cfg.beta <= 1 or not 0 <= cfg.momentum <= 1:
+        raise UserError(f"--frames {cfg.frames} must be at least 2, --beta {cfg.beta} and --momentum {cfg.momentum} "
+                        "in [0, 1]")
     lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
     out, checkpoint = open_run("fame", cfg, env, listing, plan, lr)
 
-    if cfg.queue < 1 or not 0 <= cfg.beta <= 1:
-        raise UserError(f"--queue {cfg.queue} must be at least 1, --beta {cfg.beta} in [0, 1]")
     encoder = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width)
     model = FAME(encoder, cfg.merge, cfg.beta, cfg.colour, cfg.queue, cfg.momentum, cfg.temperature).to(env.device)
     optimizer = make_optimizer(cfg.optimizer, model, lr, cfg.weight_decay, env.device)

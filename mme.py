@@ -20,12 +20,13 @@ Differs from the paper and its released code, and why
     data).
  2. Flow is float and read bilinearly.  The released code truncates it to whole pixels, so whatever moves less than
     1 pixel per frame stands still.
- 3. Camera motion needs no homography: the position target is the z-score of a token's four points, which removes
-    what they have in common.  Our z-score has a noise floor; without one it blows the flow's noise up to unit
-    variance wherever nothing moves.
+ 3. A pan of the camera needs no homography: the position target is the z-score of a token's four points, which
+    removes what they have in common.  Our z-score has a noise floor, below which most of what zoom and roll leave
+    in a token stays, too; without one it blows the flow's noise up to unit variance wherever nothing moves.
  4. The heads are linear at the end.  The released ones are tanh (targets reach 1.5) and sigmoid (HOG exceeds 1).
  5. The shape target follows the points.  The released script reads HOG of one fixed frame (`--target position`), and
-    its code for the tracked version moves the points by 1/20 of their displacement.
+    its code for the tracked version moves the points by 1/20 of their displacement.  The decoder is 384 wide for
+    ViT-B, as the paper's FLOPs tell; the released script's is 192.
  6. HOG has no bias.  The released code draws a random one in every step, by accident; and it loses pixels whose
     gradient points exactly at the centre of a bin.
 
@@ -44,10 +45,10 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal, UserError, ViT, adamw,
-                    all_reduce_mean, clip_indices, cosine_lr, draw_lines, example_clips, find_videos, loader,
-                    map_picture, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand,
-                    read_views, resize_flow, restore, save_checkpoint, save_sheet, setup, shutdown, sincos_positions,
-                    take, to_device, unpatchify, vit_sizes, wrap)
+                    all_reduce_mean, clip_indices, constant, cosine_lr, draw_lines, example_clips, find_videos,
+                    loader, map_picture, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run,
+                    rand, read_views, resize_flow, restore, save_checkpoint, save_sheet, setup, shutdown,
+                    sincos_positions, take, to_device, unpatchify, vit_sizes, wrap)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ class Config:
     tubelet_size: int = 2              # frames of a token
     min_crop: float = 0.66             # smallest side of a crop relative to the frame's short side
     mask_ratio: float = 0.7            # share of the patches that is hidden
-    target: str = "trajectory"         # trajectory; position (its shape part stands still); hog; pixel = VideoMAE
+    target: str = "trajectory"         # trajectory; position (its shape part stands still); hog; pixel (VideoMAE's)
     length: int = 6                    # steps of a trajectory, in frames of the video
     flow: str = "raft_small"           # raft_small, raft_large, tvl1
     raft_weights: str = ""             # file with torchvision's RAFT state dict; default: download
@@ -96,7 +97,8 @@ class Config:
 
 RECIPES = {
     "ssv2": {},                                      # the defaults above
-    "k400": dict(stride=4, length=4, epochs=1600),   # the released script, whose trajectories have 4 steps
+    # the released script's; but its shape part stands still (--target position) and its decoder is half as wide
+    "k400": dict(stride=4, length=4, epochs=1600),
     # our choice from here on: not published for MME
     "epic": {},
     "ucf101": dict(stride=4, length=4, lr=3e-4, epochs=3200, batch=256),                 # VideoMAE's UCF101 run
@@ -130,14 +132,14 @@ def trajectories(flow, starts, length, cell=8):
     B, _, _, h, w = flow.shape
     gh, gw, S = h // cell, w // cell, len(starts)
     start = grid_points(gh, gw, cell, flow.device)                              # (2, gh, gw)
-    most = flow.new_tensor([w, h]).view(2, 1, 1)
+    most = constant((w, h), flow.device).view(2, 1, 1)
     points = start.expand(B, S, -1, -1, -1)                                     # (B, S, 2, gh, gw)
     valid = torch.ones(B, S, gh, gw, dtype=torch.bool, device=flow.device)
     steps = []
     for k in range(length):
         valid = valid & ((points >= 0) & (points < most)).all(2)
         points = torch.minimum(points.clamp(min=0), most)
-        field = flow[:, [s + k for s in starts]]                                # (B, S, 2, h, w)
+        field = torch.stack([flow[:, s + k] for s in starts], 1)                # (B, S, 2, h, w)
         where = (points * 2 / most - 1).movedim(2, -1)                          # (B, S, gh, gw, 2) in [-1, 1]
         step = F.grid_sample(field.flatten(0, 1), where.flatten(0, 1), padding_mode="border", align_corners=False)
         steps.append(step.unflatten(0, (B, S)))                                 # (B, S, 2, gh, gw)
@@ -161,7 +163,7 @@ def position_target(displacement, valid, noise=NOISE):
     -> target (B, N, 8 L), inner order (x and y, step, row, column); token_valid (B, N) bool.
 
     Per token, component and step, the z-score over the token's 4 points: (d - mean) / sqrt(variance + noise^2), the
-    variance unbiased.  What the 4 points share, above all the camera's motion, is gone; what is left are differences
+    variance unbiased.  What the 4 points share, above all a pan of the camera, is gone; what is left are differences
     of motion.  Differences well below `noise` pixels (our choice) give about 0 instead of unit variance.  A token is
     valid if any of its points is.
     """
@@ -172,7 +174,8 @@ def position_target(displacement, valid, noise=NOISE):
 
 
 def hog(frames, bins=9, cell=8):
-    """Histograms of oriented gradients: frames (B, 3, T, H, W) -> (B, 3 * bins, T, H / cell, W / cell).
+    """Histograms of oriented gradients: frames (B, 3, T, H, W), normalised as the network's input
+    -> (B, 3 * bins, T, H / cell, W / cell).
 
     Per colour: Sobel gradient (times 8, border replicated); its length is shared between the two nearest of `bins`
     orientations in [0, pi), linearly; mean over cells of `cell` pixels.  No block normalisation.  Source: MME's code.
@@ -203,14 +206,14 @@ def shape_target(maps, displacement, starts, cell=8):
     """
     B, S, L, _, gh, gw = displacement.shape
     points = grid_points(gh, gw, cell, maps.device).expand(B, S, -1, -1, -1)    # (B, S, 2, gh, gw)
-    most, steps = maps.new_tensor([gw, gh]).view(2, 1, 1), []
+    most, steps = constant((gw, gh), maps.device).view(2, 1, 1), []
     for step in displacement.unbind(2):
         points = torch.minimum(points.clamp(min=0), most * cell)                # as `trajectories` goes on
         steps.append(torch.minimum((points / cell).floor(), most - 1).long())
         points = points + step
     x, y = torch.stack(steps, 2).unbind(3)                                      # cells (B, S, L, gh, gw)
     index = (y * gw + x).flatten(1)                                             # (B, S L gh gw)
-    frames = torch.tensor([[s + k for k in range(L)] for s in starts], device=maps.device)
+    frames = torch.stack([torch.arange(s, s + L, device=maps.device) for s in starts])                  # (S, L)
     index = index + (frames * gh * gw)[..., None].expand(-1, -1, gh * gw).flatten()
     along = maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1))     # (B, K, S L gh gw)
     return to_tokens(along.unflatten(2, (S, L, gh, gw)).transpose(1, 2)).flatten(2)
@@ -218,14 +221,14 @@ def shape_target(maps, displacement, starts, cell=8):
 
 def position_loss(prediction, target, valid):
     """Squared error of hidden tokens (B, n, 8 L), summed as if L were 4, and 0 where not valid (B, n); mean over
-    tokens.  With z-scores, predicting no motion costs at most 24."""
+    tokens.  With z-scores, predicting no motion costs at most 24.  Source: MME's code."""
     error = (prediction - target).square().mean(-1) * 32                        # (B, n)
     return (error * valid).mean()
 
 
 def shape_loss(prediction, target, later=0.1):
     """Squared error of hidden tokens (B, n, 108 L): summed over the 108 values of a step, mean over the L steps of
-    weights 1, later, later, ...; mean over tokens."""
+    weights 1, later, later, ...; mean over tokens.  Source: MME's code."""
     error = (prediction - target).square().unflatten(-1, (27, -1, 4)).sum((2, 4))                 # (B, n, L)
     return (error[..., 0] + later * error[..., 1:].sum(-1)).mean() / error.shape[-1]
 
@@ -250,8 +253,8 @@ def tube_mask(count, grid, ratio, generator=None, device="cpu"):
 class MaskedAutoencoder(nn.Module):
     """VideoMAE with a shallow decoder and several heads: encode the visible tokens, decode all, predict the hidden.
 
-    heads: name -> size of a token's target.  Names in the state dict of the encoder are those of the public VideoMAE
-    pre-training checkpoints.
+    outputs: name -> size of a token's target.  Names in the state dict of the encoder are those of the public
+    VideoMAE pre-training checkpoints.
     """
 
     def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads,
@@ -265,12 +268,11 @@ class MaskedAutoencoder(nn.Module):
                                     for name, size in outputs.items()})
         positions = sincos_positions(math.prod(self.encoder.grid), decoder_dim)  # (1, N, decoder_dim)
         self.register_buffer("positions", positions, persistent=False)
-        for part in (self.encoder, self.decoder, self.heads):                   # not what is between them (VideoMAE)
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+        for module in [*self.encoder.modules(), *self.decoder.modules(), *self.heads.modules()]:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def predict(self, clips, hidden, count=None):
@@ -293,7 +295,7 @@ class MaskedAutoencoder(nn.Module):
 
 def frames_to_read(target, frames, tubelet_size, stride, length):
     """Number of frames of a clip and the distance between them: what the network sees, or also all in between and
-    the rest of the last trajectories."""
+    the rest of the last trajectories (35 on Something-Something).  After the end of a shorter video nothing moves."""
     if target in ("hog", "pixel"):
         return frames, stride
     return (frames - tubelet_size) * stride + max(length, (tubelet_size - 1) * stride) + 1, 1
@@ -310,9 +312,9 @@ class MME(MaskedAutoencoder):
     """
 
     def __init__(self, flow, target, length, stride, mask_ratio, frames, patch_size, tubelet_size, **sizes):
-        position, still, pixel = dict(position=8 * length), dict(shape=108), 3 * tubelet_size * patch_size**2
-        outputs = dict(trajectory={**position, "shape": 108 * length}, position={**position, **still}, hog=still,
-                       pixel=dict(pixel=pixel))
+        outputs = dict(trajectory=dict(position=8 * length, shape=108 * length),
+                       position=dict(position=8 * length, shape=108), hog=dict(shape=108),
+                       pixel=dict(pixel=3 * tubelet_size * patch_size**2))
         if target not in outputs:
             raise UserError(f"--target {target}: choose {', '.join(outputs)}")
         if length < 1 or stride < 1 or tubelet_size < 2 or patch_size % 2:
@@ -402,7 +404,7 @@ def hog_picture(shape, grid, side=14):
 
 
 @torch.no_grad()
-def preview(model, clips, path, tile=160):
+def preview(model, clips, path):
     """Write what the method sees in an even number of clips (B, 3, F, H, W) uint8, two side by side, up to five rows.
 
     The rows: frames with the trajectories that start there; what the encoder sees; HOG (of the first step) and its
@@ -413,7 +415,8 @@ def preview(model, clips, path, tile=160):
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
     targets, _, displacement = model.targets(clips)
     hidden = tube_mask(len(clips), grid, model.mask_ratio, torch.Generator(clips.device).manual_seed(0), clips.device)
-    predictions, _ = model.predict(normalize(model.seen(clips)), hidden)
+    predictions, _ = model.predict(normalize(model.seen(clips)), hidden, model.count)
+    tile = clips.shape[-1] * max(1, 192 // clips.shape[-1])
     patches = patchify(model.seen(clips).float() / 255, p, t)                               # (B, N, D)
     views = [unpatchify(x, grid, p, t)[:, :, ::t].transpose(1, 2).flatten(0, 1)             # (B T', 3, H, W)
              for x in (patches, patches.masked_fill(hidden[..., None], 0.5))]
@@ -433,10 +436,11 @@ def preview(model, clips, path, tile=160):
         true, guess = (unpatchify(x.sum(3).flatten(2), grid, 2, 1).transpose(1, 2) for x in moves)
         rows["moves"] = frames * 0.4
         start = grid_points(*displacement.shape[-2:], model.cell, clips.device)             # (2, gh, gw)
+        thin = max(1, start.shape[-1] // 12)                                                # draw some of many points
         for name, steps, colour in (("frames", displacement, (1, 1, 0)), ("moves", 3 * true[:, :, None], (0, 1, 0)),
                                     ("moves", 3 * guess[:, :, None], (1, 0.3, 0.2))):
             tracks = start + F.pad(steps.cumsum(2), (0, 0, 0, 0, 0, 0, 1, 0))              # (B, T', 1 + L, 2, gh, gw)
-            lines = tracks.flatten(0, 1).flatten(-2).permute(0, 3, 1, 2)                    # (B T', points, 1 + L, 2)
+            lines = tracks[..., ::thin, ::thin].flatten(0, 1).flatten(-2).permute(0, 3, 1, 2)  # (B T', n, 1 + L, 2)
             rows[name] = draw_lines(rows[name], lines * (tile / clips.shape[-1]), colour)
     sheet = [row.unflatten(0, (len(clips), -1))[i:i + 2, ::2].flatten(0, 1) for i in range(0, len(clips), 2)
              for row in rows.values()]

@@ -6,7 +6,7 @@
     python tests/bench.py --compile        # compiled steps on a CPU too; on a GPU this is the default
 
 Prints the machine, then Markdown tables: reading a clip, against decord and torchcodec where they are installed; what the
-DataLoader delivers; what video length, clips per opened file and clip length cost; the pre-training step of mofo.py, the
+DataLoader delivers; what video length, clips per opened file and clip length cost; the pre-training step of each script, the
 first step and memory; optical flow.  The DataLoader is also compared with as many plain processes, which tell what the machine
 gives at that moment: where they reach much less than workers x one process, others use the cores.  Values are medians; what a row compares ran in turns, in random order (memory and first
 steps: once).  Reading is CPU time of all threads, which busy neighbours disturb less than wall time; all else is wall time.
@@ -37,9 +37,11 @@ import torchvision
 from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import fame
+import mme
 import mofo
-from common import (VIDEO_FILES, Clips, Env, FlowEstimator, Item, VideoError, adamw, loader, probe, setup, to_device,
-                    vit_sizes, wrap)
+from common import (VIDEO_FILES, Clips, Env, FlowEstimator, Item, VideoError, adamw, loader, make_backbone, probe, setup,
+                    to_device, vit_sizes, wrap)
 
 CONFIG = mofo.Config()                                             # 16 frames, 224 pixels, crops as in training
 
@@ -220,18 +222,27 @@ def bench_costs(videos, reps, clips=4):
 # ---- training and flow -----------------------------------------------------------------------------------------------
 
 class Step:
-    """One step of mofo.py's loop, on clips that are on the device already."""
+    """One step of a script's loop, on clips that are on the device already."""
 
-    def __init__(self, env, model, image_size, patch_size, clips, flow, weights, compile):
-        dim, depth, heads, decoder_dim, decoder_depth, decoder_heads = vit_sizes(model)
-        self.env, self.flow = env, FlowEstimator(flow, weights.get(flow), CONFIG.flow_updates, None, env.device, env.amp, compile)
-        self.model = mofo.MOFO(self.flow, CONFIG.mask_ratio, CONFIG.inside_ratio, image_size=image_size, frames=CONFIG.frames,
-                               patch_size=patch_size, tubelet_size=CONFIG.tubelet_size, dim=dim, depth=depth, heads=heads,
-                               decoder_dim=decoder_dim, decoder_depth=decoder_depth,
-                               decoder_heads=decoder_heads).to(env.device)
+    def __init__(self, env, script, model, image_size, patch_size, clips, flow, weights, compile):
+        self.env, frames, views = env, CONFIG.frames, 2 if script == "fame" else 1
+        self.flow = flow and FlowEstimator(flow, weights.get(flow), CONFIG.flow_updates, None, env.device, env.amp, compile)
+        if script == "fame":
+            self.model = fame.FAME(make_backbone(model, image_size, frames)).to(env.device)
+        else:
+            dim, depth, heads, decoder_dim, decoder_depth, decoder_heads = vit_sizes(model)
+            sizes = dict(image_size=image_size, frames=frames, patch_size=patch_size, tubelet_size=CONFIG.tubelet_size, dim=dim,
+                         depth=depth, heads=heads, decoder_dim=decoder_dim, decoder_heads=decoder_heads)
+            if script == "mofo":
+                self.model = mofo.MOFO(self.flow, CONFIG.mask_ratio, CONFIG.inside_ratio, decoder_depth=decoder_depth, **sizes)
+            else:
+                cfg = mme.Config()
+                self.model = mme.MME(self.flow, cfg.target, cfg.length, cfg.stride, cfg.mask_ratio, decoder_depth=1, **sizes)
+                frames = mme.frames_to_read(cfg.target, frames, cfg.tubelet_size, cfg.stride, cfg.length)[0]
+            self.model.to(env.device)
         self.optimizer = adamw(self.model, 1e-4, CONFIG.weight_decay, (0.9, 0.95), env.device)
         self.net = wrap(self.model, env, compile)
-        self.batch = to_device(torch.randint(256, (clips, CONFIG.frames, image_size, image_size, 3), dtype=torch.uint8), env.device)
+        self.batch = to_device(torch.randint(256, (views * clips, frames, image_size, image_size, 3), dtype=torch.uint8), env.device)
 
     def __call__(self):
         with self.env.autocast():
@@ -271,14 +282,16 @@ def bench_steps(env, modes, cases, reps):
     """Rows of speed, rows of the first step and memory."""
     speed, start = [], []
     for case in cases:
-        text, inner = f"{case['model']}, {case['clips']} x {case['image_size']}^2, {case['flow']}", 10 if env.device.type == "cuda" else 1
+        text = f"{case['script']}, {case['model']}, {case['clips']} x {case['image_size']}^2, {case['flow'] or 'no flow'}"
+        inner = 10 if env.device.type == "cuda" else 1
         steps, shares = {mode: Step(env, **case, compile=mode) for mode in modes}, {mode: [] for mode in modes}
 
         def run(mode, k):
             began = clock(env)
             for _ in range(inner):
                 steps[mode]()
-            shares[mode].append(100 * steps[mode].flow.seconds() / (clock(env) - began))
+            flow = steps[mode].flow
+            shares[mode].append(100 * (flow.seconds() if flow else 0) / (clock(env) - began))
         times = medians({mode: partial(run, mode) for mode in modes}, reps, partial(clock, env))
         rates, flow = [[f(m) if m in modes else None for m in (False, True)] for f in (
             lambda m: case["clips"] * inner / times[m], lambda m: median(shares[m][1:]))]
@@ -355,15 +368,17 @@ def main():
         for name, path in weights.items():
             torch.save(getattr(torchvision.models.optical_flow, name)().state_dict(), path)
         sizes = [("vit_base", 224, 16, 64)] if cuda else [("vit_tiny", 64, 8, 8), ("vit_small", 224, 16, 2)]
-        cases = [dict(model=m, image_size=side, patch_size=patch, clips=clips, flow=flow, weights=weights)
-                 for m, side, patch, clips in sizes for flow in ("tvl1", "raft_small")]
+        cases = [dict(script=script, model=m, image_size=side, patch_size=patch, clips=clips, flow=flow, weights=weights)
+                 for m, side, patch, clips in sizes for flow in ("tvl1", "raft_small") for script in ("mofo", "mme")]
+        pairs = [("r2plus1d_18", 112, 32)] if cuda else [("vit_tiny", 64, 8), ("r2plus1d_18", 112, 2)]
+        cases += [dict(script="fame", model=m, image_size=side, patch_size=16, clips=clips, flow=None, weights={}) for m, side, clips in pairs]
         speed, start = bench_steps(env, modes, cases, 3 if few else 15)
         what = f"{args.device}, {str(env.amp or torch.float32)[6:]}"
-        table(f"Pre-training step of mofo.py with clips of 16 frames, clips/s ({what})", "model, clips, flow | eager | compiled | "
+        table(f"Pre-training step with clips of 16 frames (fame: pairs of clips), clips/s ({what})", "script, model, clips, flow | eager | compiled | "
               "compiled / eager | flow, % of eager | flow, % of compiled", speed)
         table(f"In a fresh process: building the model and the first step, s; peak memory, GB: "
               f"{'torch.cuda.max_memory_allocated' if cuda else 'VmHWM of the process less VmRSS before the model is built'}",
-              "model, clips, flow | eager, s | compiled, s | compiled / eager | eager, GB | compiled, GB | compiled / eager", start)
+              "script, model, clips, flow | eager, s | compiled, s | compiled / eager | eager, GB | compiled, GB | compiled / eager", start)
         pairs = 256 if cuda else 4
         table(f"Optical flow of 224^2 frames, {pairs} pairs at once, ms per pair ({what})", "estimator | eager | compiled | eager / compiled | "
               "raft_small with 6 updates / this", bench_flow(env, modes, weights, pairs, 3 if few else 9))

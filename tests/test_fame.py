@@ -408,6 +408,29 @@ def test_ema_moves_parameters_and_float_buffers_only(momentum, updates):
     assert counted == 2 and not any(p.grad_fn for p in target.parameters())
 
 
+def test_statistics_that_are_not_finite_do_not_reach_the_keys():
+    target, source = with_batch_norm(), with_batch_norm()
+    for buffer in source.buffers():
+        if buffer.is_floating_point():
+            buffer.fill_(3).view(-1)[0] = math.nan                              # as a step that was skipped leaves them
+    ema_update(target, source, 0.5)
+    assert all(b.isfinite().all() for net in (target, source) for b in net.buffers())
+    assert target.stem[1].running_mean.tolist() == pytest.approx([0, 1.5, 1.5, 1.5, 1.5, 1.5])
+
+
+def test_every_stage_is_compiled_for_queries_and_for_keys(monkeypatch):
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile(self, backend="eager", **how))
+    monkeypatch.setattr(common.shutil, "which", lambda name: name)
+    common.can_compile.cache_clear()
+    model = FAME(make_backbone("r2plus1d_50", 32, 8, width=0.125), merge=False, queue=16)
+    net = common.wrap(model, common.Env(torch.device("cpu"), 0, 1, None), compile=True)
+    for step in range(2):
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, error_on_recompile=step > 0):
+            net(torch.randint(256, (8, 3, 8, 32, 32), dtype=torch.uint8))[0].backward()
+    common.can_compile.cache_clear()
+
+
 def test_keys_start_as_a_copy_and_are_not_trained():
     model = tiny()
     for name, value in model.keys.state_dict().items():

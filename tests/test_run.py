@@ -174,7 +174,8 @@ MISTAKES = [
     (["--batch", "many"], r"--batch.*invalid int value: 'many'"),
     (["--batch", "9", "--device-batch", "2"], r"--batch 9 does not spread evenly over 1 processes with --device-batch 2"),
     (["--init", "nowhere.pt"], r"nowhere.pt: no such checkpoint"),
-    (["--image-size", "60"], r"image_size 60 / patch_size 16.*must divide")]
+    (["--image-size", "60"], r"image_size 60 / patch_size 16.*must divide"), (["--frames", "0"], "--frames 0 must be at least 1"),
+    (["--stride", "0"], "--stride 0 must be at least 1"), (["--min-crop", "1.5"], "--min-crop 1.5 must be above 0 and at most 1")]
 FLOW = [
     (["--flow", "farneback"], r"--flow farneback: choose raft_small, raft_large or tvl1"),
     (["--flow", "raft_small", "--raft-weights", "nowhere.pth"], r"--raft-weights nowhere.pth failed.*--flow tvl1"),
@@ -184,8 +185,10 @@ OWN = dict(mofo=[*FLOW, (["--inside-ratio", "2"], "--mask-ratio 0.75 .* --inside
            mme=[*FLOW, (["--target", "mbh"], "--target mbh: choose trajectory, position, hog, pixel"),
                 (["--length", "0"], "--length 0 and --stride 2 must be at least 1")],
            fame=[(["--backbone", "vgg"], "--backbone vgg: choose vit_tiny"), (["--optimizer", "lamb"], "--optimizer lamb: choose sgd"),
-                 (["--batch", "8", "--device-batch", "1"], "merging needs another clip in each forward pass, there is 1"),
-                 (["--queue", "0"], "--queue 0 must be at least 1"), (["--beta", "1.5"], "--queue 256 .* --beta 1.5 in")])
+                 (["--batch", "8", "--device-batch", "1"], "one pair per forward pass"), (["--frames", "1"], "--frames 1 must be at least 2"),
+                 (["--backbone", "s3d", "--image-size", "32", "--frames", "4"], "s3d cannot take 4 frames of 32 pixels"),
+                 (["--width", "0"], "--width 0.0 must be above 0"), (["--temperature", "0"], "--temperature 0.0 must be above 0"),
+                 (["--queue", "0"], "--queue 0 must be at least 1"), (["--beta", "1.5"], "--frames 8 .* --beta 1.5 and")])
 
 
 @pytest.mark.parametrize("script, argv, message", [(s, *mistake) for s in SCRIPTS for mistake in MISTAKES + OWN[s]])
