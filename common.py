@@ -857,7 +857,7 @@ def toy_video(seed, split, index, size=64, frames=36, label=None):
 
     # Colours: a dark pair for the background, a bright and any other for the sprite.
     xy = _toy_grid(size)                                                     # (2, H, W)
-    low, high = [[0.05], [0.35], [0.75], [0.1]], [[0.3], [0.65], [1.0], [0.9]]
+    low, high = [[0.05], [0.2], [0.75], [0.1]], [[0.25], [0.45], [1.0], [0.9]]
     dark, middle, bright, fourth = look.uniform(low, high, (4, 3))
     ground = _toy_scene(look, TOY_SCENES[scene], *(xy[:, None] - truth["camera"].T[:, :, None, None]) / unit)
     x, y = (xy[:, None] - truth["centre"].T[:, :, None, None]) / (truth["scale"][:, None, None] * unit)

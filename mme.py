@@ -106,7 +106,7 @@ RECIPES = {
     # small enough to start on any machine; for large data and GPUs say --model vit_base --batch 1024
     "custom": dict(model="vit_small", batch=16, workers=2, log_every=1, save_every=50, preview_every=50),
     # two minutes on two CPU cores
-    "toy": dict(model="vit_tiny", image_size=64, min_crop=1.0, flow="tvl1", epochs=5, batch=16,
+    "toy": dict(model="vit_tiny", image_size=64, min_crop=1.0, flow="tvl1", epochs=4, batch=16,
                 warmup_epochs=1, lr=0.024, min_lr=0.008, workers=2, log_every=10, save_every=100,
                 preview_every=100),
 }

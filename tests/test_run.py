@@ -328,19 +328,28 @@ def test_without_a_c_compiler_it_runs_eagerly_and_says_so(script, monkeypatch, c
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("backbone", ["vit_tiny", "r2plus1d_50"])
 @pytest.mark.parametrize("mode", ["linear", "knn", "finetune", "test"])
-def test_every_mode_of_finetune(mode, reference):
-    reference("mofo")
+def test_every_mode_of_finetune(mode, backbone, reference):
+    if backbone == "vit_tiny":
+        reference("mofo")
+        init = "runs/reference-mofo/last.pt"
+    else:
+        init = "runs/convolutional/last.pt"
+        if not Path(init).exists():
+            run("fame", *TINY, *RESNET, "--steps", 1, "--workers", 0, "--out", "runs/convolutional")
     argv = ["--toy-train", 24, "--toy-test", 16, "--batch", 8, "--workers", 0, "--views", "1x2", "--log-every", 1]
-    init = "runs/finetune-finetune-toy/last.pt" if mode == "test" else "runs/reference-mofo/last.pt"
-    if mode == "test" and not Path(init).exists():
-        run("finetune", *argv, "--mode", "finetune", "--steps", 2, "--init", "runs/reference-mofo/last.pt")
-    run("finetune", *argv, "--mode", mode, "--init", init, *(["--steps", 2] if mode == "finetune" else []))
-    results = json.loads(Path(f"runs/finetune-{mode}-toy/results.json").read_text())
+    tuned, out = Path(f"runs/tuned-{backbone}"), f"runs/{mode}-{backbone}"
+    if mode in ("finetune", "test") and not (tuned / "last.pt").exists():
+        run("finetune", *argv, "--mode", "finetune", "--steps", 2, "--init", init, "--out", tuned)
+    if mode == "finetune":
+        out = tuned
+    else:
+        run("finetune", *argv, "--mode", mode, "--init", tuned / "last.pt" if mode == "test" else init, "--out", out)
+    results = json.loads(Path(out, "results.json").read_text())
     assert 0 <= results["acc1_1x2"] <= results["acc5_1x2"] <= 100 and results["videos"] == 16 and not results["unreadable"]
     if mode == "test":                                                   # testing again gives what fine-tuning gave
-        before = json.loads(Path("runs/finetune-finetune-toy/results.json").read_text())
-        assert results["acc1_1x2"] == before["acc1_1x2"]
+        assert results["acc1_1x2"] == json.loads((tuned / "results.json").read_text())["acc1_1x2"]
 
 
 def test_two_processes_test_like_one(reference):
