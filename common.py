@@ -1643,9 +1643,9 @@ def plan_run(cfg, videos, env):
         if getattr(cfg, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
     for name in ("min_crop", "width", "temperature"):
-        if getattr(cfg, name, 1) <= 0 or name == "min_crop" and cfg.min_crop > 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be above 0"
-                            f"{' and at most 1' * (name == 'min_crop')}")
+        value, share = getattr(cfg, name, 1), name == "min_crop"
+        if value <= 0 or share and value > 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be above 0{' and at most 1' * share}")
     micro = min(cfg.device_batch or cfg.batch, cfg.batch // env.world)
     if not micro or cfg.batch % (env.world * micro) or micro % cfg.repeats:
         raise UserError(f"--batch {cfg.batch} does not spread evenly over {env.world} processes with --device-batch "

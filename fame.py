@@ -31,7 +31,7 @@ Differs from the paper and its released code, and why
     pass, batch norm sees one pass (of all GPUs), and with accumulation a pass finds the keys of the one before.
  8. I3D, the paper's other network, is not here; s3d is the nearest.
 
-Run    python fame.py                                        # toy data; 3.0 minutes on 2 CPU cores
+Run    python fame.py                                        # toy data; 2.7 minutes on 2 CPU cores
        torchrun --nproc_per_node=8 fame.py --data k400 --root DIR                                # not run by us
        python fame.py --data DIR_OF_VIDEOS                   # your own, labels not needed
 """

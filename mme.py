@@ -30,7 +30,7 @@ Differs from the paper and its released code, and why
  6. HOG has no bias.  The released code draws a random one in every step, by accident; and it loses pixels whose
     gradient points exactly at the centre of a bin.
 
-Run    python mme.py                                         # toy data; 2.4 minutes on 2 CPU cores
+Run    python mme.py                                         # toy data; 2.1 minutes on 2 CPU cores
        torchrun --nproc_per_node=8 mme.py --data ssv2 --root DIR                                 # not run by us
        python mme.py --data DIR_OF_VIDEOS                    # your own, labels not needed
 """
