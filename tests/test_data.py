@@ -689,11 +689,11 @@ def test_testing_wants_the_head_too(tmp_path):
     cfg = Namespace(init=str(tmp_path / "file.pth"), mode="test", model="vit_base", random_init=False)
     for refused in (random_state(autoencoder()), random_state(ViT(**SIZES)), random_state(ViT(**SIZES, num_classes=5))):
         torch.save(dict(model=refused, backbone=SIZES), cfg.init)
-        assert "file.pth" in error_of(finetune.build_vit, cfg, 3)
+        assert "file.pth" in error_of(finetune.build_network, cfg, 3)
     tuned = random_state(ViT(**SIZES, num_classes=3))
     for wrapper in ("model", "module"):                                                 # ours, DeepSpeed's
         torch.save({wrapper: tuned, "backbone": SIZES}, cfg.init)
-        vit = finetune.build_vit(cfg, 3)
+        vit = finetune.build_network(cfg, 3)
         vit = vit[0] if isinstance(vit, tuple) else vit
         assert all(torch.equal(value, tuned[name]) for name, value in vit.state_dict().items())
 

@@ -652,8 +652,8 @@ def test_true_toy_flow_carries_the_last_frame_back_to_the_first(label):
     edge = grow(sprite) & grow(~sprite)                                                 # two pixels on either side
     hit = grow(warp(torch.from_numpy(later)[None, None].float(), torch.from_numpy(flow)[None].float())[0, 0] > 0)
     for part in (sprite & ~edge & stays, ~sprite & ~edge & stays & ~hit):
-        assert part.sum() > 300 and change[part].mean() > 0.006, "or the test would prove nothing"
-        assert error[part].mean() < 0.0025, f"{error[part].mean():.4f} of {change[part].mean():.4f}"
+        assert part.sum() > 300 and change[part].mean() > 0.004, "or the test would prove nothing"
+        assert error[part].mean() < 0.3 * change[part].mean(), f"{error[part].mean():.4f} of {change[part].mean():.4f}"
 
 
 def waves(dx, dy, h=48, w=64):
