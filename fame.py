@@ -108,7 +108,7 @@ RECIPES = {
     "vit": dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40),
     # small enough to start on any machine
     "custom": dict(queue=2048, batch=16, workers=2, log_every=1, save_every=50, preview_every=50),
-    # two minutes on two CPU cores
+    # under three minutes on two CPU cores
     "toy": dict(backbone="vit_tiny", image_size=64, frames=8, min_crop=1.0, colour=0.3, beta=0.3, queue=256,
                 momentum=0.99, epochs=10, batch=32, lr=8e-3, warmup_epochs=1, weight_decay=0.05, workers=2,
                 log_every=10, save_every=100, preview_every=100),

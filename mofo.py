@@ -32,7 +32,7 @@ Differs from the paper, and why
     than 75 % to hide 90 % in all.  It is the published value, so it is the default; treat it as a setting to study.
     `--inside-ratio none` is VideoMAE, the baseline.
 
-Run    python mofo.py                                        # toy data; 2.9 minutes on 2 CPU cores, loss 1.2 -> 0.95
+Run    python mofo.py                                        # toy data; 2.8 minutes on 2 CPU cores, loss 1.2 -> 0.95
        torchrun --nproc_per_node=8 mofo.py --data ssv2 --root DIR                                # not run by us
        python mofo.py --data DIR_OF_VIDEOS                   # your own, labels not needed
 """
