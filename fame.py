@@ -256,15 +256,15 @@ def preview(model, clips, path):
     """
     clips = unit(clips)[::2]
     mask, soft = foreground_mask(clips, model.beta)
+    maps = [map_picture(x) for x in (frame_difference(clips), soft, mask)]                  # each (B, 3, H, W)
     partner = torch.arange(len(clips), device=clips.device).roll(1)
     merged = merge(clips, mask, partner)
     shown = torch.linspace(0, clips.shape[2] - 1, 4).round().long()
     blocks = []
     for i in range(len(clips)):
-        maps = [map_picture(x[i, None]) for x in (frame_difference(clips), soft, mask)]
         other = clips[partner[i], :, :1].transpose(0, 1).cpu()
         frames = [x[i, :, shown].transpose(0, 1).cpu() for x in (clips, merged)]
-        blocks.append([frames[0], torch.cat([*maps, other]), frames[1]])
+        blocks.append([frames[0], torch.cat([*(x[i, None] for x in maps), other]), frames[1]])
     save_sheet(path, [torch.cat(pair) for a, b in zip(blocks[::2], blocks[1::2]) for pair in zip(a, b)])
 
 

@@ -158,7 +158,7 @@ class Classifier(nn.Module):
     def forward(self, clips, labels, generator=None):
         labels = labels.repeat_interleave(len(clips) // len(labels))
         clips = flip(clips, generator)[0] if self.mirrored else clips
-        logits = self.network(normalize(clips)).float()                            # (B, classes)
+        logits = self.network(normalize(clips)).float()                        # (B, classes)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
         return loss, dict(train_acc=100 * (logits.argmax(1) == labels).float().mean())
 

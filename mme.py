@@ -48,7 +48,7 @@ from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal,
                     all_reduce_mean, clip_indices, constant, cosine_lr, draw_lines, example_clips, find_videos,
                     loader, map_picture, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run,
                     rand, read_views, resize_flow, restore, save_checkpoint, save_sheet, setup, shutdown,
-                    sincos_positions, take, to_device, unpatchify, vit_sizes, wrap)
+                    sincos_positions, take, to_device, unit, unpatchify, vit_sizes, wrap)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ class MME(MaskedAutoencoder):
                 maps = hog(normalize(frames), cell=self.cell)                   # (B, 27, F', gh, gw)
                 targets["shape"] = shape_target(maps, displacement, starts, self.cell)
             elif self.target == "pixel":
-                targets["pixel"] = pixel_target(self.seen(clips).float() / 255, p, t)
+                targets["pixel"] = pixel_target(unit(self.seen(clips)), p, t)
             else:
                 maps = hog(normalize(self.seen(clips)[:, :, 1::t]), cell=self.cell)             # (B, 27, T', gh, gw)
                 targets["shape"] = to_tokens(maps.transpose(1, 2)).flatten(2)                   # (B, N, 108)
@@ -417,7 +417,7 @@ def preview(model, clips, path):
     hidden = tube_mask(len(clips), grid, model.mask_ratio, torch.Generator(clips.device).manual_seed(0), clips.device)
     predictions, _ = model.predict(normalize(model.seen(clips)), hidden, model.count)
     tile = clips.shape[-1] * max(1, 192 // clips.shape[-1])
-    patches = patchify(model.seen(clips).float() / 255, p, t)                               # (B, N, D)
+    patches = patchify(unit(model.seen(clips)), p, t)                                       # (B, N, D)
     views = [unpatchify(x, grid, p, t)[:, :, ::t].transpose(1, 2).flatten(0, 1)             # (B T', 3, H, W)
              for x in (patches, patches.masked_fill(hidden[..., None], 0.5))]
     frames, seen = (F.interpolate(x, (tile, tile)).cpu() for x in views)

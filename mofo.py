@@ -50,7 +50,7 @@ from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal,
                     all_reduce_mean, clip_indices, cosine_lr, draw_box, example_clips, find_videos, flow_picture,
                     loader, map_picture, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run,
                     rand, read_views, restore, save_checkpoint, save_sheet, setup, shutdown, sincos_positions,
-                    spatial_gradient, take, to_device, unnormalize, unpatchify, vit_sizes, wrap)
+                    spatial_gradient, take, to_device, unit, unnormalize, unpatchify, vit_sizes, wrap)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def preview(model, clips, path):
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
     hidden, flow, motion, boxes, found = model.mask(clips, torch.Generator(clips.device).manual_seed(0))
     prediction, _ = MaskedAutoencoder.forward(model, normalize(clips), hidden)              # (B, N_hidden, D)
-    patches = patchify(clips.float() / 255, p, t)                                           # (B, N, D)
+    patches = patchify(unit(clips), p, t)                                                   # (B, N, D)
     _, mean, deviation = normalize_patches(patches)                                         # (B, N, 3, 1)
     seen, painted = patches.clone(), patches.clone()
     seen[hidden] = 0.5
@@ -303,7 +303,7 @@ def preview(model, clips, path):
     painted[hidden] = (colours * deviation[hidden] + mean[hidden]).flatten(1)
     blocks = []                                                                             # per clip 5 rows
     for i in range(len(clips)):
-        frames = clips[i].float()[:, ::2 * t].transpose(0, 1) / 255                         # every second tubelet
+        frames = unit(clips[i, :, ::2 * t]).transpose(0, 1)                                 # every second tubelet
         maps = F.interpolate(map_picture(motion[i, None]), frames.shape[-2:]).expand(len(frames), -1, -1, -1)
         boxed = [draw_box(x, boxes[i]) if found[i] else x for x in (frames, maps)]
         shown = [unpatchify(x[i, None], grid, p, t)[0, :, ::2 * t].transpose(0, 1) for x in (seen, painted)]

@@ -21,6 +21,15 @@ from common import (Clips, Env, Item, Listing, StepSampler, UserError, ViT, adam
                     load_file, load_weights, loader, parse_config, plan_run, rand, save_checkpoint)
 
 CPU = torch.device("cpu")
+SHARED = Path(__file__).resolve().parents[2] / "shared"                     # golden numbers, real clips: tests skip without it
+
+
+def golden_arrays(name):
+    """The arrays of a golden file as tensors, by name; skips the test where the file is not."""
+    path = SHARED / "golden" / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return {k: torch.from_numpy(v) for k, v in np.load(path).items()}
 
 
 def tiny_video(path, frames=12, fps=10, side=32, codec="libx264", options={"qp": "0"}):

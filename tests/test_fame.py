@@ -22,9 +22,9 @@ from common import (BACKBONES, VITS, Bottleneck, ConvNet, Env, Queue, ResNet3D, 
                     colour_jitter, ema_update, load_weights, make_backbone, make_optimizer, normalize, parse_config,
                     random_resized_crop, restore, toy_video, unit, wrap)
 from fame import FAME, RECIPES, Config, colour_bins, derangement, foreground_mask, frame_difference, info_nce, merge, spread
+from test_data import golden_arrays
 
 torch.set_num_threads(1)
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 CPU = torch.device("cpu")
 VIT = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=1, heads=3)
 LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)
@@ -77,10 +77,7 @@ def toys():
 
 @pytest.fixture(scope="module", params=["fame_gray.npz", "fame_colour_b0.3.npz"])
 def golden(request):
-    path = SHARED / "golden" / request.param
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    content = {k: torch.from_numpy(v) for k, v in np.load(path).items()}
+    content = golden_arrays(request.param)
     return dict(content, clips=unit(content["clip_u8"]), beta=0.3 if "0.3" in request.param else 0.5)
 
 

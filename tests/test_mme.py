@@ -17,9 +17,9 @@ from common import (FlowEstimator, RowGenerator, UserError, normalize, patchify,
                     unpatchify)
 from mme import (MME, NOISE, MaskedAutoencoder, frames_to_read, grid_points, hog, pixel_target, position_loss, position_target,
                  shape_loss, shape_target, to_tokens, trajectories, tube_mask)
+from test_data import golden_arrays
 
 torch.set_num_threads(1)
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = dict(image_size=32, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3, decoder_dim=12, decoder_depth=1,
             decoder_heads=2)                                                    # 2 x 4 x 4 tokens, of which 22 are hidden
 
@@ -50,10 +50,7 @@ def points_of(displacement, cell):
 
 @pytest.fixture(scope="module")
 def golden():
-    path = SHARED / "golden" / "mme_hog.npz"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    return {k: torch.from_numpy(v) for k, v in np.load(path).items()}
+    return golden_arrays("mme_hog.npz")
 
 
 def test_hog_of_all_frames_and_of_second_frames_equals_the_released_code(golden):

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (VITS, Block, Attention, FlowEstimator, RowGenerator, UserError, ViT, multi_scale_crop, normalize, patchify,
                     read_clips, sincos_positions, spatial_gradient, toy_flow, toy_video, tvl1, unpatchify, warp)
 from mofo import MOFO, MaskedAutoencoder, motion_box, motion_map, motion_tube_mask, pixel_target
+from test_data import SHARED, golden_arrays
 
 torch.set_num_threads(1)
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 RAFT = SHARED / "weights" / "raft_small.pth"
 TINY = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3, decoder_dim=12, decoder_depth=1,
             decoder_heads=2)
@@ -43,10 +43,7 @@ def tiny_input(batch=2, seed=0):
 
 @pytest.fixture(scope="module")
 def golden():
-    path = SHARED / "golden" / "videomae_pretrain.npz"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    return {k: torch.from_numpy(v) for k, v in np.load(path).items()}
+    return golden_arrays("videomae_pretrain.npz")
 
 
 def golden_model(golden):
