@@ -712,8 +712,8 @@ def _list_file(path, root, split):
 class Clips(torch.utils.data.Dataset):
     """Clips of listed videos, read in worker processes.
 
-    sample(video, item, rng) -> uint8 (K, T, H, W, 3), or a dict of such: the script's choice, e.g. K random clips.  A
-    key is (epoch, index), and the randomness of a sample is a function of (seed, epoch, index) alone.  A video that
+    sample(video, item, rng) -> uint8 (K, T, H, W, 3), or a dict of arrays: the script's choice, e.g. K random clips.
+    A key is (epoch, index), and the randomness of a sample is a function of (seed, epoch, index) alone.  A video that
     cannot be read is replaced by another one of the same epoch, if `replace`, and is reported in any case.  Returns
     (clips or None, name, label, errors).
     """
@@ -781,10 +781,12 @@ def _worker_init(_):
 
 
 def to_device(clips, device):
-    """uint8 clips (B, T, H, W, 3), or a dict of such, on the CPU -> (B, 3, T, H, W) on the device."""
+    """uint8 clips (B, T, H, W, 3), on the CPU -> (B, 3, T, H, W) on the device; other tensors stay as they are.  Also
+    for a dict of such."""
     if isinstance(clips, dict):
         return {k: to_device(v, device) for k, v in clips.items()}
-    return clips.to(device, non_blocking=True).permute(0, 4, 1, 2, 3)
+    moved = clips.to(device, non_blocking=True)
+    return moved.permute(0, 4, 1, 2, 3) if clips.ndim == 5 else moved
 
 
 def clip_indices(video, item, frames, stride, rng):
@@ -807,10 +809,11 @@ def item_frames(video, item):
 
 
 def read_views(video, indices, boxes, size):
-    """K clips of one video, from frame numbers (K, T) and boxes (K, 4) -> uint8 (K, T, size, size, 3)."""
-    indices = np.stack(indices)
-    pixels = video.read(indices.ravel(), (size, size), np.repeat(boxes, indices.shape[1], 0))
-    return pixels.reshape(*indices.shape, size, size, 3)
+    """K clips of one video, from frame numbers (K, T) and boxes (K, 4) -> uint8 (K, T, H, W, 3) for a size (H, W) or
+    the side of a square."""
+    indices, size = np.stack(indices), (size, size) if isinstance(size, int) else size
+    pixels = video.read(indices.ravel(), size, np.repeat(boxes, indices.shape[1], 0))
+    return pixels.reshape(*indices.shape, *size, 3)
 
 
 # ---- 5. Toy data ---------------------------------------------------------------------------------------------------
@@ -1048,6 +1051,17 @@ def flip(clips, generator=None, p=0.5):
     return torch.where(flipped[:, None, None, None, None], clips.flip(-1), clips), flipped
 
 
+def crop_resize(maps, boxes, size, flipped=None):
+    """Cut boxes (B, 4), in pixels, out of maps (B, C, H, W) and scale them to (B, C, size, size), bilinearly; where
+    flipped (B,) is True, also mirror them left-right."""
+    H, W = maps.shape[-2:]
+    (x1, y1, x2, y2), zero = boxes.float().unbind(1), torch.zeros(len(boxes), device=maps.device)
+    reach = (x2 - x1) / W if flipped is None else torch.where(flipped, x1 - x2, x2 - x1) / W
+    rows = [reach, zero, (x1 + x2) / W - 1, zero, (y2 - y1) / H, (y1 + y2) / H - 1]            # grid_sample's -1 .. 1
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), (len(maps), 1, size, size), align_corners=False)
+    return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+
+
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))     # grey, and two of colour
 FROM_YIQ = tuple(map(tuple, np.linalg.inv(YIQ).tolist()))
 
@@ -1184,17 +1198,18 @@ def _in_autocast(forward, device_type, dtype):
     return run
 
 
-def spatial_gradient(x):
+def spatial_gradient(x, middle=1):
     """True gradient per pixel of maps (..., H, W) -> (..., 2, H, W), d/dx first.
 
-    Central differences averaged over the three rows (columns) around a pixel, i.e. the Prewitt kernel / 6; the border
-    is replicated.
+    Central differences averaged over the three rows (columns) around a pixel, i.e. the Prewitt kernel / 6, or with
+    the `middle` one weighted twice the Sobel kernel / 8; the border is replicated.
     """
     shape = x.shape
-    x = F.pad(x.reshape(-1, 1, *shape[-2:]), (1, 1, 1, 1), mode="replicate")
-    step, mean = x.new_tensor([-0.5, 0.0, 0.5]), x.new_full((3,), 1 / 3)
-    kernel = torch.stack([mean[:, None] * step, step[:, None] * mean])[:, None]                # (2, 1, 3, 3)
-    return F.conv2d(x, kernel).reshape(*shape[:-2], 2, *shape[-2:])
+    x = F.pad(x.reshape(1, -1, *shape[-2:]), (1, 1, 1, 1), mode="replicate")[0]               # (n, H + 2, W + 2)
+    rows = x[:, :-2] + middle * x[:, 1:-1] + x[:, 2:]                                          # (sums: 2 to 15 times
+    columns = x[..., :-2] + middle * x[..., 1:-1] + x[..., 2:]                                 # as fast as conv2d)
+    d = torch.stack([rows[..., 2:] - rows[..., :-2], columns[:, 2:] - columns[:, :-2]], 1) / (4 + 2 * middle)
+    return d.reshape(*shape[:-2], 2, *shape[-2:])
 
 
 def warp(image, flow):
@@ -1446,11 +1461,13 @@ class ResNet3D(ConvNet):
     """ResNet-50 for video, no temporal stride behind the stem.  `width` multiplies all channels.
 
     "slow_r50"     MoDist's: temporal kernels 1, 1, 3, 3 on the bottlenecks' first convolution, stem stride 2 in time
+    "motion_r50"   MoDist's for motion: the same without temporal kernels behind the stem
     "r2plus1d_50"  MCL's: every 3x3 convolution is followed by a temporal one, stem stride 4 in time
     """
 
     def __init__(self, name, width=1.0, image_size=224, frames=16, num_classes=0):
-        kernel, stride, times = {"slow_r50": (5, 2, (1, 1, 3, 3)), "r2plus1d_50": (4, 4, (3, 3, 3, 3))}[name]
+        kernel, stride, times = {"slow_r50": (5, 2, (1, 1, 3, 3)), "motion_r50": (5, 2, (1, 1, 1, 1)),
+                                 "r2plus1d_50": (4, 4, (3, 3, 3, 3))}[name]
         split, inputs = name == "r2plus1d_50", int(64 * width)
         padding = (0 if split else kernel // 2, 3, 3)
         stem = nn.Sequential()
@@ -1566,7 +1583,7 @@ WRAPPERS = ("model", "module", "model_state", "state_dict")
 PREFIXES = ("", "encoder.", "model.", "module.", "backbone.", "encoder.model.", "encoder_q.encoder.model.",
             "module.encoder_q.", "module.backbone.", "module.encoder.")
 NOT_BACKBONE = (r"(encoder\.)?(head|fc_norm|norm|fc)\.|decoder\.|encoder_to_decoder\.|mask_token|heads\.|"
-                r"keys\.|queue|updates")
+                r"keys\.|(motion_)?queue|updates|order\.|motion(_head)?\.")
 
 
 def load_file(path):
@@ -1582,6 +1599,34 @@ def load_file(path):
         raise UserError(f"{path}: cannot be read as a checkpoint ({_first_line(error)})") from None
 
 
+def inflate(state, own):
+    """A 2-D ResNet's tensors under the names and in the shapes of `own`, a model with a ResNet3D; if either is
+    something else, `state` as it is.
+
+    Kernels get one tap in time that is not 0, temporal kernels of their own are the identity: each step of the
+    features is what the 2-D network makes of one frame.  A MoCo head goes to heads.inter.  Source: MCL's code.
+    """
+    first = next((k for k, x in state.items() if re.search(r"(^|\.)conv1\.weight$", k) and x.ndim == 4), "")
+    prefix = first.removesuffix("conv1.weight")                  # of the whole network: a stem comes first
+    stem = next((k for k in own if k.endswith("stem.conv1.weight")), None)
+    if not first or not stem:
+        return state
+    add, out = stem.removesuffix("stem.conv1.weight"), {}
+    for name, x in state.items():
+        name = add + re.sub(r"^(conv1|bn1)\.", r"stem.\1.", name.removeprefix(prefix))
+        name = re.sub(r"^.*\bfc\.(\d)", r"heads.inter.\1", name)
+        spatial, temporal = (name.replace("conv2.weight", f"conv2.{i}.weight") for i in (0, 1))
+        if temporal != name and temporal in own:
+            out[temporal] = torch.zeros_like(own[temporal])
+            out[temporal][:, :, 1, 0, 0] = torch.eye(len(x))
+            name = spatial
+        if name in own and x.ndim == 4:
+            taps = own[name].shape[2]
+            x = F.pad(x[:, :, None], (0, 0, 0, 0, (taps - 1) // 2, taps // 2))
+        out[name] = x
+    return out
+
+
 def load_weights(model, path, strict_backbone=True):
     """Load weights by name from our own, VideoMAE, MOFO, MME or DeepSpeed files -> LoadReport.
 
@@ -1595,6 +1640,7 @@ def load_weights(model, path, strict_backbone=True):
         weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
         state = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     own, readings = model.state_dict(), []
+    state = inflate(state, own)
     for prefix in PREFIXES:
         for add in ("", "encoder."):                             # a bare encoder also fits into a masked autoencoder
             names = {add + k[len(prefix):]: k for k in state if k.startswith(prefix)}   # in the model: in the file
@@ -1681,23 +1727,29 @@ class StepSampler(torch.utils.data.Sampler):
             yield batch
 
 
-def make_optimizer(name, model, lr, weight_decay, device):
-    """What --optimizer says: sgd (momentum 0.9, decay on everything) or adamw (betas 0.9 and 0.95)."""
+def make_optimizer(name, model, lr, weight_decay, device, nesterov=False):
+    """What --optimizer says: sgd (momentum 0.9, decay on everything; if it is Nesterov's, not on vectors) or adamw
+    (betas 0.9 and 0.95)."""
     if name == "adamw":
         return adamw(model, lr, weight_decay, (0.9, 0.95), device)
     if name != "sgd":
         raise UserError(f"--optimizer {name}: choose sgd or adamw")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=weight_decay)
+    groups = decay_groups(model, weight_decay, vectors=weight_decay * (not nesterov))
+    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
 
 
 def adamw(model, lr, weight_decay, betas, device):
-    """AdamW with no decay on vectors (biases, norms) and on the mask token, fused on GPUs."""
+    """AdamW with no decay on vectors and on the mask token, fused on GPUs."""
+    return torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr, betas=betas, fused=device.type == "cuda")
+
+
+def decay_groups(model, weight_decay, vectors=0.0):
+    """Two parameter groups: matrices and kernels; vectors (biases, norms) and the mask token, with a weight decay of
+    their own."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     decay = [p for n, p in named if p.ndim > 1 and "mask_token" not in n]
     other = [p for n, p in named if p.ndim <= 1 or "mask_token" in n]
-    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=other, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type == "cuda")
+    return [dict(params=decay, weight_decay=weight_decay), dict(params=other, weight_decay=vectors)]
 
 
 def cosine_lr(step, steps, warmup, peak, floor):
@@ -1949,11 +2001,11 @@ def map_picture(maps):
     return (maps / maps.amax((-2, -1), keepdim=True).clamp_min(1e-12))[:, None].expand(-1, 3, -1, -1)
 
 
-def draw_box(pictures, box):
+def draw_box(pictures, box, colour="red"):
     """Outline one box (4,) on pictures (n, 3, h, w) in [0, 1]."""
     box, width = box[None].cpu(), max(1, pictures.shape[-1] // 75)
     pictures = (pictures * 255).byte().cpu()
-    return torch.stack([draw_bounding_boxes(p, box, colors="red", width=width) for p in pictures]).float() / 255
+    return torch.stack([draw_bounding_boxes(p, box, colors=colour, width=width) for p in pictures]).float() / 255
 
 
 def draw_lines(pictures, lines, colour):

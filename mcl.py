@@ -1,0 +1,561 @@
+"""MCL: motion-focused contrastive learning of video representations, in one file.    https://arxiv.org/abs/2201.04029
+
+Contrastive learning pulls clips of one video together and apart from those of others, wherever they come from.  MCL
+lets motion decide.  It compares clips that move and, in them, crops that hold what moves.  And it asks the network to
+look there: the gradient of the similarity of two views, which tells what the network compared, must have the shape of
+the motion map in space and time.
+
+    Paper                                             Code                                    Section
+    motion map (boundaries of flow)                   motion_boundary(), motion_target()      2
+    temporal sampling                                 sample_clips(), tournament()            3, 6
+    spatial sampling                                  motion_crop()                           3
+    inter- and intra-video losses, order loss         MCL                                     4
+    motion alignment loss                             alignment_map(), alignment_loss()       4
+
+Differs from the paper and its released code, and why
+ 1. Flow is computed in the training step (released: TV-L1 of the whole data set before the first one).  So there is
+    no ranking of all clips of a video: of two random clips the one with more motion is taken with probability 0.7,
+    else any of the two, which prefers the upper half much as the published rule does.
+ 2. A clip's motion map is the mean of four pairs of neighbouring frames (released: windows of 8 flows around each
+    frame), and is not rounded to 8 bits; strong motion there wraps around to none.
+ 3. The target is flipped with its clip (released: 37.5 % of all targets are mirrored in one component or both).
+ 4. The spatio-temporal term weights time steps by their share of the motion.  The published softmax over raw sums
+    picks one step and depends on units: --attention softmax.
+ 5. Keys are encoded with running instead of batch statistics, averaged over steps as the key encoder's weights are,
+    as in fame.py, instead of shuffling clips across GPUs.  Queries: synchronised batch norm on several GPUs, except
+    for the last one, which is differentiated twice.
+ 6. Of a frame, the largest part of 4:3 is used (--frame-height, --frame-width), at a random place per sample.
+    Colour jitter is one affine map per clip.  If a crop's size never fits, the largest that does is taken.
+ 7. The weight of the order loss grows per step, not per epoch.  All rates are per 256 videos, the published 32 per
+    step have the published ones.
+ 8. ViT: features are LayerNorm(mean of tokens), and the aligned layer is the last block's first linear layer of the
+    MLP, before its GELU (our choice): like the published one it is the last linear map before a non-linearity and
+    the mean.  Of a ViT's or a longer clip's finer map, means over cells are aligned.
+
+Run    python mcl.py                                         # toy data; TIME minutes on 2 CPU cores
+       torchrun --nproc_per_node=4 mcl.py --data ucf101 --root DIR --init moco_v2_200ep.pth.tar   # not run by us
+       python mcl.py --data DIR_OF_VIDEOS                    # your own, labels not needed
+"""
+import copy
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from common import (Bottleneck, Clips, FlowEstimator, Log, Queue, StepSampler, StopSignal, UserError, ViT,
+                    all_reduce_mean, blur, colour_jitter, constant, cosine_lr, crop_resize, draw_box, draw_lines,
+                    ema_update, example_clips, find_videos, item_frames, loader, make_backbone, make_optimizer,
+                    map_picture, normalize, open_run, parse_config, patchify, plan_run, rand, read_views, restore,
+                    save_checkpoint, save_sheet, setup, shutdown, spatial_gradient, to_device, unit, unnormalize,
+                    wrap)
+
+
+# ---- 1. Config -----------------------------------------------------------------------------------------------------
+# Defaults are the published pre-training on Kinetics-400.
+
+@dataclass
+class Config:
+    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, or your own: a directory, a list file
+    root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
+    out: str = ""                      # directory of the run; default runs/mcl-<data>
+    fresh: bool = False                # start over instead of continuing the run in --out
+    init: str = ""                     # start from these weights: a checkpoint, a 2-D ResNet-50 (published: MoCo v2)
+    backbone: str = "r2plus1d_50"      # r2plus1d_50, slow_r50, r2plus1d_18, r3d_18, vit_tiny .. vit_huge
+    width: float = 1.0                 # channels relative to the published network: r2plus1d_50, slow_r50
+    image_size: int = 224              # side of the crop in pixels
+    frame_height: int = 240            # of the frames that crops are cut from
+    frame_width: int = 320             # likewise
+    frames: int = 16                   # frames of a clip
+    stride: int = 2                    # video frames from one frame of the clip to the next
+    flow: str = "raft_small"           # raft_small, raft_large, tvl1
+    raft_weights: str = ""             # file with torchvision's RAFT weights; default: download
+    flow_updates: int = 6              # refinement steps of RAFT
+    motion_clips: bool = True          # prefer clips with motion; --no-motion-clips = random clips
+    motion_crops: bool = True          # crops must hold the motion; --no-motion-crops = random crops
+    min_crop: float = 0.2              # smallest area of a crop
+    colour: float = 1.0                # strength of colour jitter and frequency of grey clips; 1 = published
+    queue: int = 131072                # keys of earlier clips to tell apart from
+    momentum: float = 0.999            # of the key encoder
+    temperature: float = 0.1           # of the similarities
+    order_weight: float = 0.0          # of the order loss at the end; grows linearly from 0
+    align_weight: float = 1.0          # of the alignment loss; twice that during warm-up
+    attention: str = "l1"              # over time in the alignment loss: l1, softmax (published)
+    epochs: int = 400                  # passes over the data
+    steps: int = 0                     # optimiser steps instead of epochs
+    batch: int = 32                    # videos per step, over all GPUs and accumulation
+    device_batch: int = 8              # videos per GPU and forward pass: as many as fit
+    repeats: int = 1                   # samples (of a clip and two others) from each video that is opened
+    optimizer: str = "sgd"             # sgd (momentum 0.9), adamw (betas 0.9 and 0.95)
+    lr: float = 0.16                   # per 256 videos of the batch
+    min_lr: float = 8e-6               # per 256 videos, at the end
+    warmup_epochs: float = 5           # linear from 0
+    weight_decay: float = 1e-4         # sgd: of everything, adamw: not of vectors
+    clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
+    seed: int = 0                      # of everything that is random
+    workers: int = 8                   # processes per GPU that read videos
+    compile: bool = torch.cuda.is_available()  # torch.compile the network up to the aligned layer, and the flow
+    log_every: int = 20                # steps
+    save_every: int = 500              # steps
+    preview_every: int = 1000          # steps
+    toy_train: int = 1024              # toy: videos to train on
+    toy_test: int = 256                # toy: videos to test on
+    toy_size: int = 64                 # toy: side in pixels
+
+
+RECIPES = {
+    "k400": {},                                      # the defaults above
+    "ucf101": dict(epochs=200, lr=0.08, order_weight=1.0),
+    # our choice from here on
+    "ssv2": {},
+    "epic": {},
+    "hmdb51": dict(epochs=200, lr=0.08, order_weight=1.0, queue=16384),
+    # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
+    "vit": dict(optimizer="adamw", lr=1.5e-4, min_lr=0.0, weight_decay=0.1, warmup_epochs=40),
+    # small enough to start on any machine
+    "custom": dict(queue=2048, batch=8, workers=2, log_every=1, save_every=50, preview_every=50),
+    # under three minutes on two CPU cores
+    "toy": dict(backbone="vit_tiny", image_size=64, frame_height=64, frame_width=64, frames=8, flow="tvl1",
+                min_crop=0.5, colour=0.3, queue=256, momentum=0.99, order_weight=1.0, epochs=8, batch=32,
+                device_batch=32, lr=8e-3, min_lr=0.0, warmup_epochs=1, weight_decay=0.05, workers=2, log_every=10,
+                save_every=100, preview_every=100),
+}
+GRID = (4, 7, 7)                                     # of motion maps in time and space, at most
+
+
+# ---- 2. Motion maps ------------------------------------------------------------------------------------------------
+
+def motion_boundary(flow):
+    """How much flow (..., T, 2, h, w) changes from pixel to pixel: (..., h, w), in pixels per pixel and frame pair.
+
+    Flow is summed over time first, so that what moves to and fro cancels, and so does what all pixels share, such as
+    a camera's pan.  The magnitudes of the two components' gradients are added.  Source: MCL 3.1.
+    """
+    gradient = spatial_gradient(flow.sum(-4))                                   # (..., 2 components, x or y, h, w)
+    return torch.hypot(*gradient.unbind(-3)).sum(-3)
+
+
+def motion_target(flow, grid=GRID):
+    """What the alignment map should look like: flow (B, T, 2, h, w) in pixels -> motion (B, t, gh, gw) for a grid of
+    (t, gh, gw) cells.  Time step k sums T / t flows, as the network does.  Raises UserError unless t divides T."""
+    if flow.shape[1] % grid[0]:
+        raise UserError(f"{flow.shape[1]} frames do not fall into {grid[0]} groups: change --frames")
+    groups = flow.unflatten(1, (grid[0], -1))                                   # (B, t, T / t, 2, h, w)
+    return F.adaptive_avg_pool2d(motion_boundary(groups), grid[1:])
+
+
+def clip_map(flow, grid=GRID[1:]):
+    """Flow (B, pairs, 2, h, w) of some pairs of frames of a clip -> its motion map (B, gh, gw): mean over pairs.
+
+    A frame of 8 px is left out, because flow is unreliable at the border.
+    """
+    motion = motion_boundary(flow[:, :, None]).mean(1)                          # (B, h, w)
+    ring = max(1, motion.shape[-1] // 28)                                       # 8 of 224 px
+    inside = F.pad(motion[:, ring:-ring, ring:-ring], (ring,) * 4)
+    return F.adaptive_avg_pool2d(inside, grid)
+
+
+# ---- 3. Sampling ---------------------------------------------------------------------------------------------------
+
+def tournament(scores, generator=None, p=0.7):
+    """Of each pair of clips take, with probability p, the one with the larger score, else any: scores (B, K, 2) ->
+    index of the chosen ones (B, K)."""
+    draw = rand(*scores.shape, generator=generator, device=scores.device)       # (B, K, 2)
+    return torch.where(draw[..., 0] < p, scores.argmax(-1), (draw[..., 1] < 0.5).long())
+
+
+def hot_box(motion_map):
+    """Motion map (B, gh, gw) -> the box that holds its hottest tenth of cells (B, 4) in cells, and the share of it
+    that a crop must hold (B,): the smaller the box the more of it, and nothing where the box is large or nothing
+    moves."""
+    B, gh, gw = motion_map.shape
+    hottest = motion_map.flatten(1).topk(int(0.1 * gh * gw), dim=1).indices     # (B, 4)
+    y, x = hottest // gw, hottest % gw
+    box = torch.stack([x.amin(1), y.amin(1), x.amax(1) + 1, y.amax(1) + 1], 1).float()
+    area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
+    share = torch.where(area <= 4, 0.9, torch.where(area <= 8, 0.8, torch.where(area <= 12, 0.7, 0.0)))
+    return box, share * (motion_map.amax((1, 2)) > 0)
+
+
+def motion_crop(motion_map, height, width, generator=None, min_area=0.2, places=40):
+    """A random crop per motion map (B, 7, 7) that holds most of the hottest cells' box -> boxes (B, 4), whole pixels
+    of a (height, width) frame.
+
+    Area and aspect are those of a random resized crop.  Of `places` random places the first one that holds enough of
+    the box is taken, else the one that holds most.  Source: MCL 3.2 and its released code.
+    """
+    B, gh, gw = motion_map.shape
+    cells, share = hot_box(motion_map)
+    x1, y1, x2, y2 = (cells * constant((width / gw, height / gh) * 2, cells.device)).T[..., None]   # each (B, 1), px
+    draw = rand(B, 2, 20, generator=generator, device=cells.device)
+    area = height * width * (min_area + (1 - min_area) * draw[:, 0])            # (B, 20 tries)
+    aspect = ((2 * draw[:, 1] - 1) * math.log(4 / 3)).exp()
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = ((w <= width) & (h <= height)).float().argmax(1, keepdim=True)       # the first that does
+    w, h = w.gather(1, fits).clamp(1, width), h.gather(1, fits).clamp(1, height)            # (B, 1)
+    draw = rand(B, 2, places, generator=generator, device=cells.device)
+    x, y = ((draw[:, 0] * (width - w + 1)).floor(), (draw[:, 1] * (height - h + 1)).floor())    # (B, places)
+
+    def held(start, length, first, last):
+        return ((start + length).minimum(last) - start.maximum(first)).clamp(min=0) / (last - first)
+    cover = held(x, w, x1, x2) * held(y, h, y1, y2)                             # (B, places)
+    enough = cover >= share[:, None]
+    best = torch.where(enough.any(1), enough.float().argmax(1), cover.argmax(1))[:, None]
+    x, y = x.gather(1, best), y.gather(1, best)
+    return torch.cat([x, y, x + w, y + h], 1)
+
+
+# ---- 4. Alignment --------------------------------------------------------------------------------------------------
+
+def split(encoder, clips):
+    """Run a network on normalised clips up to its last linear map before a non-linearity and the mean over positions
+    -> that map's output X (B, C, t, h, w), and the rest of the network as a function from X to features (B, dim).
+
+    The rest can be differentiated twice: it has no compiled code, no fused attention, no synchronised statistics.
+    Call it in fp32, because gradients with respect to X underflow in fp16.
+    """
+    if isinstance(encoder, ViT):
+        *blocks, last = encoder.blocks
+        x = encoder.patch_embed(patchify(clips, encoder.patch_size, encoder.tubelet_size)) + encoder.positions
+        for block in blocks:
+            x = block(x)
+        x = x + last.attn(last.norm1(x))
+        X = last.mlp.fc1(last.norm2(x)).transpose(1, 2).unflatten(2, encoder.grid)          # (B, 4 dim, T', H', W')
+
+        def rest(X):
+            tokens = x.float() + last.mlp.fc2(F.gelu(X.flatten(2).transpose(1, 2)))
+            return encoder.norm(tokens.mean(1))
+        return X, rest
+    *stages, final = encoder.stages
+    *blocks, last = getattr(encoder, final)
+    x = clips
+    for stage in [*(getattr(encoder, name) for name in stages), *blocks]:
+        x = stage(x)
+    if isinstance(last, Bottleneck):
+        y = F.relu(last.bn2(last.conv2(F.relu(last.bn1(last.conv1(x))))))
+        conv, norm = last.conv3, last.bn3
+    else:                                                                       # torchvision's two-layer block
+        y, (conv, norm) = last.conv1(x), last.conv2
+
+    def rest(X):
+        X = F.batch_norm(X, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum,
+                         norm.eps)
+        return F.relu(X + x.float()).mean((2, 3, 4))
+    return conv(y), rest
+
+
+def alignment_map(gradient):
+    """Where the network looked: gradient (B, C, t, h, w) of the similarity with respect to X -> (B, t, h, w) >= 0.
+
+    Each channel's gradient is weighted by its mean over the positions of a time step.  Source: MCL 3.3; unlike
+    Grad-CAM, which it resembles, it does not use the activations.
+    """
+    weight = gradient.mean((3, 4), keepdim=True)                                # (B, C, t, 1, 1)
+    return F.relu((weight * gradient).sum(1))
+
+
+def alignment_loss(P, M, attention="l1"):
+    """1 - cosine of alignment maps P (B, t, h, w) and motion maps M (B, t, h, w), three ways -> their sum in [0, 3],
+    the three cosines by name.
+
+    st: over space, in each time step, mean weighted by the step's share of the motion ("l1") or the softmax over the
+    steps' motion ("softmax", published); s: over space, of means over time; t: over time, of sums over space.
+    Neither the scale of P nor, with "l1", that of M matters.  Source: MCL 3.3.
+    """
+    def cosine(a, b):
+        return F.cosine_similarity(a, b, dim=-1, eps=1e-12)
+    P = P / P.detach().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)           # (its values are around 1e-7)
+    P, M = P.flatten(2), M.flatten(2)                                           # (B, t, h w)
+    motion = M.sum(2)                                                           # (B, t)
+    weight = motion.softmax(1) if attention == "softmax" else motion / motion.sum(1, keepdim=True).clamp(min=1e-12)
+    cosines = dict(st=(weight * cosine(P, M)).sum(1), s=cosine(P.mean(1), M.mean(1)), t=cosine(P.sum(2), motion))
+    cosines = {name: value.mean() for name, value in cosines.items()}
+    return 3 - sum(cosines.values()), cosines
+
+
+# ---- 5. Model ------------------------------------------------------------------------------------------------------
+
+def projection(dim, outputs):
+    return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, outputs))
+
+
+class MCL(nn.Module):
+    """dict of clips (6 B, 3, T + 1, H, W) uint8, two candidates for each of three clips of every video, and order
+    (B,) (1: the first clip comes before the others) -> loss, stats.  Without motion_clips: one candidate each.
+
+    The first clip gives the query and the first key, the others a key each.  The last frame is only for flow.
+    steps and warmup, in steps of the optimiser, set the course of the weights.
+    """
+
+    def __init__(self, encoder, flow, steps, warmup=0, motion_clips=True, motion_crops=True, min_crop=0.2, colour=1.0,
+                 queue=131072, momentum=0.999, temperature=0.1, order_weight=0.0, align_weight=1.0, attention="l1",
+                 outputs=128):
+        super().__init__()
+        self.encoder, self.flow = encoder, flow
+        self.heads = nn.ModuleDict({name: projection(encoder.dim, outputs) for name in ("inter", "intra", "order")})
+        self.order = nn.Linear(3 * outputs, 2)
+        self.keys = copy.deepcopy(nn.ModuleDict(dict(encoder=encoder, heads=self.heads))).requires_grad_(False)
+        self.queue = Queue(queue, outputs)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))     # of the keys
+        self.steps, self.warmup, self.motion_clips, self.motion_crops = steps, warmup, motion_clips, motion_crops
+        self.min_crop, self.colour, self.momentum, self.temperature = min_crop, colour, momentum, temperature
+        self.order_weight, self.align_weight, self.attention = order_weight, align_weight, attention
+
+    def update_keys(self, momentum=None):
+        """Move the key encoder towards the query encoder: after every step of the optimiser; momentum 0 copies it."""
+        momentum = self.momentum if momentum is None else momentum
+        self.updates += 1
+        for name in self.keys:
+            ema_update(self.keys[name], getattr(self, name), momentum, self.updates)
+
+    def choose(self, clips, generator=None):
+        """Candidates (3 K B, 3, T + 1, H, W) -> the chosen clips (B, 3, 3, T + 1, H, W), their maps (B, 3, 7, 7), all
+        maps (B, 3, K, 7, 7) and the choice (B, 3)."""
+        clips = clips.unflatten(0, (-1, 3, 2 if self.motion_clips else 1))     # (B, 3, K, 3, T + 1, H, W)
+        B, _, K, _, frames = clips.shape[:5]
+        maps, chosen = torch.zeros(B, 3, K, *GRID[1:], device=clips.device), clips.new_zeros(B, 3, dtype=torch.long)
+        if self.motion_clips or self.motion_crops:
+            first = [(2 * i + 1) * (frames - 1) // 8 for i in range(4)]         # of four pairs, evenly over the clip
+            pairs = torch.stack([clips[..., i:i + 2, :, :] for i in first], 3)  # (B, 3, K, 4, 3, 2, H, W)
+            flow = self.flow(pairs.flatten(0, 3)).unflatten(0, (-1, 4))[:, :, 0]           # (3 K B, 4, 2, h, w)
+            maps = clip_map(flow).view_as(maps)
+        if self.motion_clips:
+            chosen = tournament(maps.mean((3, 4)), generator)
+        at = torch.arange(B, device=clips.device)[:, None], torch.arange(3, device=clips.device), chosen
+        return clips[at], maps[at], maps, chosen
+
+    def view(self, clips, motion, generator=None):
+        """A random view of clips (B, 3, T, H, W): normalised (B, 3, T, side, side), its box and whether mirrored."""
+        B, _, T, H, W = clips.shape
+        motion = motion if self.motion_crops else torch.zeros_like(motion)
+        box = motion_crop(motion, H, W, generator, self.min_crop)
+        flipped = rand(B, generator=generator, device=clips.device) < 0.5
+        side = self.encoder.config["image_size"]
+        view = crop_resize(unit(clips).flatten(1, 2), box, side, flipped).unflatten(1, (3, T))
+        c = self.colour
+        view = colour_jitter(view, generator, 0.4 * c, 0.4 * c, 0.4 * c, 0.1 * c, grey=0.2 * c)
+        return normalize(blur(view, generator)), box, flipped
+
+    def query_motion(self, clips, box, flipped):
+        """Flow of whole clips (B, 3, T + 1, H, W), cut and mirrored as the query was -> (B, T, 2, side, side)."""
+        flow = self.flow(clips)                                                 # (B, T, 2, h, w)
+        B, T, _, h, w = flow.shape
+        box = box * constant((w / clips.shape[-1], h / clips.shape[-2]) * 2, box.device)
+        return crop_resize(flow.flatten(1, 2), box, self.encoder.config["image_size"], flipped).unflatten(1, (T, 2))
+
+    def embed(self, encoder, heads, clips):
+        """Clips (n, 3, T, side, side) -> X, and per head embeddings (n, outputs) of length 1."""
+        X, rest = split(encoder, clips)
+        with torch.autocast(clips.device.type, enabled=False):
+            X = X.float()
+            feature = rest(X)
+            return X, {name: F.normalize(head(feature), dim=1) for name, head in heads.items()}
+
+    def look(self, similarity, X):
+        """alignment_map of a similarity (B,), its cells averaged where there are more than in GRID."""
+        gradient, = torch.autograd.grad(similarity.sum(), X, create_graph=self.training)
+        P = alignment_map(gradient)
+        return F.adaptive_avg_pool3d(P, [min(n, most) for n, most in zip(P.shape[1:], GRID)])
+
+    def forward(self, batch, generator=None):
+        with torch.no_grad(), torch.autocast(batch["clips"].device.type, enabled=False):
+            clips, maps, _, _ = self.choose(batch["clips"], generator)
+            views, boxes, flips = zip(*(self.view(clips[:, i, :, :-1], maps[:, i], generator) for i in (0, 0, 1, 2)))
+            flow = self.query_motion(clips[:, 0], boxes[0], flips[0]) if self.align_weight else None
+            self.keys.eval()                                                    # running statistics, see 5. above
+        with torch.no_grad():
+            _, keys = self.embed(self.keys["encoder"], self.keys["heads"], torch.cat(views[1:]))
+        X, q = self.embed(self.encoder, self.heads, views[0])                   # each (B, outputs)
+        t, progress = self.temperature, self.updates / self.steps
+        with torch.autocast(X.device.type, enabled=False):
+            # Inter: the video's three keys against those of other videos.
+            k = keys["inter"].unflatten(0, (3, -1)).transpose(0, 1)             # (B, 3, outputs)
+            own = torch.einsum("bd,bjd->bj", q["inter"], k)                     # (B, 3)
+            other = q["inter"] @ self.queue.keys.clone().T                      # (B, K)
+            inter = F.softplus(torch.logsumexp(other / t, 1, keepdim=True) - own / t).mean()
+            # Intra: the key of the same clip against those of the two other clips.
+            clip = torch.einsum("bd,jbd->bj", q["intra"], keys["intra"].unflatten(0, (3, -1)))  # (B, 3)
+            intra = F.softplus((clip[:, 1:] - clip[:, :1]) / t).mean()
+            # Order: does the query come before the two other clips or after them?
+            _, k1, k2 = keys["order"].chunk(3)
+            guess = self.order(F.normalize(torch.cat([q["order"], k1, k2], 1), dim=1))
+            order = F.cross_entropy(guess, batch["order"])
+            loss = inter + intra + self.order_weight * progress * order
+            stats = dict(inter=inter.detach(), intra=intra.detach(), order=order.detach())
+            if self.align_weight:
+                P = self.look(own[:, 0], X)                                     # (B, t, h, w)
+                M = motion_target(flow, P.shape[1:])
+                M = 38.25 * M if self.attention == "softmax" else M             # the published units
+                align, cosines = alignment_loss(P, M, self.attention)
+                loss = loss + (1 + (self.updates < self.warmup)) * self.align_weight * align
+                P = P.detach().flatten(1)
+                stats |= {f"align_{name}": value.detach() for name, value in cosines.items()}
+                stats |= dict(zero_maps=(P.amax(1) == 0).float().mean(), map_norm=P.norm(dim=1).mean())
+        self.queue.enqueue(keys["inter"])
+        near = (q["inter"].detach() @ k[:, 0].T).argmax(1)                      # (B,) most similar first key
+        return loss, stats | dict(top1=100 * (near == torch.arange(len(near), device=near.device)).float().mean())
+
+
+# ---- 6. Preview ----------------------------------------------------------------------------------------------------
+
+CURVE = 24                                           # points of a video's motion curve
+
+
+@torch.no_grad()
+def preview(model, batch, path):
+    """Write what the method sees in an even number of videos, two side by side, four rows each.
+
+    The rows: motion over the video (black), spans of the candidates (grey) and of the chosen clips (red: query and
+    first key, blue: other keys); query clip with the box of its hottest cells (red) and the crop (yellow), its motion
+    map, the query as the network sees it at its start and end; target over time; where the network looks, over time.
+    """
+    model.eval()
+    device, tile = batch["clips"].device, 112
+    generator = torch.Generator(device).manual_seed(0)
+    clips, maps, _, chosen = model.choose(batch["clips"], generator)
+    B, _, _, _, H, W = clips.shape
+    query, box, flipped = model.view(clips[:, 0, :, :-1], maps[:, 0], generator)
+    key, *_ = model.view(clips[:, 0, :, :-1], maps[:, 0], generator)
+    with torch.enable_grad():
+        X, q = model.embed(model.encoder, model.heads, query)
+        _, k = model.embed(model.keys["encoder"], model.keys["heads"], key)
+        P = model.look((q["inter"] * k["inter"]).sum(1), X)
+    M = motion_target(model.query_motion(clips[:, 0], box, flipped), P.shape[1:])
+    curve = motion_boundary(model.flow(batch["curve"])).mean((1, 2)).unflatten(0, (B, -1)).cpu()    # (B, CURVE)
+    hot = hot_box(maps[:, 0])[0] * constant((W / GRID[2], H / GRID[1]) * 2, device)
+    shown = torch.linspace(0, P.shape[1] - 1, 4).round().long()
+    blocks = []
+    for i in range(B):
+        times, height = torch.linspace(0, 4 * tile - 1, CURVE), 0.9 * tile * (1 - curve[i] / curve[i].max())
+        row = torch.full((1, 3, tile, 4 * tile), 0.95)
+        row = draw_lines(row, torch.stack([times, height], 1)[None, None], (0, 0, 0))
+        spans = (4 * tile * batch["spans"][i].flatten(0, 1)).round().int().tolist()         # of 3 K candidates
+        for j, (start, end) in enumerate(spans):
+            clip, candidate = divmod(j, len(spans) // 3)
+            colour = ((0.8, 0.1, 0.1), (0.1, 0.2, 0.9), (0.1, 0.2, 0.9))[clip]
+            colour = colour if candidate == chosen[i, clip] else (0.7, 0.7, 0.7)
+            row[..., tile - 24 + 4 * j:tile - 21 + 4 * j, start:end] = torch.tensor(colour)[:, None, None]
+        frame = F.interpolate(unit(clips[i, 0, :, :1]).transpose(0, 1).cpu(), (2 * H, 2 * W))
+        frame = draw_box(draw_box(frame, 2 * hot[i]), 2 * box[i], "yellow")
+        ends = unnormalize(query[i, :, [0, -1]]).transpose(0, 1).cpu()
+        second = [F.interpolate(x, (tile, tile)) for x in (frame, map_picture(maps[i, :1]), ends)]
+        blocks.append([torch.cat(row.split(tile, 3)), torch.cat(second), map_picture(M[i, shown]),
+                       map_picture(P[i, shown])])
+    save_sheet(path, [torch.cat([F.interpolate(x, (tile, tile)) for x in pair]) for a, b in
+                      zip(blocks[::2], blocks[1::2]) for pair in zip(a, b)], tile)
+    model.train()
+
+
+# ---- 7. Train ------------------------------------------------------------------------------------------------------
+
+def random_starts(first, last, span, candidates, rng):
+    """First frames of the clips to compare, which span frames start .. start + span: `candidates` for the anchor from
+    one half of a video's frames first .. last, twice as many, in order, for the two others from the other half
+    -> starts (3, candidates), does the anchor come first?  In too short a video the anchor is at one end."""
+    before, half = rng.random() < 0.5, (first + last + 1) // 2
+    if half - 1 - span >= first:
+        halves = [(first, half - 1 - span), (half, last - span)]
+        anchor, others = halves if before else halves[::-1]
+        starts = [rng.integers(*anchor, candidates, endpoint=True),
+                  np.sort(rng.integers(*others, 2 * candidates, endpoint=True))]    # k1 is before k2, whichever wins
+    else:
+        starts = np.sort(rng.integers(first, max(first, last - span), 3 * candidates, endpoint=True))
+        starts = [starts] if before else [starts[-candidates:], starts[:-candidates]]
+    return np.concatenate(starts).reshape(3, candidates), before
+
+
+def sample_clips(video, item, rng, cfg, curve=False):
+    """cfg.repeats samples of a video -> dict(clips: uint8 (3 K repeats, frames + 1, height, width, 3), K candidates
+    for each of three clips, order: (repeats,) is the first clip before the others?); with `curve` also pairs of
+    frames over the video and the spans (repeats, 3, K, 2) of the candidates in it, in [0, 1]."""
+    (first, last), span, K = item_frames(video, item), cfg.stride * cfg.frames, 2 if cfg.motion_clips else 1
+    size, (height, width) = (cfg.frame_height, cfg.frame_width), (video.info.height, video.info.width)
+    scale = min(height / size[0], width / size[1])
+    h, w = max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+    starts, orders, indices, crops = [], [], [], []
+    for _ in range(cfg.repeats):
+        start, before = random_starts(first, last, span, K, rng)
+        x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
+        starts.append(start)
+        orders.append(before)
+        indices += [np.minimum(s + cfg.stride * np.arange(cfg.frames + 1), last) for s in start.ravel()]
+        crops += [(x, y, x + w, y + h)] * start.size
+    out = dict(clips=read_views(video, indices, crops, size), order=np.array(orders, np.int64))
+    if curve:
+        times = np.linspace(first, max(first, last - cfg.stride), CURVE).astype(int)
+        pairs = [np.minimum([t, t + cfg.stride], last) for t in times]
+        ends = np.stack(starts)[..., None] + [0, span]
+        out["curve"] = read_views(video, pairs, crops[:1] * CURVE, size)
+        out["spans"] = ((ends - first) / (last - first + 1)).clip(0, 1).astype(np.float32)
+    return out
+
+
+def main(cfg):
+    env = setup(cfg.seed)
+    toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
+    listing = find_videos(cfg.data, cfg.root, "train", toy=toy)
+    plan = plan_run(cfg, len(listing.items), env)
+    if not 0 <= cfg.momentum <= 1 or min(cfg.frame_height, cfg.frame_width) < 32:
+        raise UserError(f"--momentum {cfg.momentum} must be in [0, 1], --frame-height {cfg.frame_height} and "
+                        f"--frame-width {cfg.frame_width} at least 32")
+    if cfg.attention not in ("l1", "softmax") or cfg.backbone == "s3d":
+        raise UserError(f"--attention {cfg.attention}: choose l1 or softmax; --backbone {cfg.backbone}: any but s3d")
+    lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
+    out, checkpoint = open_run("mcl", cfg, env, listing, plan, lr)
+
+    encoder = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width)
+    flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+    model = MCL(encoder, flow, plan.steps, cfg.warmup_epochs * plan.per_epoch, cfg.motion_clips, cfg.motion_crops,
+                cfg.min_crop, cfg.colour, cfg.queue, cfg.momentum, cfg.temperature, cfg.order_weight,
+                cfg.align_weight, cfg.attention).to(env.device)
+    optimizer = make_optimizer(cfg.optimizer, model, lr, cfg.weight_decay, env.device)
+    optimizer.register_step_post_hook(lambda *_: model.update_keys())
+    dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
+    examples = example_clips(Clips(listing.items, partial(sample_clips, cfg=cfg, curve=True), cfg.seed))
+
+    # >>> same: loop
+    scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
+    start = restore(checkpoint, cfg.init, model, optimizer, scaler)
+    net = wrap(model, env, cfg.compile)
+    log, stop = Log(out, env, plan, start, cfg.log_every), StopSignal()
+    batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
+    for step in range(start, plan.steps):
+        rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        total = 0.0
+        for micro in range(plan.accum):
+            batch = log.next_batch(batches)
+            generator = plan.generator(env, cfg.seed, step, micro)
+            with env.autocast(), nullcontext() if env.world == 1 or micro == plan.accum - 1 else net.no_sync():
+                loss, stats = net(batch["clips"], generator)                   # <- the method
+            scaler.scale(loss / plan.accum).backward()
+            total = total + loss.detach() / plan.accum
+        scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
+        status = torch.stack([total, total.new_tensor(float(stop.received))])
+        total, stopping = all_reduce_mean(status).tolist()                     # the one wait for the device in a step
+        if log.finite(total, batch["names"]):
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        log.step(step, total, flow, lr=rate, grad_norm=norm, **stats)
+        last = step + 1 == plan.steps or stopping
+        if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
+            save_checkpoint(out / "last.pt", cfg, listing, step + 1, model, model.encoder, optimizer, scaler)
+        if env.rank == 0 and (last or step == 0 or (step + 1) % cfg.preview_every == 0):
+            preview(model, to_device(examples, env.device), out / "preview.png")
+        if stopping:
+            break
+    log.close(stopping)
+    shutdown()
+    # <<< same
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, RECIPES))

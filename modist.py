@@ -1,0 +1,384 @@
+"""MoDist: motion distillation for self-supervised video learning, in one file.       https://arxiv.org/abs/2106.09703
+
+Two networks look at a clip: one at its RGB frames, a thin one only at how it moves, as edges of optical flow.
+Contrastive learning pulls the RGB features of two moments of a video together, and the RGB features of one moment to
+the motion features of another, in both directions.  What RGB and motion have in common is what moves, so that is what
+the RGB network learns to see.  Only it is kept.  (Republished as MaCLR, ECCV 2022.)
+
+    Paper                                             Code                  Section
+    flow edges                                        flow_edges()          2
+    moments that form a positive pair                 two_starts()          5
+    InfoNCE                                           info_nce()            3
+    RGB-RGB and cross-modal losses, two queues        MoDist                3
+
+The authors released evaluation code, network definitions and default settings, but no pre-training.  What follows
+from those is used; these are our choices, or differ from them, and why
+ 1. Flow edges are the norm of all four derivatives of flow, Sobel as true gradients: camera translation, which all
+    pixels share, cancels.  They are cut at --edge-clip 1 pixel per pixel; the 99th percentile of 13 real clips, by
+    RAFT-small at 224 px, is 0.84.  Flow is between every fourth frame, as --motion-stride says.
+ 2. Flow is computed in the training step, on the crop that the RGB network sees: both modalities of a moment share
+    crop and flip.  Only RGB gets colour jitter and blur.
+ 3. Each query is compared with the queue of its key's modality; the two cross-modal directions are summed.
+ 4. Keys are encoded with running instead of batch statistics, averaged over steps as the key encoder's weights are,
+    as in fame.py, instead of shuffling clips across GPUs.  On several GPUs the queries' batch norm is synchronised.
+ 5. Optimiser, schedule and crops are those that Feichtenhofer et al. (2021, https://arxiv.org/abs/2104.14558) use for
+    MoCo on the same network; the momentum of the keys is constant.  Colour jitter is one affine map per clip.
+ 6. RGB is normalised with ImageNet's mean and deviation (released: .45 and .225).
+
+Run    python modist.py                                      # toy data; TIME minutes on 2 CPU cores
+       torchrun --nproc_per_node=8 modist.py --data k400 --root DIR                              # not run by us
+       python modist.py --data DIR_OF_VIDEOS                 # your own, labels not needed
+"""
+import copy
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from common import (Clips, FlowEstimator, Log, Queue, ResNet3D, StepSampler, StopSignal, UserError, all_reduce_mean,
+                    blur, colour_jitter, cosine_lr, draw_box, ema_update, example_clips, find_videos, flip,
+                    flow_picture, item_frames, loader, make_backbone, make_optimizer, normalize, open_run,
+                    parse_config, plan_run, random_resized_crop, read_views, restore, save_checkpoint, save_sheet,
+                    setup, shutdown, spatial_gradient, to_device, unit, wrap)
+
+
+# ---- 1. Config -----------------------------------------------------------------------------------------------------
+# Defaults are for Kinetics-400; the released defaults where there are any.
+
+@dataclass
+class Config:
+    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, or your own: a directory, a list file
+    root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
+    out: str = ""                      # directory of the run; default runs/modist-<data>
+    fresh: bool = False                # start over instead of continuing the run in --out
+    init: str = ""                     # start from the weights of this checkpoint
+    backbone: str = "slow_r50"         # of RGB: slow_r50, r2plus1d_50, r2plus1d_18, r3d_18, s3d, vit_tiny .. vit_huge
+    width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50
+    image_size: int = 224              # side of the crop in pixels
+    frames: int = 8                    # RGB frames of a clip
+    stride: int = 8                    # video frames from one RGB frame to the next; a multiple of --motion-stride
+    motion_frames: int = 16            # motion maps of a clip, over the same span
+    motion_stride: int = 4             # video frames from one motion map to the next
+    fps: float = 30.0                  # frame rate that strides are meant for; 0 = that of each video
+    flow: str = "raft_small"           # raft_small, raft_large, tvl1
+    raft_weights: str = ""             # file with torchvision's RAFT weights; default: download
+    flow_updates: int = 6              # refinement steps of RAFT
+    motion_input: str = "flow_edge"    # flow_edge, flow, frame_diff
+    edge_clip: float = 1.0             # flow edges are cut there, in pixels per pixel
+    cross_weight: float = 1.0          # of the cross-modal losses; 0 = MoCo, without a motion network
+    motion_motion: bool = False        # also pull the motion features of two moments together
+    min_crop: float = 0.2              # smallest area of a crop
+    max_crop: float = 0.766            # largest area of a crop
+    colour: float = 1.0                # strength of colour jitter and frequency of grey clips; 1 = published for MoCo
+    queue: int = 65536                 # keys of earlier clips to tell apart from, per modality
+    momentum: float = 0.999            # of the key encoders
+    temperature: float = 0.1           # of the similarities
+    epochs: int = 200                  # passes over the data
+    steps: int = 0                     # optimiser steps instead of epochs
+    batch: int = 64                    # pairs of clips per step, over all GPUs and accumulation
+    device_batch: int = 64             # pairs per GPU and forward pass: as many as fit
+    repeats: int = 1                   # pairs cut from each video that is opened
+    optimizer: str = "sgd"             # sgd (Nesterov momentum 0.9), adamw (betas 0.9 and 0.95)
+    lr: float = 0.4                    # per 256 pairs of the batch
+    min_lr: float = 0.0                # per 256 pairs, at the end
+    warmup_epochs: float = 35          # linear from 0
+    weight_decay: float = 1e-4         # not of vectors
+    clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
+    seed: int = 0                      # of everything that is random
+    workers: int = 8                   # processes per GPU that read videos
+    compile: bool = torch.cuda.is_available()  # torch.compile the networks, stage by stage, and the flow
+    log_every: int = 20                # steps
+    save_every: int = 500              # steps
+    preview_every: int = 1000          # steps
+    toy_train: int = 1024              # toy: videos to train on
+    toy_test: int = 256                # toy: videos to test on
+    toy_size: int = 64                 # toy: side in pixels
+
+
+RECIPES = {   # all but k400 are our choice
+    "k400": {},                                      # the defaults above
+    "ucf101": dict(queue=4096),
+    "hmdb51": dict(queue=2048),
+    "ssv2": {},
+    "epic": {},
+    # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
+    "vit": dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40),
+    # small enough to start on any machine
+    "custom": dict(queue=2048, batch=8, workers=2, log_every=1, save_every=50, preview_every=50),
+    # about two minutes on two CPU cores
+    "toy": dict(backbone="vit_tiny", image_size=64, frames=8, stride=2, motion_frames=8, motion_stride=2, fps=0.0,
+                flow="tvl1", edge_clip=0.5, min_crop=1.0, max_crop=1.0, colour=0.3, queue=256, momentum=0.99,
+                epochs=8, batch=32, device_batch=32, lr=8e-3, warmup_epochs=1, weight_decay=0.05, workers=2,
+                log_every=10, save_every=100, preview_every=100),
+}
+
+
+# ---- 2. Motion input -----------------------------------------------------------------------------------------------
+
+def flow_edges(flow, clip=1.0):
+    """Where flow changes: flow (B, T-1, 2, h, w) in pixels -> (B, T-1, h, w) in [0, 1], 1 from `clip` on.
+
+    The norm of the four derivatives of its components, by Sobel, in pixels per pixel: 0 under translation, omega
+    sqrt(2) under rotation by omega.  Source: MoDist; the formula is our choice, see 1. above.
+    """
+    edges = spatial_gradient(flow, middle=2).square().sum((-4, -3)).sqrt()      # over x, y of u, v
+    return (edges / clip).clamp(max=1)
+
+
+def motion_maps(clips, flow, kind="flow_edge", clip=1.0):
+    """Clips (B, 3, T, H, W) uint8 or in [0, 1] -> what the motion network sees (B, 3, T-1, H', W').
+
+    kind   flow_edge: flow_edges, three times over
+           flow: the flow's two components and length, in units of an eleventh of the width, cut at 1
+           frame_diff: |difference| of neighbouring frames, mean over colours, three times over; needs no flow
+    """
+    if kind == "frame_diff":
+        maps = unit(clips).diff(dim=2).abs().mean(1)                            # (B, T-1, H, W)
+    else:
+        field = flow(clips)                                                     # (B, T-1, 2, h, w)
+        if kind == "flow":
+            u, v = field.unbind(2)
+            return (torch.stack([u, v, torch.hypot(u, v)], 1) / (field.shape[-1] / 11)).clamp(-1, 1)
+        maps = flow_edges(field, clip)
+    return maps[:, None].expand(-1, 3, -1, -1, -1)
+
+
+# ---- 3. Loss and model ---------------------------------------------------------------------------------------------
+
+def info_nce(query, key, negatives, temperature):
+    """-log of the share of the own key in the softmax over it and all negatives: query, key (B, D) and negatives
+    (K, D), all of length 1 -> scalar."""
+    own, other = (query * key).sum(1) / temperature, query @ negatives.T / temperature     # (B,), (B, K)
+    return F.softplus(other.logsumexp(1) - own).mean()
+
+
+def projection(dim, hidden=2048, outputs=128):
+    """Two linear layers; init N(0, .01) as released."""
+    head = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+    for layer in (head[0], head[2]):
+        nn.init.normal_(layer.weight, std=0.01)
+        nn.init.zeros_(layer.bias)
+    return head
+
+
+class MoDist(nn.Module):
+    """Clips (2 B, 3, F, H, W) uint8, two moments of each video in turn -> loss, stats: top1, how often (%) of all
+    second moments in the batch the own one is the most similar, RGB to RGB and motion to RGB.
+
+    encoder       of RGB: every `rgb_step`-th of the first F - 1 frames
+    motion        of the F - 1 motion maps, or None = MoCo
+    motion_input  see motion_maps
+    """
+
+    def __init__(self, encoder, motion, flow, rgb_step=2, motion_input="flow_edge", edge_clip=1.0, cross_weight=1.0,
+                 motion_motion=False, colour=1.0, queue=65536, momentum=0.999, temperature=0.1, outputs=128):
+        super().__init__()
+        networks = dict(encoder=encoder, head=projection(encoder.dim, outputs=outputs))
+        if motion is not None:
+            networks |= dict(motion=motion, motion_head=projection(motion.dim, outputs=outputs))
+            self.motion_queue = Queue(queue, outputs)
+        for name, network in networks.items():
+            self.add_module(name, network)
+        self.keys = copy.deepcopy(nn.ModuleDict(networks)).requires_grad_(False)
+        self.queue, self.flow = Queue(queue, outputs), flow
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))     # of the keys
+        self.rgb_step, self.motion_input, self.edge_clip, self.colour = rgb_step, motion_input, edge_clip, colour
+        self.cross_weight, self.motion_motion = cross_weight, motion_motion
+        self.momentum, self.temperature = momentum, temperature
+
+    def update_keys(self, momentum=None):
+        """Move the key encoders towards the query encoders: after every step of the optimiser; momentum 0 copies."""
+        momentum = self.momentum if momentum is None else momentum
+        self.updates += 1
+        for name in self.keys:
+            ema_update(self.keys[name], getattr(self, name), momentum, self.updates)
+
+    def inputs(self, clips, generator=None):
+        """The two moments as the networks get them: RGB (B, 3, T, H, W) each, motion maps (B, 3, F - 1, h, w) each or
+        (None, None)."""
+        first, second = clips.contiguous().unflatten(0, (-1, 2)).unbind(1)
+        first, second = flip(first, generator)[0], flip(second, generator)[0]
+        c = self.colour
+        strengths = dict(brightness=0.6 * c, contrast=0.6 * c, saturation=0.6 * c, hue=0.15 * c, grey=0.2 * c)
+        rgb = [unit(x[:, :, :-1:self.rgb_step]) for x in (first, second)]
+        rgb = [normalize(blur(colour_jitter(x, generator, **strengths), generator)) for x in rgb]
+        if not hasattr(self, "motion"):
+            return rgb, (None, None)
+        maps = motion_maps(torch.cat([first, second]), self.flow, self.motion_input, self.edge_clip)
+        return rgb, maps.chunk(2)
+
+    def forward(self, clips, generator=None):
+        with torch.no_grad(), torch.autocast(clips.device.type, enabled=False):
+            (v1, v2), (m1, m2) = self.inputs(clips, generator)
+
+        def embed(network, head, x):
+            return F.normalize(head(network(x)).float(), dim=1)                 # (B, outputs)
+        with torch.no_grad():
+            self.keys.eval()                                                    # running statistics, see 4. above
+            kv = embed(self.keys["encoder"], self.keys["head"], v2)
+        zv = embed(self.encoder, self.head, v1)
+        with torch.autocast(clips.device.type, enabled=False):
+            Qv = self.queue.keys.clone()                                        # as it is now, for backward
+            terms = dict(rgb=info_nce(zv, kv, Qv, self.temperature))
+        stats = dict(top1=self.top1(zv, kv))
+        loss = terms["rgb"]
+        if m1 is not None:
+            with torch.no_grad():
+                km = embed(self.keys["motion"], self.keys["motion_head"], m2)
+            zm = embed(self.motion, self.motion_head, m1)
+            with torch.autocast(clips.device.type, enabled=False):
+                Qm = self.motion_queue.keys.clone()
+                terms["cross"] = (info_nce(zv, km, Qm, self.temperature) +      # RGB -> motion
+                                  info_nce(zm, kv, Qv, self.temperature))       # motion -> RGB
+                loss = loss + self.cross_weight * terms["cross"]
+                if self.motion_motion:
+                    terms["motion"] = info_nce(zm, km, Qm, self.temperature)
+                    loss = loss + terms["motion"]
+            stats["cross_top1"] = self.top1(zm, kv)
+            self.motion_queue.enqueue(km)
+        self.queue.enqueue(kv)                                                  # after all losses
+        return loss, stats | {name: term.detach() for name, term in terms.items()}
+
+    def top1(self, query, key):
+        own = torch.arange(len(query), device=query.device)
+        return 100 * ((query.detach() @ key.T).argmax(1) == own).float().mean()
+
+
+# ---- 4. Preview ----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def preview(model, clips, path):
+    """Write what the method sees in clips (2 B, 3, F, H, W) uint8, B even, two videos side by side.
+
+    The rows: RGB frames of the first moment; flow and what the motion network sees of it, in time; the sum of the
+    motion maps and the three second moments whose RGB is most similar to it, best first, the own one framed.
+    """
+    model.eval()
+    (first, second), keys = clips.unflatten(0, (-1, 2)).unbind(1), model.keys
+    shown = torch.linspace(0, first.shape[2] - 2, 4).round().long()
+    rgb = [unit(x[:, :, :-1:model.rgb_step]) for x in (first, second)]
+    frames = unit(first[:, :, shown]).transpose(1, 2).cpu()                                 # (B, 4, 3, H, W)
+    rows, tile = [frames], frames.shape[-2:]
+    if hasattr(model, "motion"):
+        maps = motion_maps(first, model.flow, model.motion_input, model.edge_clip)          # (B, 3, F - 1, h, w)
+        if model.motion_input != "frame_diff":
+            field = model.flow(first)[:, shown]                                             # (B, 4, 2, h, w)
+            rows.append(torch.stack([F.interpolate(flow_picture(x), tile) for x in field]))
+        rows.append(F.interpolate(maps[:, :, shown].abs().cpu(), (4, *tile)).transpose(1, 2))
+        query, about = model.motion_head(model.motion(maps)), maps.abs().mean(2)
+    else:
+        query, about = model.head(model.encoder(normalize(rgb[0]))), frames[:, 0]
+    found = F.normalize(keys["head"](keys["encoder"](normalize(rgb[1]))), dim=1)
+    best = (F.normalize(query, dim=1) @ found.T).topk(3).indices.cpu()                      # (B, 3)
+    about = F.interpolate(about.cpu() / about.amax((1, 2, 3), keepdim=True).cpu().clamp(min=1e-6), tile)
+    picture = rgb[1][:, :, rgb[1].shape[2] // 2].cpu()                                      # (B, 3, H, W)
+    framed = draw_box(picture, torch.tensor([0, 0, tile[1] - 1, tile[0] - 1]))
+    matches = [torch.stack([framed[j] if j == i else picture[j] for j in row]) for i, row in enumerate(best.tolist())]
+    rows.append(torch.cat([about[:, None], torch.stack(matches)], 1))                       # (B, 4, 3, H, W)
+    save_sheet(path, [row[i:i + 2].flatten(0, 1) for i in range(0, len(first), 2) for row in rows])
+    model.train()
+
+
+# ---- 5. Train ------------------------------------------------------------------------------------------------------
+
+def two_starts(room, fps, rng, least=0.5, most=10.0):
+    """First frames of two clips of a video, in random order, for `room` + 1 possible ones: `least` to `most` seconds
+    apart, or as far as the video allows.  Source: the released defaults."""
+    least, most = math.ceil(least * fps), math.floor(most * fps)
+    shift = int(rng.integers(min(least, room), min(max(least, most), room), endpoint=True))
+    start = int(rng.integers(room - shift, endpoint=True))
+    return rng.permutation([start, start + shift])
+
+
+def sample_clips(video, item, rng, cfg):
+    """cfg.repeats pairs of clips -> uint8 (2 repeats, motion_frames + 1, side, side, 3): every frame that the motion
+    maps need, among them those of RGB; each clip has a crop of its own."""
+    (first, last), fps = item_frames(video, item), video.info.fps
+    steps = cfg.motion_stride * np.arange(cfg.motion_frames + 1)
+    steps = (steps * fps / cfg.fps).round().astype(int) if cfg.fps else steps
+    room = max(0, last - first - int(steps[-1]))
+    starts = [start for _ in range(cfg.repeats) for start in two_starts(room, fps, rng)]
+    indices = [np.minimum(first + start + steps, last) for start in starts]
+    area = (cfg.min_crop, cfg.max_crop)
+    crops = [random_resized_crop(video.info.height, video.info.width, rng, area) for _ in indices]
+    return read_views(video, indices, crops, cfg.image_size)
+
+
+def main(cfg):
+    env = setup(cfg.seed)
+    toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
+    listing = find_videos(cfg.data, cfg.root, "train", toy=toy)
+    plan = plan_run(cfg, len(listing.items), env)
+    if cfg.motion_stride < 1 or cfg.stride % cfg.motion_stride or \
+            cfg.frames * cfg.stride != cfg.motion_frames * cfg.motion_stride:
+        raise UserError(f"--stride {cfg.stride} must be a multiple of --motion-stride {cfg.motion_stride}, and "
+                        f"--frames {cfg.frames} x --stride as long as --motion-frames {cfg.motion_frames} x "
+                        "--motion-stride")
+    if cfg.motion_input not in ("flow_edge", "flow", "frame_diff"):
+        raise UserError(f"--motion-input {cfg.motion_input}: choose flow_edge, flow or frame_diff")
+    if not 0 <= cfg.momentum <= 1 or not cfg.min_crop <= cfg.max_crop <= 1 or cfg.edge_clip <= 0 or cfg.fps < 0:
+        raise UserError(f"--momentum {cfg.momentum} must be in [0, 1], --max-crop {cfg.max_crop} between --min-crop "
+                        f"and 1, --edge-clip {cfg.edge_clip} above 0, --fps {cfg.fps} not negative")
+    lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
+    out, checkpoint = open_run("modist", cfg, env, listing, plan, lr)
+
+    encoder, motion, flow = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width), None, None
+    if cfg.cross_weight or cfg.motion_motion:
+        motion = ResNet3D("motion_r50", 1 / 8, cfg.image_size, cfg.motion_frames)
+        if cfg.motion_input != "frame_diff":
+            flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+    model = MoDist(encoder, motion, flow, cfg.stride // cfg.motion_stride, cfg.motion_input, cfg.edge_clip,
+                   cfg.cross_weight, cfg.motion_motion, cfg.colour, cfg.queue, cfg.momentum,
+                   cfg.temperature).to(env.device)
+    optimizer = make_optimizer(cfg.optimizer, model, lr, cfg.weight_decay, env.device, nesterov=True)
+    optimizer.register_step_post_hook(lambda *_: model.update_keys())
+    dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
+    examples = example_clips(dataset)
+
+    # >>> same: loop
+    scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
+    start = restore(checkpoint, cfg.init, model, optimizer, scaler)
+    net = wrap(model, env, cfg.compile)
+    log, stop = Log(out, env, plan, start, cfg.log_every), StopSignal()
+    batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
+    for step in range(start, plan.steps):
+        rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        total = 0.0
+        for micro in range(plan.accum):
+            batch = log.next_batch(batches)
+            generator = plan.generator(env, cfg.seed, step, micro)
+            with env.autocast(), nullcontext() if env.world == 1 or micro == plan.accum - 1 else net.no_sync():
+                loss, stats = net(batch["clips"], generator)                   # <- the method
+            scaler.scale(loss / plan.accum).backward()
+            total = total + loss.detach() / plan.accum
+        scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
+        status = torch.stack([total, total.new_tensor(float(stop.received))])
+        total, stopping = all_reduce_mean(status).tolist()                     # the one wait for the device in a step
+        if log.finite(total, batch["names"]):
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        log.step(step, total, flow, lr=rate, grad_norm=norm, **stats)
+        last = step + 1 == plan.steps or stopping
+        if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
+            save_checkpoint(out / "last.pt", cfg, listing, step + 1, model, model.encoder, optimizer, scaler)
+        if env.rank == 0 and (last or step == 0 or (step + 1) % cfg.preview_every == 0):
+            preview(model, to_device(examples, env.device), out / "preview.png")
+        if stopping:
+            break
+    log.close(stopping)
+    shutdown()
+    # <<< same
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, RECIPES))
