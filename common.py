@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import sys
 import time
 import typing
@@ -42,6 +43,7 @@ import torchvision
 from torch import nn
 from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_large, raft_small
 from torchvision.ops import StochasticDepth
+from torchvision.transforms.v2 import functional as tv
 from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid, save_image
 from tqdm import tqdm
 
@@ -61,18 +63,17 @@ def _first_line(error):
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
 
 def parse_config(Config, recipes, argv=None):
-    """Fill the dataclass `Config` from its defaults, then `recipes[data]`, then the command line.
+    """Fill the dataclass `Config` from its defaults, then from `recipes`, then from the command line.
 
     Every field is a flag (`mask_ratio` -> `--mask-ratio`, bools also `--no-...`), its comment is the help text.  A
-    `data` that names no recipe is a path of the user's own and takes `recipes["custom"]`.  With a `backbone` that is
-    a ViT, `recipes["vit"]` stands in for the class's defaults.  Raises UserError on an unknown flag or a value of the
-    wrong type.
+    recipe applies if all words of its key are among the values of data, recipe and mode; later ones override earlier
+    ones.  Data of the user's own is the word "custom".  With a ViT as `backbone`, `recipes["vit"]` applies, too.
+    Raises UserError on an unknown flag or a value of the wrong type.
     """
     types = typing.get_type_hints(Config)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
-    names = ", ".join(name for name in recipes if name != "vit")
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, description=(
-        f"Recipes for --data: {names}. Defaults below are those of the class; a recipe overrides them."))
+        f"Recipes: {', '.join(recipes)}. Defaults below are those of the class; a recipe overrides them."))
     for field in dataclasses.fields(Config):
         name, kind = "--" + field.name.replace("_", "-"), types[field.name]
         text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
@@ -94,11 +95,16 @@ def parse_config(Config, recipes, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]   # --mask_ratio, too
     given = vars(parser.parse_args(argv))
-    data = given.get("data", Config.data)
-    recipe = recipes.get(data if data != "vit" else "custom", recipes["custom"])
-    if {"backbone": "", **recipe, **given}["backbone"].startswith("vit"):
-        recipe = {**recipes["vit"], **recipe}
-    return Config(**{**recipe, "data": data, **given})
+    data, settings = given.get("data", Config.data), {}
+    words = {data if data in DATA_SETS else "custom"}
+    words |= {given.get(name, getattr(Config, name, "")) for name in ("recipe", "mode")}
+    for key, values in recipes.items():
+        if set(key.split()) <= words:
+            settings |= values
+    own = settings.get("backbone", "")
+    if given.get("backbone", own).startswith("vit"):                    # a recipe that chose a ViT knows better
+        settings = {**recipes["vit"], **settings} if own.startswith("vit") else {**settings, **recipes["vit"]}
+    return Config(**{**settings, "data": data, **given})
 
 
 def _value(kind):
@@ -468,7 +474,9 @@ LAYOUTS = {
     "ssv2": "<id>.webm files and labels.json, train.json, validation.json (or something-something-v2-*.json)",
     "epic": "P01_01.MP4 ... files and EPIC_100_train.csv, EPIC_100_validation.csv",
 }
-LABELS = {"epic": ("verb", "noun", "action"), "toy": ("motion", "scene")}    # what to predict, the first by default
+DATA_SETS = ("toy", *LAYOUTS, "ava")
+# What to predict, the first by default.
+LABELS = {"epic": ("verb", "noun", "action", "verb-noun"), "toy": ("motion", "scene")}
 
 
 def find_videos(data, root=None, split="train", label="", toy=None):
@@ -477,21 +485,25 @@ def find_videos(data, root=None, split="train", label="", toy=None):
     data   toy, ucf101, hmdb51, k400, ssv2, epic; or a directory of videos; or a list file with lines `path [label]`
     root   where the data set lies; None = $VIDEO_ROOT/<data>, else data/<data>.  Annotations and videos may lie
            anywhere below and are joined by file stem.  For a list file: what its paths are relative to.
-    split  train or test; toy also has train_biased
-    label  what to predict where there is a choice: epic verb (default), noun, action; toy motion (default), scene
+    split  train or test; toy also has train_biased, data of your own also all
+    label  what to predict where there is a choice: epic verb (default), noun, action, verb-noun (pairs of both); toy
+           motion (default), scene
     toy    for toy: dict(train=..., test=..., size=...), made on first use
 
     Raises UserError if nothing is found or the annotations do not join the files.
     """
-    splits, choices = TOY_SPLITS if data == "toy" else ("train", "test"), LABELS.get(data, ("",))
+    splits = TOY_SPLITS if data == "toy" else ("train", "test") if data in DATA_SETS else ("train", "test", "all")
+    choices = LABELS.get(data, ("",))
     if split not in splits:
         raise UserError(f"--train-split {split}: {data} has {', '.join(splits)}")
     if label and label not in choices:
         raise UserError(f"--label {label}: {data} has {', '.join(choices) or 'one kind of label only'}")
     label = label or choices[0]
-    if data not in ("toy", *LAYOUTS):
+    if data not in DATA_SETS:
         return _own_videos(Path(data), root, split)
-    root = Path(root) if root else Path(os.environ.get("VIDEO_ROOT") or "data") / data
+    if data == "ava":
+        raise UserError("--data ava is for finetune.py; pre-training takes its films as --data DIR")
+    root = data_root(data, root)
     if data == "toy":
         return _toy(root, split, label, **(toy or {}))
     if not root.is_dir():
@@ -519,6 +531,11 @@ def find_videos(data, root=None, split="train", label="", toy=None):
         raise UserError(f"--data {data}: none of the {len(rows)} listed videos is below {root}. Listed: "
                         f"{[r[0] for r in rows[:2]]}, found: {list(videos)[:2]}. Expected: {LAYOUTS[data]}")
     return _listing(f"{data} {split}", [(key, videos.get(key), *rest) for key, *rest in rows], classes)
+
+
+def data_root(data, root):
+    """Where a data set lies: `root`, else $VIDEO_ROOT/<data>, else data/<data>."""
+    return Path(root) if root else Path(os.environ.get("VIDEO_ROOT") or "data") / data
 
 
 def _walk(root):
@@ -604,22 +621,35 @@ def _ssv2(files, split, label):
     return rows, sorted(ids, key=lambda name: int(ids[name]))
 
 
-def _epic(files, split, label):
+def _epic(files, split, label):                                            # replaces common._epic
     tables = {s: files.get(f"epic_100_{name}.csv") for s, name in (("train", "train"), ("test", "validation"))}
     if tables[split] is None:
         return None, None
     tables = {s: list(csv.DictReader(_lines(path))) for s, path in tables.items() if path}
 
-    def name(row):                                                         # the 3,806 actions: pairs that occur
-        return f"{row['verb_class']}:{row['noun_class']}" if label == "action" else row[f"{label}_class"]
-    names = {name(row) for table in tables.values() for row in table}
-    classes = sorted(names) if label == "action" else [str(i) for i in range(1 + max(map(int, names)))]
-    ids = {name: i for i, name in enumerate(classes)}
+    def pair(row):
+        return int(row["verb_class"]), int(row["noun_class"])
+    pairs = {pair(row) for table in tables.values() for row in table}
+    verbs, nouns = (_epic_names(files, kind, ids) for kind, ids in zip(("verb", "noun"), zip(*pairs)))
+    actions = sorted(f"{verb}:{noun}" for verb, noun in pairs)             # the 3,806 pairs that occur
+    # verb-noun: labels are pairs; the classes are the verbs, then the nouns, so that one head holds both
+    both = [f"verb:{name}" for name in verbs] + [f"noun:{name}" for name in nouns]
+    classes = {"verb": verbs, "noun": nouns, "action": actions, "verb-noun": both}
+    ids = {name: i for i, name in enumerate(actions)}
     rows = []
     for row in tables[split]:
+        verb, noun = pair(row)
+        target = {"verb": verb, "noun": noun, "action": ids[f"{verb}:{noun}"], "verb-noun": (verb, noun)}[label]
         start, stop = _seconds(row["start_timestamp"]), _seconds(row["stop_timestamp"])
-        rows.append((row["video_id"].lower(), ids[name(row)], start, stop))
-    return rows, classes
+        rows.append((row["video_id"].lower(), target, start, stop))
+    return rows, classes[label]
+
+
+def _epic_names(files, kind, ids):
+    """Names of the verb or noun classes from EPIC_100_{kind}_classes.csv; numbers where it has none."""
+    path = files.get(f"epic_100_{kind}_classes.csv")
+    names = {int(row["id"]): row["key"] for row in csv.DictReader(_lines(path))} if path else {}
+    return [names.get(i, str(i)) for i in range(1 + max(*ids, *names, 0))]
 
 
 READERS = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "ssv2": _ssv2, "epic": _epic}
@@ -646,14 +676,17 @@ def _toy(root, split, label, train=1024, test=256, size=64):
 
 
 def _own_videos(path, root, split):
-    """A directory ({train,val}/<class>/*, <class>/*, or any videos in any depth) or a list file of the user's own."""
+    """A directory ({train,val}/<class>/*, <class>/*, or any videos in any depth), a list file or a single video of
+    the user's own; split "all" is everything below a directory."""
+    if path.suffix.lower() in VIDEO_FILES and path.exists():
+        return _listing(str(path), [(str(path), path, -1)], [])
     if path.is_file():
         return _list_file(path, root, split)
     if not path.is_dir():
-        known = ", ".join(("toy", *LAYOUTS))
+        known = ", ".join(DATA_SETS)
         raise UserError(f"--data {path}: neither one of {known} nor an existing directory or list file")
-    base = next((path / d for d in SPLIT_DIRS[split] if (path / d).is_dir()), path)
-    if base == path and any((path / d).is_dir() for dirs in SPLIT_DIRS.values() for d in dirs):
+    base = next((path / d for d in SPLIT_DIRS.get(split, ()) if (path / d).is_dir()), path)
+    if split != "all" and base == path and any((path / d).is_dir() for dirs in SPLIT_DIRS.values() for d in dirs):
         expected = " or ".join(SPLIT_DIRS[split][:2])
         raise UserError(f"--data {path}: has no {split} split, expected a directory {expected}")
     files = [f for f in _walk(base) if f.suffix.lower() in VIDEO_FILES]
@@ -664,7 +697,7 @@ def _own_videos(path, root, split):
     classes = sorted(set(folders)) if labelled else []
     ids = {name: i for i, name in enumerate(classes)}
     rows = [(str(f), f, ids.get(c, -1)) for f, c in zip(files, folders)]
-    if classes and base == path:                                           # it comes without a split: make one
+    if classes and base == path and split != "all":                        # it comes without a split: make one
         every, rows, count = rows, [], [0] * len(classes)
         for row in every:
             label = row[2]
@@ -707,6 +740,210 @@ def _list_file(path, root, split):
         classes = sorted(labels)
     rows = [(name, file, classes.index(label) if classes else -1) for name, file, label in rows]
     return _listing(f"{path} {split}", rows, classes)
+
+
+def epic_subsets(root):
+    """EPIC-KITCHENS-100 below root -> ids of the tail verbs, ids of the tail nouns, unseen participants: three sets.
+
+    From EPIC_100_tail_{verbs,nouns}.csv (the column `verb` or `noun`, else the first that holds integers only) and
+    EPIC_100_unseen_participant_ids_validation.csv ("P18" ...).  A file that is not there gives an empty set and a
+    note, one without ids a UserError.
+    """
+    files, sets = {path.name.lower(): path for path in reversed(list(_walk(root)))}, []
+    for kind, name, form in (("verb", "tail_verbs", r"\d+"), ("noun", "tail_nouns", r"\d+"),
+                             ("participant_id", "unseen_participant_ids_validation", r"P\d+")):
+        path = files.get(f"epic_100_{name}.csv")
+        if path is None:
+            print0(f"note: no EPIC_100_{name}.csv below {root}: no results for that part of the test set")
+            sets.append(set())
+            continue
+        columns = sorted(zip(*csv.reader(_lines(path))), key=lambda column: column[0] != kind)
+        columns = [c[not re.fullmatch(form, c[0]):] for c in columns]      # without the header, if there is one
+        ids = next((c for c in columns if c and all(re.fullmatch(form, x) for x in c)), None)
+        if ids is None:
+            raise UserError(f"{path}: no column of {'participants like P18' if 'P' in form else 'class ids'}")
+        sets.append({x if "P" in form else int(x) for x in ids})
+    return tuple(sets)
+
+
+def epic_participants(items):
+    """The participant, "P01" ..., of each item of an EPIC-KITCHENS listing: films are named by them."""
+    return [Path(item.path).stem[:3].upper() for item in items]
+
+
+AVA_LAYOUT = ("films named by YouTube id, whole or cut to seconds 900-1801 (videos_15min), and the files of "
+              "ava_v2.2.zip: ava_{train,val}_v2.2.csv and others")
+AVA_BOXES = "ava_detection_val_boxes_and_labels.csv", "ava_val_predicted_boxes.csv"   # SlowFast's, feature banks'
+
+
+class KeyFrame(NamedTuple):
+    """An example for `Clips`: the people in a film at one second."""
+    path: str
+    label: int              # its own place in the list: `labels` of a batch tell which key frames it holds
+    frame: str              # "video,0902", the key in annotations: the file's name may differ in case
+    second: int             # of the whole film, whatever the file holds
+    boxes: np.ndarray       # (n, 4) float32: x1, y1, x2, y2 in [0, 1] of the picture
+    scores: np.ndarray      # (n,) float32, the person detector's; 1 for ground truth
+    actions: object = None  # (n, 80) bool, column i = action id i + 1; None where boxes were detected
+
+
+class AvaListing(NamedTuple):
+    """A split of AVA.
+
+    The ground truth has all rows: also those of excluded frames and of all 80 actions, which the metric drops, and
+    those of films that are not there, which therefore count as missed.
+    """
+    items: list             # of KeyFrame, by film and second
+    classes: list           # names of the 80 actions; class i has the id i + 1
+    class_ids: list         # the ids that are evaluated, from 1 on: 60 of v2.2
+    ground_truth: dict      # frame [m strings "video,0902"], box (m, 4) in [0, 1], label (m,) ids from 1 on
+    excluded: set           # of frames "video,0902"
+    missing: list           # films that are listed but not there, or empty
+    summary: str
+
+
+def ava_listing(root, split, boxes="", min_score=0.8):
+    """List a split, train or test (= val), of AVA v2.2 below root, in any depth -> AvaListing.
+
+    train: ground-truth boxes; rows with the same box are one person with several actions.  test: boxes of a person
+    detector with score >= min_score (VideoMAE .8, MaCLR .9), from the file `boxes`, a path or a name below root ("":
+    one of AVA_BOXES), with lines video,second,x1,y1,x2,y2,label,score.  Detections at seconds without annotation have
+    items, too: they are false positives.  boxes="gt" tests on ground-truth boxes: an oracle, to be named as such.
+
+    root "" is $VIDEO_ROOT/ava, else data/ava.  No film is opened.  Films are joined by exact stem (YouTube ids are
+    case sensitive), then by lower-cased stem.  Raises UserError for a file that is not there, with file and line for
+    a line that is not as published, and if there is no film.
+    """
+    if split not in ("train", "test"):
+        raise UserError(f"--train-split {split}: ava has train, test")
+    root = data_root("ava", root)
+    paths = list(_walk(root))                                              # none where there is no such directory
+    files = {path.name.lower(): path for path in reversed(paths)}          # the first of several
+
+    def need(name):
+        if name in files:
+            return files[name]
+        raise UserError(f"--data ava: no {name} below {root}. Expected there, in any depth: {AVA_LAYOUT}; or name "
+                        "another place with --root DIR")
+    part = "train" if split == "train" else "val"
+    annotations = need(f"ava_{part}_v2.2.csv")
+    truth = _ava_rows(annotations, "video,second,x1,y1,x2,y2,action,person")
+    excluded = _ava_rows(need(f"ava_{part}_excluded_timestamps_v2.2.csv"), "video,second")
+    excluded = {f"{video},{second:04d}" for video, second, *_ in excluded}
+    names = evaluated = _pbtxt(need("ava_action_list_v2.2_for_activitynet_2019.pbtxt"))
+    if "ava_action_list_v2.2.pbtxt" in files:
+        names = _pbtxt(files["ava_action_list_v2.2.pbtxt"])
+    classes = [names.get(i, f"action {i}") for i in range(1, 81)]
+
+    videos = dict.fromkeys(video for video, *_ in truth)                   # each once, in order
+    exact = {path.stem: path for path in reversed(paths) if path.suffix.lower() in VIDEO_FILES}
+    folded = {stem.lower(): path for stem, path in exact.items() if stem not in videos}
+    found = {video: exact.get(video, folded.get(video.lower())) for video in videos}
+    if not any(found.values()):
+        raise UserError(f"--data ava: none of the {len(videos)} films of {annotations} is below {root}. Listed: "
+                        f"{list(videos)[:2]}, found: {list(exact)[:2]}. Expected: {AVA_LAYOUT}")
+    listing = _listing(f"ava {split}", [(video, path, video) for video, path in found.items()], classes)
+    there = {item.label: item.path for item in listing.items}
+
+    people = {}                                                            # by (video, second), then by box
+    if split == "train" or boxes == "gt":
+        source = "of the ground truth" + (", an oracle" if split == "test" else "")
+        for video, second, box, action, _ in truth:
+            people.setdefault((video, second), {}).setdefault(box, np.zeros(80, bool))[action - 1] = True
+    else:
+        file = _ava_box_file(boxes, files, root)
+        source = f"of {file} with score >= {min_score}"
+        for video, second, box, _, score in _ava_rows(file, "video,second,x1,y1,x2,y2,label,score"):
+            if score >= min_score and video in videos and 902 <= second <= 1798:
+                people.setdefault((video, second), {})[box] = score        # a box may have a row per label
+    items = []
+    for (video, second), group in sorted(people.items()):
+        frame = f"{video},{second:04d}"
+        values = np.array(list(group.values()))                            # (n, 80) actions or (n,) scores
+        if video in there and frame not in excluded:
+            scores, actions = (values, None) if values.ndim == 1 else (np.ones(len(values)), values)
+            items.append(KeyFrame(there[video], len(items), frame, second, np.array(list(group), np.float32),
+                                  scores.astype(np.float32), actions))
+    note = f"{len(items)} key frames, {sum(len(item.boxes) for item in items)} boxes {source}"
+    if listing.missing and split == "test":
+        note += f"; {len(listing.missing)} films cannot be read, their ground truth counts as missed"
+    if not items:
+        raise UserError(f"--data ava: nothing to read: {note}. Is it a file of this split?")
+    print0(f"ava {split}: {note}")
+    ground_truth = dict(frame=[f"{video},{second:04d}" for video, second, *_ in truth],
+                        box=np.array([row[2] for row in truth]), label=np.array([row[3] for row in truth]))
+    return AvaListing(items, classes, sorted(evaluated), ground_truth, excluded, listing.missing,
+                      f"{listing.summary}; {note}")
+
+
+def _ava_box_file(boxes, files, root):
+    if boxes and Path(boxes).is_file():
+        return Path(boxes)
+    for name in [Path(boxes).name.lower()] if boxes else AVA_BOXES:
+        if name in files:
+            return files[name]
+    raise UserError(f"--boxes {boxes or 'FILE'}: no such file of detected people, which a test on AVA needs. Put "
+                    f"{AVA_BOXES[0]} (of SlowFast's ava_annotations.tar) or {AVA_BOXES[1]} (of long-term feature "
+                    f"banks) below {root}, or name one; --boxes gt tests on ground-truth boxes, which is an oracle")
+
+
+def _ava_rows(path, columns):
+    """Lines of a csv without header -> [(video, second, box (4 floats) or (), action id or 1, score or 0)]."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
+        line = line.strip()
+        if not line:
+            continue
+        try:
+            fields = dict(zip(columns.split(","), line.split(","), strict=True))
+            box = tuple(float(fields[side]) for side in ("x1", "y1", "x2", "y2") if side in fields)
+            action, score = int(fields.get("action", 1)), float(fields.get("score", 0))
+            in_range = all(-0.1 < x < 1.1 for x in box) and 1 <= action <= 80 and 0 <= score <= 1       # NaN is not
+            if not fields["video"] or not in_range:
+                raise ValueError
+            rows.append((fields["video"], int(fields["second"]), box, action, score))
+        except ValueError:
+            raise UserError(f"{path}:{number}: expected {columns} with box and score in [0, 1], action 1 to 80; got "
+                            f"{line[:80]!r}") from None
+    return rows
+
+
+def _pbtxt(path):
+    """{id: name} from the blocks `item { name: "sit" id: 11 }` or `label { name: "sit" label_id: 11 ... }`."""
+    text, names = path.read_text(encoding="utf-8-sig", errors="replace"), {}
+    for block in re.finditer(r"\{([^{}]*)(\}?)", text):
+        name = re.search(r'\bname:\s*"([^"]+)"', block[1])
+        number = re.search(r"\b(?:label_)?id:\s*(\d+)\b", block[1])
+        if not (name and number and block[2] and 1 <= int(number[1]) <= 80):
+            line = text.count("\n", 0, block.start()) + 1
+            raise UserError(f"{path}:{line}: expected item {{ name: \"...\" id: 1 to 80 }}")
+        names[int(number[1])] = name[1]
+    if not names or text.count("}") != len(names):
+        raise UserError(f"{path}: expected items {{ name: \"...\" id: 1 }}, each id once")
+    return names
+
+
+def film_time(second, seconds):
+    """Where an annotated second of a film lies in a file that is `seconds` long, in seconds.
+
+    Whole films last half an hour and more; a file of up to 905 s is the part from 900 s on (videos_15min).
+    """
+    return second - 900 if seconds <= 905 else second
+
+
+def key_frame_indices(video, second, frames, stride):
+    """Frame numbers (frames,) of a clip, `stride` apart, centred on an annotated second of an AVA film.
+
+    c - half, c - half + stride, ... with half = frames * stride // 2, clipped to the film (SlowFast, VideoMAE).  The
+    stride counts frames at 30 per second, as theirs; at another (mean) rate each distance from c is scaled, then
+    rounded.  Raises VideoError if the file ends before that second.
+    """
+    info = video.info
+    time = film_time(second, info.seconds)
+    if not 0 <= time <= info.seconds:
+        raise VideoError(f"{video.path}: lasts {info.seconds:.1f} s, without the annotated second {second}")
+    offsets = (stride * np.arange(frames) - frames * stride // 2) * info.fps / 30
+    return np.clip(video.index_at(time) + np.floor(offsets + 0.5).astype(int), 0, info.frames - 1)
 
 
 class Clips(torch.utils.data.Dataset):
@@ -1104,6 +1341,121 @@ def blur(clips, generator=None, p=0.5, sigma=(0.1, 2.0)):
     return images.unflatten(1, (B, 3)).permute(1, 2, 0, 3, 4)
 
 
+def affine(frames, turn=0.0, shear_x=0.0, shear_y=0.0, shift_x=0.0, shift_y=0.0):
+    """Frames (T, 3, H, W) uint8 turned counter-clockwise (radians, around the middle), or sheared from the upper left
+    corner (output (x, y) is input (x + shear_x y, y)), or shifted to the left or up (shares of the side): one of the
+    five.  Bilinear, grey (128) outside.
+
+    Not tv.affine: it blends the edge with black before it blends it with grey, which leaves a dark rim.
+    """
+    H, W = frames.shape[-2:]
+    cos, sin = math.cos(turn), math.sin(turn)
+    theta = [[cos, (shear_x - sin) * H / W, shear_x * H / W + 2 * shift_x],     # output to input, both in [-1, 1]
+             [(shear_y + sin) * W / H, cos, shear_y * W / H + 2 * shift_y]]
+    grid = F.affine_grid(torch.tensor([theta], device=frames.device), (1, 1, H, W), align_corners=False)
+    pixels = frames.reshape(1, -1, H, W).float().sub_(128)                      # so that the zeros outside are grey
+    return F.grid_sample(pixels, grid, align_corners=False).add_(128).round_().byte().view(frames.shape)
+
+
+# Each takes frames (T, 3, H, W) uint8 and v in [-1, 1], the magnitude with its sign; what has no direction uses |v|.
+RAND_AUGMENT = {
+    "autocontrast": lambda x, v: tv.autocontrast(x),
+    "equalize": lambda x, v: tv.equalize(x),
+    "invert": lambda x, v: 255 - x,
+    "rotate": lambda x, v: affine(x, turn=v * math.pi / 6),
+    "posterize": lambda x, v: tv.posterize(x, 4 - int(4 * abs(v))),             # bits that stay: 4 even at v = 0
+    "solarize": lambda x, v: torch.where(x < 256.0 - int(256 * abs(v)), x, 255 - x),     # 256 is 0 as uint8
+    "solarize_add": lambda x, v: torch.where(x < 128, x + int(110 * abs(v)), x),
+    "colour": lambda x, v: tv.adjust_saturation(x, 1 + 0.9 * v),
+    "contrast": lambda x, v: tv.adjust_contrast(x, 1 + 0.9 * v),
+    "brightness": lambda x, v: tv.adjust_brightness(x, 1 + 0.9 * v),
+    "sharpness": lambda x, v: tv.adjust_sharpness(x, 1 + 0.9 * v),
+    "shear_x": lambda x, v: affine(x, shear_x=0.3 * v),
+    "shear_y": lambda x, v: affine(x, shear_y=0.3 * v),
+    "translate_x": lambda x, v: affine(x, shift_x=0.45 * v),
+    "translate_y": lambda x, v: affine(x, shift_y=0.45 * v),
+}
+
+
+def rand_augment(clips, generator=None, ops=4, magnitude=7, std=0.5, p=0.5, scale=10):
+    """RandAugment of clips (B, 3, T, H, W) uint8 -> uint8: `ops` draws with replacement from RAND_AUGMENT per clip,
+    each applied with probability p, at a magnitude N(magnitude, std) clipped to [0, scale]; alike in all frames.
+
+    The defaults are VideoMAE's (timm's rand-m7-n4-mstd0.5-inc1).  MCL: ops 1, magnitude 23 (UCF101) or 3 and 17
+    (HMDB51), std 0, p 1, scale 30; it also has a 16th op, cutout, and translates by 0.4464 instead of 0.45.
+    Interpolation is bilinear; VideoMAE's is bicubic.  On a GPU the host waits once, to learn which ops to start.
+    """
+    draw = rand(len(clips), ops, 4, generator=generator, device=clips.device)   # which, whether, how much, sign
+    level = magnitude + std * torch.special.ndtri(draw[..., 2].clamp_min(1e-7))
+    draw[..., 2] = (level / scale).clamp(0, 1)
+    table, out = list(RAND_AUGMENT.values()), torch.empty_like(clips)
+    with torch.autocast(clips.device.type, enabled=False):                      # places and colours want fp32
+        for clip, result, plan in zip(clips, out, draw.tolist()):
+            frames = clip.transpose(0, 1)                                       # (T, 3, H, W)
+            for which, whether, v, sign in plan:
+                if whether < p:
+                    frames = table[int(which * len(table))](frames, v if sign < 0.5 else -v)
+            result.copy_(frames.transpose(0, 1))
+    return out
+
+
+def box_mask(top, left, height, width, H, W):
+    """Bool masks (..., H, W), True in boxes whose corners and sides have shape (..., 1); clipped to the frame."""
+    y, x = torch.arange(H, device=top.device), torch.arange(W, device=top.device)
+    rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
+    return rows[..., :, None] & columns[..., None, :]
+
+
+def random_erasing(clips, generator=None, p=0.25, area=(0.02, 1 / 3), aspect=(0.3, 3.3)):
+    """Normalised clips (B, 3, T, H, W) float, with probability p one box of normal noise, at the same place in all
+    frames, new noise in each; area is the box's share of the frame, aspect its height / width (log-uniform).
+
+    The first of 10 draws that fits is taken; if none does, the clip stays as it is (timm, as VideoMAE uses it).  All
+    clips of a step share one volume of noise, so that what a clip gets does not depend on its process (our choice).
+    """
+    B, _, _, H, W = clips.shape
+    draw = rand(B, 23, generator=generator, device=clips.device)
+    size = H * W * (area[0] + (area[1] - area[0]) * draw[:, 3:13])              # (B, 10)
+    ratio = (math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * draw[:, 13:]).exp()
+    height, width = (size * ratio).sqrt().round(), (size / ratio).sqrt().round()
+    fits = (height < H) & (width < W)
+    first = fits.int().argmax(1, keepdim=True)
+    height, width = height.gather(1, first), width.gather(1, first)             # (B, 1)
+    top, left = (draw[:, 1:2] * (H - height + 1)).floor(), (draw[:, 2:3] * (W - width + 1)).floor()
+    erased = fits.any(1) & (draw[:, 0] < p)
+    mask = box_mask(top, left, height, width, H, W) & erased[:, None, None]     # (B, H, W)
+    noise = torch.randn(clips.shape[1:], generator=generator, device=clips.device)
+    return torch.where(mask[:, None, None], noise, clips)
+
+
+def symmetric_beta(draw, a):
+    """Numbers (...) of the distribution Beta(a, a), 0 < a <= 1, from uniform ones (..., k, 2), by Johnk's method: the
+    first pair with u^(1/a) + v^(1/a) <= 1.  A pair is one with probability 1/2 or more, so k = 32 always has one."""
+    parts = draw ** (1 / a)
+    first = (parts.sum(-1) <= 1).int().argmax(-1, keepdim=True)
+    return (parts[..., 0] / parts.sum(-1)).gather(-1, first)[..., 0]
+
+
+def mix(clips, targets, generator=None, mixup=0.8, cutmix=1.0, prob=1.0, switch=0.5):
+    """Mix each of the float clips (B, 3, T, H, W), and its targets (B, C), with its partner in the reversed batch:
+    lam of the clip and 1 - lam of the partner -> (clips, targets).
+
+    With probability prob; then with probability switch it is cutmix (a box of the partner in all frames, 1 - lam is
+    its share of the frame after clipping), else mixup (weighted sum); lam is Beta(a, a) with a = mixup or cutmix,
+    both in (0, 1]; switch 0 or 1 does only one of them.  Source: timm's batch mode, as VideoMAE uses it.  All clips
+    of a forward pass share lam and the box: the draws are those of its first row in the global batch.  The middle
+    clip of an odd batch is its own partner.
+    """
+    H, W = clips.shape[-2:]
+    draw = rand(len(clips), 68, generator=generator, device=clips.device)[0]
+    mixed, cut, pairs = draw[0] < prob, draw[1] < switch, draw[4:].view(32, 2)
+    lam = symmetric_beta(pairs, cutmix).where(cut, symmetric_beta(pairs, mixup))
+    y, x = (draw[2:3] * H).floor(), (draw[3:4] * W).floor()                     # (1,) the box's middle
+    up, aside = (((1 - lam).sqrt() * side).floor() // 2 for side in (H, W))     # half its sides
+    own = (~box_mask(y - up, x - aside, 2 * up, 2 * aside, H, W)).float().where(cut, lam).where(mixed, 1.0)   # (H, W)
+    return torch.lerp(clips.flip(0), clips, own), torch.lerp(targets.flip(0), targets, own.mean())
+
+
 # ---- 7. Optical flow -----------------------------------------------------------------------------------------------
 
 class FlowEstimator:
@@ -1387,9 +1739,9 @@ class ViT(nn.Module):
         if num_classes:
             self.head.weight.data.mul_(0.001)                                      # VideoMAE's init_scale
 
-    def tokens(self, patches, keep=None):
+    def tokens(self, patches, keep=None, positions=None):
         """Encode patches (B, N, P), or only those at keep (B, n) -> (B, n, dim): the cost is that of what is kept."""
-        positions = self.positions.expand(len(patches), -1, -1)
+        positions = (self.positions if positions is None else positions).expand(len(patches), -1, -1)
         if keep is not None:
             patches, positions = take(patches, keep), take(positions, keep)
         x = self.patch_embed(patches) + positions
@@ -1398,13 +1750,24 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def forward_map(self, clips):
-        """(B, 3, T, H, W) -> feature map (B, dim, T', H', W')."""
-        x = self.tokens(patchify(clips, self.patch_size, self.tubelet_size))
-        return x.transpose(1, 2).unflatten(2, self.grid)
+        """(B, 3, T, H, W) -> feature map (B, dim, T', H', W').  For pictures of another size than the network's the
+        positions are interpolated, bicubically, frame by frame."""
+        grid, positions = (self.grid[0], *(side // self.patch_size for side in clips.shape[-2:])), self.positions
+        if grid != self.grid:
+            maps = positions[0].T.unflatten(1, self.grid).transpose(0, 1)                  # (T', dim, H', W')
+            maps = F.interpolate(maps, grid[1:], mode="bicubic", align_corners=False)
+            positions = maps.transpose(0, 1).flatten(1).T[None]
+        x = self.tokens(patchify(clips, self.patch_size, self.tubelet_size), positions=positions)
+        return x.transpose(1, 2).unflatten(2, grid)
+
+    def features(self, clips):
+        """(B, 3, T, H, W) -> (B, dim): what the head gets."""
+        x = self.forward_map(clips).flatten(2).mean(-1)
+        return self.fc_norm(x) if hasattr(self, "fc_norm") else x
 
     def forward(self, clips):
-        x = self.forward_map(clips).flatten(2).mean(-1)
-        return self.head(self.fc_norm(x)) if hasattr(self, "head") else x
+        x = self.features(clips)
+        return self.head(x) if hasattr(self, "head") else x
 
 
 class ConvNet(nn.Module):
@@ -1426,8 +1789,12 @@ class ConvNet(nn.Module):
             x = getattr(self, name)(x)
         return x
 
+    def features(self, clips):
+        """(B, 3, T, H, W) -> (B, dim): what the head gets."""
+        return self.forward_map(clips).mean((2, 3, 4))
+
     def forward(self, clips):
-        x = self.forward_map(clips).mean((2, 3, 4))
+        x = self.features(clips)
         return self.head(x) if hasattr(self, "head") else x
 
 
@@ -1581,22 +1948,158 @@ class LoadReport(NamedTuple):
 # Where the weights lie in a file, what is put before their names, and which parameters are no part of the backbone.
 WRAPPERS = ("model", "module", "model_state", "state_dict")
 PREFIXES = ("", "encoder.", "model.", "module.", "backbone.", "encoder.model.", "encoder_q.encoder.model.",
-            "module.encoder_q.", "module.backbone.", "module.encoder.")
+            "module.encoder_q.", "encoder_q.", "module.backbone.", "module.encoder.")
 NOT_BACKBONE = (r"(encoder\.)?(head|fc_norm|norm|fc)\.|decoder\.|encoder_to_decoder\.|mask_token|heads\.|"
-                r"keys\.|(motion_)?queue|updates|order\.|motion(_head)?\.")
+                r"keys\.|(motion_)?queue|updates|order\.|motion(_head)?\.|local_MCA\.")
+
+
+# Parts of names there and here, in the order in which they are replaced, either way; a name gets a dot in front.
+HUGGING_FACE = (
+    (".embeddings.patch_embeddings.projection.", ".patch_embed.proj."), (".encoder.layer.", ".blocks."),
+    (".decoder.decoder_layers.", ".decoder.blocks."), (".layernorm.", ".norm."), (".classifier.", ".head."),
+    (".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."), (".intermediate.dense.", ".mlp.fc1."),
+    (".attention.attention.query.bias", ".attn.q_bias"), (".attention.attention.value.bias", ".attn.v_bias"),
+    (".attention.output.dense.", ".attn.proj."), (".output.dense.", ".mlp.fc2."), (".attention.attention.", ".attn."))
+SLOWFAST = (
+    (".s1.pathway0_stem.conv.", ".stem.conv1."), (".s1.pathway0_stem.bn.", ".stem.bn1."),
+    *((f".s{i + 1}.pathway0_res", f".layer{i}.") for i in (1, 2, 3, 4)),
+    (".branch1.", ".downsample.0."), (".branch1_bn.", ".downsample.1."),
+    *((f".branch2.{c}.", f".conv{i}.") for i, c in enumerate("abc", 1)),
+    *((f".branch2.{c}_bn.", f".bn{i}.") for i, c in enumerate("abc", 1)))
+
+# What ViT.config and Hugging Face's config.json call the same sizes.
+SIZES = dict(image_size="image_size", frames="num_frames", patch_size="patch_size", tubelet_size="tubelet_size",
+             dim="hidden_size", depth="num_hidden_layers", heads="num_attention_heads")
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
+              I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+
+
+def write_safetensors(path, tensors):
+    """Write tensors {name: tensor}, the widest types first, so that all are aligned.
+
+    The format: length of the header (8 bytes, little endian), header (JSON, padded to 8 bytes), the bytes of the
+    tensors in a row.  Nothing in it can run code.
+    """
+    header, end, names = {"__metadata__": {"format": "pt"}}, 0, {dtype: name for name, dtype in DTYPES.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda pair: -pair[1].itemsize))
+    for name, x in tensors.items():
+        begin, end = end, end + x.nbytes
+        header[name] = dict(dtype=names[x.dtype], shape=list(x.shape), data_offsets=[begin, end])
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for x in tensors.values():
+            file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def read_safetensors(path):
+    """{name: tensor on the CPU} of a safetensors file, each read straight into its memory; UserError if damaged."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            size = os.path.getsize(path) - 8 - length                              # of the tensors
+            if size < 0:
+                raise ValueError("it is too short for its header")
+            header, tensors, total = json.loads(file.read(length)), {}, 0
+            header.pop("__metadata__", None)
+            for name, about in header.items():
+                (begin, end), dtype = about["data_offsets"], DTYPES[about["dtype"]]
+                total += end - begin
+                if not 0 <= begin <= end <= size or end - begin != math.prod(about["shape"]) * dtype.itemsize:
+                    raise ValueError(f"{name}: its bytes {begin} to {end} of {size} are not its {about['shape']}")
+                tensors[name] = torch.empty(about["shape"], dtype=dtype)
+                file.seek(8 + length + begin)
+                file.readinto(tensors[name].flatten().view(torch.uint8).numpy())
+            if total != size:
+                raise ValueError(f"it describes {total} bytes of tensors and holds {size}")
+            return tensors
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({_first_line(error)})") from None
+
+
+def huggingface_config(path):
+    """dict(backbone=sizes of the ViT, classes=names, where there are some) from Hugging Face's config.json; {} if it
+    is not VideoMAE's.  Their ViT-S says 16 heads; it was trained with 6, and nothing in the weights would tell."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("model_type") != "videomae":
+            return {}
+        sizes, names = {ours: config[theirs] for ours, theirs in SIZES.items()}, config.get("id2label", {})
+        if not all(isinstance(size, int) for size in sizes.values()):
+            raise ValueError(f"sizes must be whole numbers: {sizes}")
+        classes = [names[str(i)] for i in range(len(names))]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: does not describe a VideoMAE ({type(error).__name__}: {_first_line(error)}). Move "
+                        "it away to name the network with --model") from None
+    if (sizes["dim"], sizes["heads"]) == (384, 16):
+        sizes["heads"] = VITS["vit_small"][2]
+    named = classes and not classes[0].startswith("LABEL_")
+    return dict(backbone=sizes, classes=classes) if named else dict(backbone=sizes)
 
 
 def load_file(path):
-    """torch.load that runs no code from the file; allows what VideoMAE and DeepSpeed store.  Raises UserError."""
-    number_types = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-    allowed = [argparse.Namespace, np.dtype, np._core.multiarray.scalar, *number_types]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({_first_line(error)})") from None
+    """The content of a checkpoint; no code from the file is run.  Raises UserError.
+
+    torch.save's files may hold what VideoMAE and DeepSpeed store.  Of Hugging Face, model.safetensors,
+    pytorch_model.bin or the folder that holds it: dict(model=tensors, backbone=sizes), and classes if it has them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        if not found:
+            raise UserError(f"{path}: is a directory without model.safetensors or pytorch_model.bin; name a file")
+        path = found[0]
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    if path.suffix == ".safetensors":
+        content = read_safetensors(path)
+    else:
+        number_types = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+        allowed = [argparse.Namespace, np.dtype, np._core.multiarray.scalar, *number_types]
+        try:
+            with torch.serialization.safe_globals(allowed):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(f"{path}: cannot be read as a checkpoint ({_first_line(error)})") from None
+    config = path.with_name("config.json")
+    about = path.suffix in (".safetensors", ".bin") and config.exists() and huggingface_config(config)
+    return dict(model=content, **about) if about else content
+
+
+def rename(name, pairs):
+    """Replace parts of a dotted name: pairs (old, new), each beginning with a dot."""
+    name = "." + name
+    for old, new in pairs:
+        name = name.replace(old, new)
+    return name[1:]
+
+
+def translate(state, own):
+    """The tensors of a file, under our names and in the shapes of `own`; those of our own files stay as they are.
+
+    Hugging Face's VideoMAE has q, k and v apart.  SlowFast, and with it MaCLR, and torchvision only have other names.
+    Image ViTs (timm) have a key bias, which softmax ignores, and a 2-D patch embedding: it is repeated in time and
+    divided by the tubelet, so that a still clip gives what the image gives; their positions are not used.
+    """
+    if any(".attention.attention.query." in k for k in state):
+        base = "encoder." if any("decoder." in k for k in state) else ""           # pre-training files have both
+        state = {rename(k, HUGGING_FACE).replace("videomae.", base): x for k, x in state.items()}
+    elif any("pathway0_" in k for k in state):
+        state = {rename(k, SLOWFAST): x for k, x in state.items()}
+    fc = re.compile(r"^((?:(?:module|backbone)\.)*)fc\.(weight|bias)$")
+    state = {fc.sub(r"\1head.\2", k): x for k, x in state.items()}
+    tubelet = next((x.shape[2] for k, x in own.items() if k.endswith("patch_embed.proj.weight")), 0)
+    for name, x in list(state.items()):
+        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if name.endswith(".attn.query.weight") and all(part in state for part in parts):
+            state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in parts])
+        elif name.endswith(".attn.qkv.bias"):
+            state[name.replace("qkv.bias", "q_bias")], _, state[name.replace("qkv.bias", "v_bias")] = x.chunk(3)
+            del state[name]
+        elif name.endswith("patch_embed.proj.weight") and x.ndim == 4 and tubelet:
+            state[name] = x[:, :, None].expand(-1, -1, tubelet, -1, -1) / tubelet
+    return state
 
 
 def inflate(state, own):
@@ -1628,7 +2131,7 @@ def inflate(state, own):
 
 
 def load_weights(model, path, strict_backbone=True):
-    """Load weights by name from our own, VideoMAE, MOFO, MME or DeepSpeed files -> LoadReport.
+    """Load weights by name from our own files and those that `load_file` and `translate` tell of -> LoadReport.
 
     Prefixes are tried in turn and the reading under which most tensors match in name and shape is taken.  Raises
     UserError, naming the first tensors, if nothing matches or if a tensor of the backbone has no match: never train
@@ -1640,7 +2143,7 @@ def load_weights(model, path, strict_backbone=True):
         weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
         state = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     own, readings = model.state_dict(), []
-    state = inflate(state, own)
+    state = inflate(translate(state, own), own)
     for prefix in PREFIXES:
         for add in ("", "encoder."):                             # a bare encoder also fits into a masked autoencoder
             names = {add + k[len(prefix):]: k for k in state if k.startswith(prefix)}   # in the model: in the file
@@ -1658,6 +2161,52 @@ def load_weights(model, path, strict_backbone=True):
                         f"unexpected {unexpected[:3]}{shapes[0]}. Is it another model size or another backbone?")
     model.load_state_dict({k: state[old] for k, old in best.items()}, strict=False)
     return LoadReport(list(best), missing, unexpected)
+
+
+def export_huggingface(network, classes, folder):
+    """Write a ViT for Hugging Face transformers: config.json, preprocessor_config.json, model.safetensors in folder.
+
+    With a head it is a VideoMAEForVideoClassification that knows the class names, without one a VideoMAEModel.  Its
+    input is (B, T, 3, H, W), normalised.  The biases of q and v are written under both of their names, because
+    releases differ in the one that they look for and leave the others 0 or random; 4.57, 5.0, 5.5, 5.12 and 5.23
+    load them (5.5 and 5.12 also report a new key bias, which softmax ignores).  Logits differ by about 1e-5, because
+    transformers fixes the epsilon of fc_norm at 1e-5 and ours is 1e-6.  Raises UserError.
+    """
+    if not isinstance(network, ViT):
+        raise UserError("only ViT networks can be exported: Hugging Face's VideoMAE is one, and this is a "
+                        f"{type(network).__name__}")
+    head = hasattr(network, "head")
+    if head and len(classes) != network.head.out_features:
+        raise UserError(f"the head has {network.head.out_features} outputs and there are {len(classes)} class names")
+    folder, pairs, tensors = Path(folder), [(ours, theirs) for theirs, ours in HUGGING_FACE], {}
+    for name, x in network.state_dict().items():
+        inside = head and not name.startswith(("head.", "fc_norm."))
+        there = "videomae." * inside + rename(name, pairs)
+        if name.endswith(".qkv.weight"):
+            tensors |= zip([there.replace("qkv", part) for part in ("query", "key", "value")], x.chunk(3))
+        else:
+            tensors[there] = x
+        if name.endswith(("q_bias", "v_bias")):
+            tensors[re.sub(r"(query|value)\.bias$", name[-6:], there)] = x
+    size = network.config["image_size"]
+    kind = "VideoMAEForVideoClassification" if head else "VideoMAEModel"
+    config = dict(model_type="videomae", architectures=[kind], num_channels=3,
+                  **{theirs: network.config[ours] for ours, theirs in SIZES.items()},
+                  intermediate_size=4 * network.dim, hidden_act="gelu", layer_norm_eps=1e-6,
+                  hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02, qkv_bias=True,
+                  use_mean_pooling=head, norm_pix_loss=True)
+    if head:
+        config |= dict(id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)})
+    processor = dict(image_processor_type="VideoMAEImageProcessor", do_resize=True, size=dict(shortest_edge=size),
+                     resample=2, do_center_crop=True, crop_size=dict(height=size, width=size), do_rescale=True,
+                     rescale_factor=1 / 255, do_normalize=True, image_mean=MEAN, image_std=STD)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / "model.safetensors", tensors)
+        for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: the export could not be written ({error})") from None
 
 
 # ---- 11. Run -------------------------------------------------------------------------------------------------------
@@ -1820,12 +2369,13 @@ def restore(checkpoint, init, model, optimizer, scaler):
 
 # Settings that may change when a run goes on.
 FREE = {"out", "fresh", "init", "root", "raft_weights", "device_batch", "workers", "compile", "log_every",
-        "save_every", "preview_every", "views", "test_batch", "neighbours", "l2"}
+        "save_every", "preview_every", "views", "train_views", "test_size", "raw_crop", "average", "test_batch",
+        "neighbours", "l2", "center", "boxes", "min_score", "times_score"}
 
 
 def run_directory(name, cfg):
     """--out, or runs/<name>-<data>."""
-    data = cfg.data if cfg.data in ("toy", *LAYOUTS) else Path(cfg.data).resolve().stem
+    data = cfg.data if cfg.data in DATA_SETS else Path(cfg.data).resolve().stem
     return Path(cfg.out or f"runs/{name}-{data}")
 
 

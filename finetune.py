@@ -1,20 +1,35 @@
-"""What a pre-trained network is worth: fine-tuning, a linear probe, nearest neighbours, on any labelled data set.
+"""What a pre-trained network is worth: every downstream protocol of the five papers, on any labelled data set.
 
     python finetune.py --init runs/mofo-toy/last.pt --mode linear       # features fixed, a linear classifier on top
     python finetune.py --init runs/mofo-toy/last.pt --mode knn          # features fixed, vote of the 20 nearest
-    python finetune.py --init runs/mofo-toy/last.pt --mode finetune     # everything trained, VideoMAE's way
-    torchrun --nproc_per_node=8 finetune.py --data ssv2 --init runs/mofo-ssv2/last.pt
-    python finetune.py --mode test --init runs/finetune-finetune-toy/last.pt   # test a fine-tuned checkpoint again
+    python finetune.py --init runs/mofo-toy/last.pt --mode retrieval    # features fixed, recall among the k nearest
+    python finetune.py --init runs/mofo-toy/last.pt --mode finetune     # everything trained
+    torchrun --nproc_per_node=8 finetune.py --data ssv2 --init runs/mofo-ssv2/last.pt --recipe mofo
+    python finetune.py --mode test --init runs/finetune-finetune-toy/last.pt         # test what was fine-tuned again
+    python finetune.py --mode predict --init runs/finetune-finetune-toy/last.pt --data my_videos
+    python finetune.py --mode extract --init runs/mofo-toy/last.pt --data my_videos  # features -> features.npz
+    python finetune.py --mode export --init runs/finetune-finetune-toy/last.pt       # -> a Hugging Face folder
 
---init takes checkpoints of this project and public VideoMAE, MOFO and MME files (for those name the network with
---model).  Testing averages the softmax over `--views TxS`: T clips in time, S crops in space; knn averages the
-features.  A video that cannot be read counts as wrong and is reported.  Results go to the terminal and to
-results.json in the run's directory, named by their views.
+--recipe names the paper whose protocol is followed; together with --data and --mode it sets everything below, and
+flags override it.  --init takes checkpoints of this project, public VideoMAE, MOFO, MME, MoCo-style and torchvision
+files, and Hugging Face VideoMAE folders (where the file does not say it, name the network with --model).
 
-Sources: the fine-tuning recipe is VideoMAE's (layer decay, drop path, cosine per step); the probe is ours: logistic
-regression on standardised mean tokens, solved by L-BFGS, because with fixed features there is nothing to tune but the
-penalty.
+A video that cannot be read counts as wrong and is reported.  Results go to the terminal and to results.json in the
+run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops in space.
+
+Differs from the published protocols, and why
+ 1. RandAugment and random erasing work on the crop, on the device (published: on whole frames, before the crop), and
+    colour jitter is one affine map per clip.
+ 2. The last weights are tested (MOFO: those of the best epoch); there is no look at the test set during training.
+ 3. MOFO's motion box is found by optical flow in the same pass, so it follows every augmentation.  Where two clips
+    are mixed so are their insides: the union under mixup, the pasted region under cutmix.
+ 4. --mode linear by default is our own probe: logistic regression on standardised features by L-BFGS, because with
+    fixed features there is nothing to tune but the penalty.  The papers' probes are recipes.
+ 5. MoDist's precise batch norm is left out; its head averages over space and time before the linear layer.
+ 6. FAME's and MCL's centre crops of whole frames are crops of 224 pixels, scaled to the network's size.
 """
+import csv
+import itertools
 import json
 import math
 import re
@@ -27,54 +42,86 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
+from torchvision.ops import roi_align
 from tqdm import tqdm
 
-from common import (BACKBONES, Clips, Log, StepSampler, StopSignal, UserError, all_reduce_mean, clip_indices,
-                    cosine_lr, find_videos, flip, item_frames, load_file, load_weights, loader, make_backbone,
-                    normalize, open_run, parse_config, plan_run, print0, random_resized_crop, read_views, restore,
-                    run_directory, save_checkpoint, setup, shutdown, to_device, wrap)
+from common import (BACKBONES, Clips, DATA_SETS, FlowEstimator, Log, Mlp, ResNet3D, StepSampler, StopSignal,
+                    UserError, ViT, all_reduce_mean, ava_listing, box_mask, clip_indices, colour_jitter, cosine_lr,
+                    data_root, epic_participants, epic_subsets, export_huggingface, find_videos, flip, item_frames,
+                    key_frame_indices, load_file, load_weights, loader, make_backbone, mix, normalize, open_run,
+                    parse_config, plan_run, print0, rand_augment, random_erasing, random_resized_crop, read_views,
+                    restore, run_directory, save_checkpoint, setup, shutdown, to_device, unit, wrap)
+from mofo import find_motion
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
-# Defaults are VideoMAE's fine-tuning on Something-Something v2.
+# Defaults are VideoMAE's fine-tuning of a ViT-B on Something-Something v2.
 
 @dataclass
 class Config:
-    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, or your own: a directory, a list file
+    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, ava, or your own: directory, list file
     root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
     test_data: str = ""                # list file or directory for testing, where --data is a list file
     train_split: str = "train"         # train; toy also has train_biased
-    label: str = ""                    # what to predict: epic verb, noun, action; toy motion, scene
+    label: str = ""                    # what to predict: epic verb, noun, verb-noun, action; toy motion, scene
     out: str = ""                      # directory of the run; default runs/finetune-<mode>-<data>
     fresh: bool = False                # start over instead of continuing the run in --out
-    mode: str = "finetune"             # finetune, linear, knn, test
+    mode: str = "finetune"             # finetune, linear, knn, retrieval, test, predict, extract, export
+    recipe: str = "videomae"           # whose protocol: videomae, mofo, mme, fame, mcl, modist
     init: str = ""                     # checkpoint to start from
     random_init: bool = False          # take the network from --init but not its weights: the baseline of every probe
     model: str = "vit_base"            # where --init does not say: vit_tiny .. vit_huge, r2plus1d_18, r3d_18, ...
+    image_size: int = 0                # side of what the network sees; 0 = as pre-trained
+    frames: int = 0                    # frames of a clip; 0 = as pre-trained
     sampling: str = "uniform"          # frames: uniform (one of each of `frames` segments) or dense (`stride` apart)
     stride: int = 4                    # of dense sampling
     views: str = "2x3"                 # clips in time x crops in space, at test time
+    train_views: str = "1x1"           # of training videos, where features are fixed
+    test_size: int = 0                 # side of a test crop, which holds the short side; 0 = --image-size
+    raw_crop: bool = False             # test crops are 224 pixels of the frame as it is
+    average: str = "softmax"           # what is averaged over views: softmax, logits
     test_batch: int = 8                # videos per GPU and forward pass, at test time
     epochs: int = 50                   # passes over the training videos
     steps: int = 0                     # optimiser steps instead of epochs
-    batch: int = 512                   # videos per step, over all GPUs and accumulation
-    device_batch: int = 8              # videos per GPU and forward pass
+    batch: int = 512                   # clips per step, over all GPUs and accumulation
+    device_batch: int = 8              # clips per GPU and forward pass
     repeats: int = 1                   # clips cut from each video that is opened (repeated augmentation)
+    optimizer: str = "adamw"           # adamw (betas 0.9 and 0.999), sgd (momentum 0.9), nesterov
     lr: float = 5e-4                   # per 256 clips of the batch
     min_lr: float = 1e-6               # per 256 clips, at the end
     warmup_epochs: float = 5           # linear from 0
-    weight_decay: float = 0.05         # AdamW, betas 0.9 and 0.999
+    drops: str = ""                    # epochs after which the rate falls tenfold, e.g. 60,120; none: a cosine
+    weight_decay: float = 0.05         # not of vectors, except with sgd
     layer_decay: float = 0.75          # learning rate of a block relative to the one above it
     drop_path: float = 0.1             # of the last block, linear over depth
+    dropout: float = 0.0               # of the features, before the head
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
     label_smoothing: float = 0.1       # of the training target
     min_crop: float = 0.08             # smallest area of a training crop
+    aspect: float = 4 / 3              # largest aspect of a training crop
     flip: bool = False                 # mirror half of the training clips; off where left and right are classes
-    l2: float = 1e-3                   # linear: weight penalty
+    randaugment: str = "videomae"      # none, videomae, mcl-ucf101, mcl-hmdb51
+    jitter: float = 0.0                # probability of colour jitter (0.4, hue: --hue)
+    hue: float = 0.0                   # of the jitter, in turns
+    grey: float = 0.0                  # probability of grey clips
+    erasing: float = 0.25              # probability of random erasing
+    mixup: float = 0.8                 # alpha; 0 = off
+    cutmix: float = 1.0                # alpha; 0 = off
+    focused: bool = False              # MOFO's head: what moves attends to what does not
+    classifier: str = "logistic"       # linear: logistic (ours), svm, trained (by the optimiser, on augmented clips)
+    l2: float = 1e-3                   # logistic: weight penalty
+    unit_features: bool = False        # trained: features have length 1
     neighbours: int = 20               # knn
+    center: bool = False               # retrieval: features less their mean
+    boxes: str = ""                    # ava: file of detected people; gt = the true boxes; default: look for it
+    min_score: float = 0.8             # ava: of a detection
+    times_score: bool = True           # ava: multiply an action's score by that of the detection
+    flow: str = "raft_small"           # --focused: raft_small, raft_large, tvl1
+    raft_weights: str = ""             # file with torchvision's RAFT weights; default: download
+    flow_updates: int = 6              # refinement steps of RAFT
     seed: int = 0                      # of everything that is random
     workers: int = 8                   # processes per GPU that read videos
-    compile: bool = torch.cuda.is_available()  # torch.compile the transformer blocks
+    compile: bool = torch.cuda.is_available()  # torch.compile the network, block by block
     log_every: int = 20                # steps
     save_every: int = 500              # steps
     toy_train: int = 1024              # toy: videos to train on
@@ -82,19 +129,72 @@ class Config:
     toy_size: int = 64                 # toy: side in pixels
 
 
-RECIPES = {   # VideoMAE ViT-B: specs per data set; `views` as published
+DENSE = dict(sampling="dense", views="5x3", repeats=2, flip=True)
+PLAIN = dict(randaugment="none", erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0, repeats=1, layer_decay=1.0,
+             drop_path=0.0)                          # crops and flips only
+TRAINED = dict(PLAIN, classifier="trained", dropout=0.0, weight_decay=0.0, warmup_epochs=0.0, min_lr=0.0, jitter=0.0,
+               grey=0.0, clip_grad=0.0, drops="")
+
+# A recipe applies if all words of its key are among --data, --recipe and --mode; later ones override earlier ones.
+RECIPES = {
     "ssv2": {},
-    "epic": dict(epochs=100, min_crop=0.5),
-    "k400": dict(sampling="dense", views="5x3", epochs=75, batch=384, repeats=2, flip=True),
-    "ucf101": dict(sampling="dense", views="5x3", epochs=100, batch=128, repeats=2, layer_decay=0.7, drop_path=0.2,
-                   flip=True),
-    "hmdb51": dict(sampling="dense", views="5x3", epochs=100, batch=128, repeats=2, layer_decay=0.7, drop_path=0.2,
-                   flip=True),
-    # our choice, both
-    "custom": dict(sampling="dense", views="2x3", epochs=50, batch=16, workers=2, flip=True, log_every=1),
-    "toy": dict(sampling="dense", stride=2, views="1x1", test_batch=32, epochs=16, batch=32, device_batch=32, lr=8e-3,
-                warmup_epochs=2, layer_decay=1.0, drop_path=0.0, label_smoothing=0.0, min_crop=1.0, workers=2,
+    "k400": dict(DENSE, epochs=75, batch=384),
+    "ucf101": dict(DENSE, epochs=100, batch=128, layer_decay=0.7, drop_path=0.2, dropout=0.5, min_lr=1e-5),
+    "hmdb51": dict(DENSE, epochs=100, batch=128, layer_decay=0.7, drop_path=0.2, dropout=0.5, min_lr=1e-5),  # ours
+    "epic": dict(label="verb-noun", epochs=100, min_crop=0.5),                                               # ours
+    "ava": dict(PLAIN, sampling="dense", views="1x1", test_size=256, flip=True, epochs=30, batch=128, lr=2.5e-4,
+                layer_decay=0.75, drop_path=0.2, jitter=1.0, hue=0.05),
+    "retrieval": dict(sampling="dense", stride=2, views="10x1", train_views="10x1"),
+    # MOFO: motion-focused fine-tuning; 8 clips per GPU, how many GPUs is not said
+    "mofo finetune": dict(focused=True, epochs=100, batch=64, repeats=1),
+    "mofo finetune epic": dict(label="action", randaugment="none", erasing=0.0),
+    # MME: VideoMAE's with larger crops
+    "mme finetune": dict(min_crop=0.25, repeats=2, layer_decay=0.75, drop_path=0.1, dropout=0.0),
+    "mme finetune ssv2": dict(epochs=30, batch=448),
+    "mme finetune k400": dict(lr=1e-3, epochs=75, views="7x3"),
+    "mme finetune ucf101": dict(lr=1e-3, views="10x3"),
+    "mme finetune hmdb51": dict(lr=1e-3, views="10x3"),
+    "mme linear": dict(classifier="trained", lr=1e-3, epochs=30, min_crop=0.25, repeats=2, layer_decay=1.0),
+    # FAME: R(2+1)D-18 or I3D
+    "fame": dict(PLAIN, sampling="dense", stride=2, frames=16, views="10x1", raw_crop=True, average="logits"),
+    "fame finetune": dict(optimizer="sgd", lr=0.05, min_lr=0.0, warmup_epochs=0.0, drops="60,120", epochs=150,
+                          batch=128, weight_decay=1e-4, dropout=0.7, min_crop=0.2, flip=True, jitter=0.8, hue=0.1,
+                          grey=0.2),
+    "fame linear": dict(TRAINED, optimizer="sgd", lr=60.0, drops="60,120", epochs=150, batch=128, min_crop=0.2,
+                        flip=True),
+    "fame retrieval": dict(train_views="10x1", center=True),
+    # MCL: R(2+1)D-50
+    "mcl": dict(PLAIN, sampling="dense", stride=2, frames=32, views="20x3", test_size=256, average="logits"),
+    "mcl finetune": dict(optimizer="nesterov", lr=0.01, min_lr=0.0, warmup_epochs=0.0, epochs=150, batch=256,
+                         weight_decay=1e-4, dropout=0.9, clip_grad=40.0, min_crop=0.2, flip=True,
+                         randaugment="mcl-ucf101"),
+    "mcl finetune hmdb51": dict(randaugment="mcl-hmdb51"),
+    "mcl linear": dict(classifier="svm", frames=16, views="20x1", train_views="20x1", raw_crop=True, test_size=0),
+    "mcl linear k400": dict(TRAINED, optimizer="sgd", lr=32.0, epochs=100, batch=128, frames=32, unit_features=True,
+                            min_crop=0.2, flip=True, views="20x1", raw_crop=False),
+    "mcl retrieval": dict(frames=16, views="20x1", train_views="20x1", test_size=0),
+    # MoDist: R3D-50
+    "modist": dict(PLAIN, sampling="dense", stride=8, frames=32, views="10x3", test_size=256),
+    "modist finetune": dict(optimizer="nesterov", lr=0.04, min_lr=0.0, warmup_epochs=34.0, epochs=200, batch=64,
+                            weight_decay=1e-4, dropout=0.5, min_crop=0.3, aspect=2.0, flip=True, jitter=0.6,
+                            grey=0.5),
+    "modist linear": dict(TRAINED, optimizer="nesterov", lr=32.0, epochs=200, batch=256, min_crop=0.3, aspect=2.0,
+                          flip=True),
+    "modist finetune ssv2": dict(sampling="uniform", frames=0, views="1x3", lr=0.48, drops="14,18", epochs=22,
+                                 warmup_epochs=0.19, weight_decay=1e-6, flip=False, jitter=0.0, grey=0.0),
+    "modist linear k400": dict(lr=2.0, epochs=60, warmup_epochs=8.0, batch=64, stride=8, frames=8),
+    "modist finetune ava": dict(frames=8, views="1x1", lr=1.2, drops="16,24,28", epochs=32, warmup_epochs=5.3,
+                                weight_decay=1e-7, jitter=0.0, grey=0.0, min_score=0.9, times_score=False),
+    # our choice from here on: your own data, and the toy data
+    "custom": dict(sampling="dense", batch=16, workers=2, log_every=1),
+    "custom finetune": dict(epochs=50, views="2x3", flip=True),
+    "toy": dict(PLAIN, frames=0, sampling="dense", stride=2, views="1x1", train_views="1x1", test_size=0,
+                raw_crop=False, test_batch=32, epochs=16, batch=32, device_batch=32, min_lr=0.0, warmup_epochs=2.0,
+                drops="", dropout=0.0, min_crop=1.0, flip=False, jitter=0.0, grey=0.0, flow="tvl1", workers=2,
                 log_every=16),
+    "toy finetune": dict(lr=8e-3),
+    "toy linear": dict(optimizer="adamw", lr=8e-2, weight_decay=0.0),
+    "toy fame finetune": dict(lr=0.16), "toy mcl finetune": dict(lr=0.16), "toy modist finetune": dict(lr=0.16),
 }
 
 
@@ -113,7 +213,8 @@ def train_clips(video, item, rng, cfg, size, frames):
     else:
         first, last = item_frames(video, item)
         indices = [segment_indices(first, last, frames, rng.random(frames)) for _ in range(cfg.repeats)]
-    crops = [random_resized_crop(video.info.height, video.info.width, rng, (cfg.min_crop, 1)) for _ in indices]
+    height, width, aspect = video.info.height, video.info.width, (1 / cfg.aspect, cfg.aspect)
+    crops = [random_resized_crop(height, width, rng, (cfg.min_crop, 1), aspect) for _ in indices]
     return read_views(video, indices, crops, size)
 
 
@@ -121,7 +222,7 @@ def test_clips(video, item, rng, cfg, size, frames, views=(1, 1)):
     """All views (T, S) of a video -> uint8 (T * S, frames, size, size, 3), time slowest.
 
     Dense: T clips evenly over the video.  Uniform: T frames of each segment, each clip takes one.  S square crops
-    evenly along the long side, the short side whole.
+    evenly along the long side, the short side whole, or 224 pixels of it with --raw-crop.
     """
     first, last = item_frames(video, item)
     if cfg.sampling == "dense":
@@ -131,9 +232,10 @@ def test_clips(video, item, rng, cfg, size, frames, views=(1, 1)):
     else:
         indices = [segment_indices(first, last, frames, (t + 0.5) / views[0]) for t in range(views[0])]
     height, width = video.info.height, video.info.width
-    side, crops = min(height, width), []
-    for shift in evenly(abs(height - width), views[1]):
-        x, y = (shift, 0) if width >= height else (0, shift)
+    side = min(height, width, 224) if cfg.raw_crop else min(height, width)
+    across, crops = (min(height, width) - side) // 2, []
+    for shift in evenly(max(height, width) - side, views[1]):
+        x, y = (shift, across) if width >= height else (across, shift)
         crops.append((x, y, x + side, y + side))
     pairs = [(i, crop) for i in indices for crop in crops]
     return read_views(video, [i for i, _ in pairs], [crop for _, crop in pairs], size)
@@ -146,41 +248,209 @@ def evenly(room, count):
     return [round(room * k / (count - 1)) for k in range(count)]
 
 
-# ---- 3. Network and optimiser --------------------------------------------------------------------------------------
+def person_clip(video, item, rng, cfg, size, frames, train=False):
+    """A clip around an AVA key frame -> dict(clips uint8 (1, frames, H, W, 3), boxes (n, 4) in pixels of it, actions
+    (n, 80), count (1,)).  Training: a random square of side `size` of the frame whose short side is 256 to 320 x
+    size / 224.  Testing: the whole frame, short side --test-size, long side a multiple of 16."""
+    indices, (height, width) = key_frame_indices(video, item.second, frames, cfg.stride), video.info[2:4]
+    if train:
+        side = int(min(height, width) * 224 / rng.uniform(256, 320))
+        x, y = rng.integers(width - side + 1), rng.integers(height - side + 1)
+        crop, shape = (x, y, x + side, y + side), (size, size)
+    else:
+        scale = (cfg.test_size or size) / min(height, width)
+        crop, shape = (0, 0, width, height), tuple(max(1, round(s * scale / 16)) * 16 for s in (height, width))
+    corner, extent = np.array(crop[:2] * 2), np.array([crop[2] - crop[0], crop[3] - crop[1]] * 2)
+    boxes = (item.boxes * np.array([width, height] * 2) - corner) / extent * np.array(shape[::-1] * 2)
+    boxes = boxes.clip(0, np.array(shape[::-1] * 2)).astype(np.float32)
+    actions = np.zeros((len(boxes), 80), bool) if item.actions is None else item.actions
+    if train:                                                                  # people outside the crop
+        inside = (boxes[:, 2:] - boxes[:, :2]).min(1) > 1
+        boxes, actions = boxes[inside], actions[inside]
+    return dict(clips=read_views(video, [indices], [crop], shape), boxes=boxes, actions=actions,
+                count=np.array([len(boxes)]))
+
+
+# ---- 3. Augmentation -----------------------------------------------------------------------------------------------
+
+RANDAUGMENTS = {"videomae": {}, "mcl-ucf101": dict(ops=1, magnitude=23, std=0.0, p=1.0, scale=30),
+                "mcl-hmdb51": dict(ops=3, magnitude=17, std=0.0, p=1.0, scale=30)}             # see rand_augment
+
+
+def soft_targets(labels, classes, smoothing=0.1):
+    """Labels (B,) -> float (B, classes): smoothing / classes everywhere, 1 - smoothing more at the label."""
+    return F.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
+
+
+# ---- 4. Networks ---------------------------------------------------------------------------------------------------
+
+class MotionFocus(nn.Module):
+    """MOFO's head: tokens (B, N, D), inside (B, N) bool -> features (B, D), the mean of the tokens inside the motion
+    box after one block in which they attend to those outside.
+
+    Nothing inside: the mean of all tokens as they are.  Everything inside: attention among themselves.  Source: MOFO,
+    motion-focused fine-tuning; names are those of its checkpoints.
+    """
+
+    def __init__(self, dim, heads=3):
+        super().__init__()
+        self.norm1, self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6), Mlp(dim, 4 * dim)
+        self.attn, self.heads = nn.Module(), heads
+        self.attn.q, self.attn.kv = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 2 * dim, bias=False)
+        self.attn.q_bias, self.attn.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        self.attn.proj = nn.Linear(dim, dim)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, tokens, inside):
+        a, x = self.attn, self.norm1(tokens)
+        q, k, v = F.linear(x, a.q.weight, a.q_bias), *F.linear(x, a.kv.weight).chunk(2, -1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v + a.v_bias))    # (B, h, N, d)
+        seen = ~inside | inside.all(1, keepdim=True)                           # (B, N) keys that are attended to
+        y = F.scaled_dot_product_attention(q, k, v, seen[:, None, None])
+        y = tokens + a.proj(y.transpose(1, 2).flatten(2))                      # of use inside only; costs less than
+        y = y + self.mlp(self.norm2(y))                                        # taking these tokens out
+        found = inside.any(1, keepdim=True)                                    # (B, 1)
+        y, weight = torch.where(found[..., None], y, tokens), (inside | ~found)[..., None].to(tokens)
+        return (y * weight).sum(1) / weight.sum(1)
+
 
 class Classifier(nn.Module):
-    """A network with a classification loss: clips (B, 3, T, H, W) uint8, labels (B / repeats,) -> loss, stats."""
+    """A network with a classification loss: clips (B, 3, T, H, W) uint8, labels (B / repeats,) or, with several
+    heads, (B / repeats, heads) -> loss, stats.  sizes: classes of each head; all are outputs of one linear layer."""
 
-    def __init__(self, network, smoothing, mirrored):
+    def __init__(self, network, sizes, cfg, flow=None):
         super().__init__()
-        self.network, self.smoothing, self.mirrored = network, smoothing, mirrored
+        self.network, self.sizes, self.cfg, self.flow = network, sizes, cfg, flow
+        self.fixed = cfg.mode == "linear"                                      # only the head is trained
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.network.train(mode and not self.fixed)                            # running statistics stay as they are
+        return self
+
+    def inside(self, clips):
+        """Where MOFO's motion box is: clips (B, 3, T, H, W) uint8 -> (B, 1, 1, H, W), 1 inside and 0 outside."""
+        *_, boxes, _ = find_motion(self.flow, clips, self.network.tubelet_size)
+        x1, y1, x2, y2 = boxes.T[..., None]                                    # each (B, 1); all 0: no motion
+        return box_mask(y1.floor(), x1.floor(), y2.ceil() - y1.floor(), x2.ceil() - x1.floor(), *clips.shape[-2:]
+                        ).float()[:, None, None]
+
+    def logits(self, clips, inside=None):
+        """Normalised clips (B, 3, T, H, W) -> (B, all classes); inside (B, 1, 1, H, W) is above 0 in the box."""
+        network, c = self.network, self.cfg
+        if inside is not None:
+            T, p = network.grid[0], network.patch_size
+            tokens = network.forward_map(clips).flatten(2).transpose(1, 2)     # (B, N, D)
+            patches = F.max_pool2d(inside[:, 0], p).flatten(1) > 0             # (B, H' W'): any pixel of it
+            x = network.fc_norm(network.local_MCA[0](tokens, patches.repeat(1, T)))
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.fixed):
+                x = network.features(clips)
+        x = F.normalize(x, dim=1) if c.unit_features else x
+        return network.head(F.dropout(x, c.dropout, self.training)).float()
+
+    def scores(self, clips):
+        """Clips (B, 3, T, H, W) uint8 -> probabilities per head, or with --average logits those (B, all classes)."""
+        logits = self.logits(normalize(clips), self.inside(clips) if self.cfg.focused else None)
+        if self.cfg.average == "logits":
+            return logits
+        return torch.cat([part.softmax(1) for part in logits.split(self.sizes, 1)], 1)
 
     def forward(self, clips, labels, generator=None):
-        labels = labels.repeat_interleave(len(clips) // len(labels))
-        clips = flip(clips, generator)[0] if self.mirrored else clips
-        logits = self.network(normalize(clips)).float()                        # (B, classes)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
-        return loss, dict(train_acc=100 * (logits.argmax(1) == labels).float().mean())
+        c, heads = self.cfg, len(self.sizes)
+        labels = labels.view(-1, heads).repeat_interleave(len(clips) // len(labels), 0)        # (B, heads)
+        targets = torch.cat([soft_targets(own, n, c.label_smoothing) for own, n in zip(labels.T, self.sizes)], 1)
+        with torch.no_grad():
+            clips = flip(clips, generator)[0] if c.flip else clips
+            if c.randaugment != "none":
+                clips = rand_augment(clips, generator, **RANDAUGMENTS[c.randaugment])
+            inside = self.inside(clips) if c.focused else None
+            if c.jitter or c.grey:
+                clips = colour_jitter(unit(clips), generator, hue=c.hue, p=c.jitter, grey=c.grey)
+            clips = normalize(clips)
+            clips = random_erasing(clips, generator, c.erasing) if c.erasing else clips
+            if c.mixup or c.cutmix:
+                both = clips if inside is None else torch.cat([clips, inside.expand_as(clips[:, :1])], 1)
+                switch = 0.5 if c.mixup and c.cutmix else float(c.cutmix > 0)
+                both, targets = mix(both, targets, generator, c.mixup or 1.0, c.cutmix or 1.0, 1.0, switch)
+                clips, inside = both[:, :3], None if inside is None else both[:, 3:, :1]
+        logits = self.logits(clips, inside)                                    # (B, all classes)
+        parts = list(zip(logits.split(self.sizes, 1), targets.split(self.sizes, 1), labels.T))
+        loss = sum(F.cross_entropy(part, target) for part, target, _ in parts)
+        right = torch.stack([part.argmax(1) == own for part, _, own in parts]).all(0)
+        return loss, dict(train_acc=100 * right.float().mean())
 
 
-def layer_decay_groups(network, lr, weight_decay, decay):
+class Detector(nn.Module):
+    """A network with a head for the actions of people: dict(clips (B, 3, T, H, W) uint8, boxes (n, 4) in pixels,
+    actions (n, 80), count (B,) boxes per clip) -> loss, stats.
+
+    Feature map, mean over time, RoIAlign 7 x 7, maximum, dropout, linear, binary cross-entropy.  Source: SlowFast's
+    head, VideoMAE's for a ViT.
+    """
+
+    def __init__(self, network, cfg):
+        super().__init__()
+        self.network, self.cfg, self.flow = network, cfg, None
+
+    def logits(self, clips, boxes, count):
+        maps = self.network.forward_map(clips).mean(2).float()                 # (B, dim, H', W')
+        owner = torch.repeat_interleave(torch.arange(len(count), device=boxes.device), count, output_size=len(boxes))
+        rois = torch.cat([owner[:, None].to(boxes), boxes], 1)                 # (n, 5)
+        x = roi_align(maps, rois, 7, maps.shape[-1] / clips.shape[-1], aligned=True).amax((2, 3))      # (n, dim)
+        return self.network.head(F.dropout(x, self.cfg.dropout, self.training)).float()
+
+    def forward(self, batch, labels, generator=None):
+        clips, boxes, count = batch["clips"], batch["boxes"], batch["count"]
+        with torch.no_grad():
+            if self.cfg.flip:
+                clips, flipped = flip(clips, generator)
+                x1, y1, x2, y2 = boxes.unbind(1)
+                mirrored = torch.stack([clips.shape[-1] - x2, y1, clips.shape[-1] - x1, y2], 1)
+                flipped = flipped.repeat_interleave(count, output_size=len(boxes))[:, None]
+                boxes = torch.where(flipped, mirrored, boxes)
+            if self.cfg.jitter:
+                clips = colour_jitter(unit(clips), generator, 0.1, 0, 0.1, self.cfg.hue, self.cfg.jitter, grey=0)
+        logits = self.logits(normalize(clips), boxes, count)                   # (n, 80)
+        if not len(logits):                                                    # nobody is in any crop
+            return logits.sum(), dict(people=0.0)
+        loss = F.binary_cross_entropy_with_logits(logits, batch["actions"].float())
+        return loss, dict(people=len(logits) / len(clips))
+
+
+def dilate(network):
+    """Let the last stage of a ResNet3D keep its resolution, as detection wants: stride 1, dilation 2."""
+    for block in network.layer4:
+        for conv in [m for m in block.modules() if isinstance(m, nn.Conv3d)]:
+            conv.stride = (1, 1, 1)
+            if conv.kernel_size[1:] == (3, 3):
+                conv.dilation, conv.padding = (1, 2, 2), (0, 2, 2)
+
+
+def layer_decay_groups(network, lr, weight_decay, decay, vectors=0.0):
     """Parameter groups whose learning rate falls by `decay` per transformer layer below the head (convolutional
-    networks: the same everywhere); no weight decay on vectors."""
+    networks: the same everywhere); weight decay on vectors is `vectors`."""
     top, groups = len(getattr(network, "blocks", ())) + 1, {}                  # layers: 0 = patch_embed .. top = head
     for name, p in network.named_parameters():
+        if not p.requires_grad:
+            continue
         layer = top
         if name.startswith("patch_embed"):
             layer = 0
         elif block := re.match(r"blocks\.(\d+)\.", name):
             layer = int(block[1]) + 1
-        wd = weight_decay if p.ndim > 1 else 0.0
+        wd = weight_decay if p.ndim > 1 else vectors
         if (layer, wd) not in groups:
             groups[layer, wd] = dict(params=[], weight_decay=wd, lr=lr, scale=decay ** (top - layer))
         groups[layer, wd]["params"].append(p)
     return list(groups.values())
 
 
-def build_network(cfg, classes, drop_path=0.0):
+def build_network(cfg, outputs=0):
     """The network that --init describes, with its weights (unless --random-init) -> network, content of the file."""
     if not cfg.init:
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
@@ -188,54 +458,29 @@ def build_network(cfg, classes, drop_path=0.0):
         raise UserError(f"--model {cfg.model}: choose {', '.join(BACKBONES)}")
     public = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
     content = load_file(cfg.init)
-    backbone = content.get("backbone") if isinstance(content, dict) else None
-    network = make_backbone(**(backbone or public), num_classes=classes, drop_path=drop_path)
+    backbone = dict(content.get("backbone") or public if isinstance(content, dict) else public)
+    backbone |= {key: value for key in ("image_size", "frames") if (value := getattr(cfg, key))}
+    drop_path = cfg.drop_path if cfg.mode == "finetune" else 0.0
+    network = make_backbone(**backbone, num_classes=outputs, drop_path=drop_path)
+    if cfg.data == "ava":
+        network.head = nn.Linear(network.dim, 80)
+        nn.init.normal_(network.head.weight, std=0.01)
+        nn.init.zeros_(network.head.bias)
+        if isinstance(network, ResNet3D):
+            dilate(network)
+    if cfg.focused:
+        if not isinstance(network, ViT):
+            raise UserError("--focused is MOFO's head for a ViT; --no-focused trains the plain one")
+        network.local_MCA = nn.ModuleList([MotionFocus(network.dim)])
     if not cfg.random_init:
-        report = load_weights(network, cfg.init, strict_backbone="all" if cfg.mode == "test" else True)
+        trained = cfg.mode in ("test", "predict") or cfg.mode == "export" and outputs
+        report = load_weights(network, cfg.init, strict_backbone="all" if trained else True)
         print0(f"{cfg.init}: {len(report.loaded)} tensors loaded, new here {report.missing[:4]}, not used "
                f"{len(report.unexpected)} {report.unexpected[:3]}")
     return network, content
 
 
-# ---- 4. Evaluation -------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def sweep(compute, items, sample, cfg, env, what):
-    """Apply compute(normalised clips (n, 3, T, H, W)) -> (n, D) to all N items, sampled by `sample`.
-
-    Returns results (N, views, D) on the CPU, read (N,) bool, errors.  Every process takes its share; rows of videos
-    that could not be read are 0 and not marked as read.
-    """
-    dataset = Clips(items, sample, cfg.seed, replace=False)
-    mine = list(range(env.rank, len(items), env.world))
-    batches = [mine[i:i + cfg.test_batch] for i in range(0, len(mine), cfg.test_batch)]
-    progress = tqdm(loader(dataset, batches, cfg.workers, env.device), what, disable=True if env.rank else None)
-    out, read, errors = None, torch.zeros(len(items), dtype=torch.bool), []
-    for keys, batch in zip(batches, progress):
-        errors += batch["errors"]
-        if batch["clips"] is None:
-            continue
-        with env.autocast():
-            result = compute(normalize(to_device(batch["clips"], env.device))).float().cpu()
-        good = torch.tensor(keys)[batch["read"]]
-        result = result.unflatten(0, (len(good), -1))                          # (videos, views, D)
-        out = torch.zeros(len(items), *result.shape[1:]) if out is None else out
-        out[good], read[good] = result, True
-    return gather_rows(out, read, errors, env)
-
-
-def gather_rows(out, read, errors, env):
-    """Put the processes' rows together: each has filled its own (N, views, D) rows and left the others 0."""
-    if env.world > 1:
-        parts = [None] * env.world
-        torch.distributed.all_gather_object(parts, (out, read, errors))
-        outs, reads, lists = zip(*parts)
-        out = sum(part for part in outs if part is not None)
-        read, errors = torch.stack(reads).any(0), sum(lists, [])
-    if not read.any():
-        raise UserError(f"none of the {len(read)} videos could be read; the first: {errors[0]}")
-    return out, read, errors
-
+# ---- 5. Metrics ----------------------------------------------------------------------------------------------------
 
 def accuracy(scores, read, labels, classes):
     """Scores (N, C), read (N,) bool, labels (N,) -> top-1, top-5, mean-class and per-class accuracy in percent.
@@ -255,6 +500,155 @@ def accuracy(scores, read, labels, classes):
     return dict(acc1=percent(first), acc5=percent(any_of_5), mean_class=sum(per_class.values()) / len(per_class),
                 per_class=per_class)
 
+
+def retrieval_recall(gallery, gallery_labels, query, query_labels, ks=(1, 5, 10, 20, 50), center=False, read=None):
+    """Recall@k of nearest-neighbour retrieval -> {k: percent of queries with their class among the k nearest}.
+
+    gallery (N, D), query (Q, D): a feature per video, the mean over its clips, of any length; labels (N,), (Q,).
+    Near is cosine, in float64 because TF32 would reorder neighbours.  center=True first subtracts from either set
+    its own mean; FAME, whose protocol that is, also normalises every clip before the mean over clips (the caller's
+    part).  A query with read (Q,) False is a miss and not part of the mean.  A k beyond the gallery is all of it.
+    Our choice for ties: a video of another class exactly as near as the nearest of the right one precedes it, so
+    the order of rows never matters, and features that are all alike, or nan, find nothing.
+    """
+    gallery, query = gallery.double(), query.double()
+    read = torch.ones_like(query_labels, dtype=torch.bool) if read is None else read
+    if center:
+        gallery, query = gallery - gallery.mean(0), query - query[read].mean(0)
+    gallery, query = F.normalize(gallery, dim=1), F.normalize(query, dim=1)
+    rows, before = max(1, 2**24 // len(gallery)), []                           # at most 128 MiB of cosines at a time
+    for some, label in zip(query.split(rows), query_labels.split(rows)):
+        cosine, same = some @ gallery.T, label[:, None] == gallery_labels      # (rows, N)
+        nearest = cosine.masked_fill(~same, -math.inf).amax(1, keepdim=True)   # of the right class
+        before.append((~(cosine < nearest) & ~same).sum(1))                    # how many of other classes precede it
+    before = torch.cat(before)                                                 # (Q,)
+    return {k: 100 * ((before < min(k, len(gallery))) & read).double().mean().item() for k in ks}
+
+
+def among_best(scores, own, k):
+    """Is own (N,), one of each row of scores (N, C), among the k largest?  Not if the next one ties, not if nan."""
+    return own > (scores.topk(k + 1).values[:, k] if k < scores.shape[1] else -math.inf)
+
+
+def epic_accuracy(verb_logits, noun_logits, verb, noun, read=None, tail=None, unseen=None):
+    """EPIC-KITCHENS-100 from a verb and a noun head -> {verb, noun, action}_{top1, top5} in percent.
+
+    Logits (N, V), (N, M), or logarithms of probabilities averaged over views, -inf included; verb, noun (N,) are the
+    true ids.  All V * M pairs compete as actions, occurring or not, by log p(verb) + log p(noun): action top-1 is
+    right where verb and noun both are.  Rows with read (N,) False are wrong, and so are ties.  tail = (tail verb ids,
+    tail noun ids) adds tail_{verb, noun, action}_top1 over the rows whose verb, whose noun, either is in the tail;
+    unseen (N,) bool, kitchens not trained on, adds unseen_{...}_top1.  A subset without rows is left out.
+    """
+    tops, owns, hits = [], [], {}
+    for name, logits, true in (("verb", verb_logits, verb), ("noun", noun_logits, noun)):
+        scores = logits.double().log_softmax(1)                                # float32 would tie among 29,100 pairs
+        owns.append(scores.gather(1, true[:, None])[:, 0])
+        tops.append(scores.topk(min(6, scores.shape[1])).values)               # the 6 best pairs are made of these
+        hits |= {f"{name}_top{k}": among_best(scores, owns[-1], k) for k in (1, 5)}
+    pairs = (tops[0][:, :, None] + tops[1][:, None]).flatten(1)                # (N, 36)
+    hits["action_top1"] = hits["verb_top1"] & hits["noun_top1"]
+    hits["action_top5"] = among_best(pairs, owns[0] + owns[1], 5)
+    subsets = {name: torch.ones_like(verb, dtype=torch.bool) for name in hits}  # which rows a figure is the mean of
+    names = ("verb", "noun", "action")
+    if tail is not None:
+        tails = [torch.isin(true, torch.tensor(sorted(ids)).to(true)) for true, ids in zip((verb, noun), tail)]
+        subsets |= {f"tail_{name}_top1": rows for name, rows in zip(names, (*tails, tails[0] | tails[1]))}
+    if unseen is not None:
+        subsets |= {f"unseen_{name}_top1": unseen for name in names}
+    right = {name: hit if read is None else hit & read for name, hit in hits.items()}
+    return {name: 100 * right[name.removeprefix("tail_").removeprefix("unseen_")][rows].double().mean().item()
+            for name, rows in subsets.items() if rows.any()}
+
+
+def action_to_verb_noun(action_probabilities, actions, verbs, nouns):
+    """MOFO's single head: p of actions (N, A) -> p of the verbs (N, verbs) and of the nouns (N, nouns), by summing.
+
+    actions: the A names "verb id:noun id".  A verb or noun of no action gets 0 (MOFO's code: the p of action 0).
+    Raises UserError on a name of another form or an id out of range.
+    """
+    try:
+        ids = torch.tensor([[int(part) for part in name.split(":")] for name in actions])
+        inside = ids.shape == (action_probabilities.shape[1], 2) and bool(((ids >= 0) & (ids < torch.tensor(
+            [verbs, nouns]))).all())
+    except ValueError:
+        inside = False
+    if not inside:
+        raise UserError(f"actions {list(actions)[:3]} ...: expected {action_probabilities.shape[1]} names like 3:17, "
+                        f"verb below {verbs} and noun below {nouns}")
+    zeros = action_probabilities.new_zeros
+    return tuple(zeros(len(action_probabilities), count).index_add(1, column.to(action_probabilities.device),
+                 action_probabilities) for count, column in zip((verbs, nouns), ids.T))
+
+
+def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=None):
+    """Frame-mAP of AVA at one IoU -> (mAP, {class id: AP}), both in [0, 1]; nan for a class without ground truth.
+
+    Both tables are dicts of columns: frame, n strings "video,0902"; box (n, 4), x1, y1, x2, y2 in any one unit; label
+    (n,) action ids; detections also score (n,).  What is not of class_ids (60 of AVA's 80) or lies on a frame of
+    `excluded` counts on neither side.  By falling score each detection takes the box of its frame and class that it
+    overlaps most; below `iou`, or where that one is taken, it is false, and so is all on frames without ground truth.
+    AP is the area below the envelope of precision over recall; mAP the mean over classes with ground truth.  Boxes
+    without area are no detections.  cap=50 first keeps the 50 best (box, class) rows of every frame, as the official
+    script does; all, our choice, with None.  Equal scores keep the order of rows, nan ranks last.  Raises UserError
+    if no ground truth is left.
+    """
+    number = {name: i for i, name in enumerate({*detections["frame"], *ground_truth["frame"]})}
+    excluded = set(excluded)
+    banned = np.array([name in excluded for name in number], bool)
+
+    def columns(table):
+        frame = np.array([number[name] for name in table["frame"]], np.int64)
+        label = np.asarray(table["label"])
+        return frame, np.asarray(table["box"]).reshape(-1, 4), label, np.isin(label, list(class_ids)) & ~banned[frame]
+
+    frame, box, label, kept = columns(detections)
+    true_frame, true_box, true_label, true_kept = columns(ground_truth)
+    score = np.asarray(detections["score"], np.float64)
+    if not true_kept.any():
+        raise UserError(f"AVA: none of {len(true_kept)} ground-truth rows has one of the {len(class_ids)} classes "
+                        "and a frame that is not excluded: check the class list and the annotations")
+    if cap is not None:
+        rows = np.flatnonzero(kept)
+        rows = rows[np.lexsort((-score[rows], frame[rows]))]                   # frame after frame, best first
+        place = np.arange(len(rows)) - np.searchsorted(frame[rows], frame[rows])   # within its frame
+        kept[rows[place >= cap]] = False
+    kept &= (box[:, 0] < box[:, 2]) & (box[:, 1] < box[:, 3])                  # after the cap, like the leaderboard
+    ap = {}
+    for c in class_ids:
+        truth, found = np.flatnonzero(true_kept & (true_label == c)), np.flatnonzero(kept & (label == c))
+        found = found[np.argsort(-score[found], kind="stable")]
+        right = true_detections(frame[found], box[found], true_frame[truth], true_box[truth], iou)     # (found,)
+        precision = right.cumsum() / np.arange(1, len(right) + 1)
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+        ap[c] = float(envelope[right].sum() / len(truth)) if len(truth) else math.nan    # recall steps where right
+    return float(np.nanmean(list(ap.values()))), ap
+
+
+def true_detections(frame, box, true_frame, true_box, iou):
+    """Which detections, given best first, are true -> (n,) bool.
+
+    What a detection takes does not depend on the others, hence no loop: of all pairs that share a frame the best of
+    each detection, and of those that take the same true box the first.
+    """
+    order = np.argsort(true_frame, kind="stable")
+    true_frame, true_box = true_frame[order], true_box[order]
+    first = np.searchsorted(true_frame, frame)
+    count = np.searchsorted(true_frame, frame, "right") - first                # true boxes on the detection's frame
+    mine = np.repeat(np.arange(len(frame)), count)                             # (pairs,) detection
+    theirs = np.arange(len(mine)) + np.repeat(first - count.cumsum() + count, count)       # (pairs,) true box
+    a, b = box[mine].astype(np.float64), true_box[theirs].astype(np.float64)
+    shared = (np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])).clip(0).prod(1)
+    area_a, area_b = ((x[:, 2:] - x[:, :2]).clip(0).prod(1) for x in (a, b))
+    overlap = shared / (area_a + area_b - shared)
+    pair = np.lexsort((-overlap, mine))                                        # of equal overlaps the earlier box
+    pair = pair[np.unique(mine[pair], return_index=True)[1]]                   # one per detection, best first
+    pair = pair[overlap[pair] >= iou]
+    right = np.zeros(len(frame), bool)
+    right[mine[pair[np.unique(theirs[pair], return_index=True)[1]]]] = True
+    return right
+
+
+# ---- 6. Classifiers on fixed features ------------------------------------------------------------------------------
 
 def fit_linear(features, labels, classes, l2):
     """Multinomial logistic regression on features (N, D), standardised -> function from features to logits.
@@ -276,6 +670,47 @@ def fit_linear(features, labels, classes, l2):
     return lambda f: ((f - mean) / std) @ W.detach() + b.detach()
 
 
+def squared_hinge_svm(features, labels, classes, C=1.0):
+    """One-vs-rest linear SVMs without bias, as in MCL (LIBLINEAR -s 2): (N, D), labels (N,) -> (D, classes).
+
+    Minimises 1/2 |w|^2 + C sum max(0, 1 - y w.x)^2 per class, features as they are; the class of x is the argmax of
+    x @ W.  Newton's method, float64: pooled features are positive, so the curvature varies 1e7-fold with direction
+    and first-order solvers crawl.  The loss is quadratic as long as the same rows violate the margin, hence exact
+    after a dozen steps; stops at a gradient 1e-8 of that at 0 (LIBLINEAR: about 1e-4 for 100 classes).  Raises
+    UserError if it does not get there.
+    """
+    x, y = features.double(), F.one_hot(labels, classes).double() * 2 - 1      # y (N, classes) of -1, 1
+    ridge = torch.eye(x.shape[1]).to(x) / (2 * C)
+
+    def solve(matrix, right):
+        return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
+    W = 2 * solve(x.T @ x + ridge, x.T @ y)                                    # twice least squares: few violations
+    enough = 1e-8 * (2 * C * x.T @ y).norm(dim=0)
+    for c in range(classes):
+        w, sign = W[:, c], y[:, c]
+        margin = sign * (x @ w)
+        for _ in range(100):
+            slack = (1 - margin).clamp(min=0)
+            if (w - 2 * C * x.T @ (sign * slack)).norm() <= enough[c]:
+                break
+            rows, signs = x[slack > 0], sign[slack > 0, None]
+            if len(rows) < x.shape[1]:                                         # the smaller of two equal systems
+                target = rows.T @ solve(rows @ rows.T + ridge[:len(rows), :len(rows)], signs)
+            else:
+                target = solve(rows.T @ rows + ridge, rows.T @ signs)
+            step = target[:, 0] - w
+            change, low, high = sign * (x @ step), 0.0, 8.0
+            for _ in range(50):                                                # exact line search: the slope's zero
+                t = (low + high) / 2
+                slope = step @ (w + t * step) - 2 * C * change @ (1 - margin - t * change).clamp(min=0)
+                low, high = (t, high) if slope < 0 else (low, t)
+            w, margin = w + t * step, margin + t * change
+        else:
+            raise UserError(f"the SVM of class {c} did not converge: are all features finite?")
+        W[:, c] = w
+    return W.to(features)
+
+
 def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
     """Votes of the k nearest: gallery (N, D), labels (N,), query (Q, D) -> (Q, classes).
 
@@ -287,91 +722,140 @@ def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
     return ((similarity / temperature).exp()[..., None] * votes).sum(1)
 
 
-# ---- 5. Main -------------------------------------------------------------------------------------------------------
+# ---- 7. Evaluation -------------------------------------------------------------------------------------------------
 
-def main(cfg):
-    if cfg.mode not in ("finetune", "linear", "knn", "test"):
-        raise UserError(f"--mode {cfg.mode}: choose finetune, linear, knn or test")
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", cfg.views):
-        raise UserError(f"--views {cfg.views}: expected e.g. 2x3, clips in time x crops in space")
-    views = tuple(int(v) for v in cfg.views.split("x"))
-    env = setup(cfg.seed)
-    toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
-    train = find_videos(cfg.data, cfg.root, cfg.train_split, cfg.label, toy)
-    test = find_videos(cfg.test_data or cfg.data, cfg.root, "test", cfg.label, toy)
-    new = sorted(set(test.classes) - set(train.classes))
-    if new:
-        raise UserError(f"--data {cfg.data}: the test split has classes that the training split has not: {new[:3]}")
-    if not train.classes or not test.classes:
-        raise UserError(f"--data {cfg.data}: has no labels, which every mode of finetune.py needs")
-    classes = len(train.classes)
-    labels = torch.tensor([item.label for item in train.items])
-    ids = {name: i for i, name in enumerate(train.classes)}
-    test_labels = torch.tensor([ids[test.classes[item.label]] for item in test.items])
-    out = run_directory(f"finetune-{cfg.mode}", cfg)
-    out.mkdir(parents=True, exist_ok=True)
-    with_head = cfg.mode in ("finetune", "test")
-    drop_path = cfg.drop_path if cfg.mode == "finetune" else 0.0
-    network, content = build_network(cfg, classes if with_head else 0, drop_path)
-    network.to(env.device)
-    if cfg.mode == "test" and content.get("classes") and content["classes"] != train.classes:
-        raise UserError(f"--mode test: {cfg.init} knows the classes {content['classes'][:3]} ..., the data has "
-                        f"{train.classes[:3]} ...")
+@torch.no_grad()
+def sweep(compute, items, sample, cfg, env, what):
+    """Apply compute(clips on the device, n) -> n results, CPU tensors, to all items, sampled by `sample` -> dict from
+    index to result, without those that could not be read, and what went wrong with them.
+
+    Every process takes its share of the batches.  A batch holds key frames of one film, which have one size.
+    """
+    dataset, batches = Clips(items, sample, cfg.seed, replace=False), []
+    for _, group in itertools.groupby(range(len(items)), key=lambda i: items[i].path if cfg.data == "ava" else 0):
+        group = list(group)
+        batches += [group[i:i + cfg.test_batch] for i in range(0, len(group), cfg.test_batch)]
+    mine, results, errors = batches[env.rank::env.world], {}, []
+    progress = tqdm(loader(dataset, mine, cfg.workers, env.device), what, disable=True if env.rank else None)
+    for keys, batch in zip(mine, progress):
+        errors += batch["errors"]
+        if batch["clips"] is None:
+            continue
+        with env.autocast():
+            out = compute(to_device(batch["clips"], env.device), int(batch["read"].sum()))
+        results |= zip([key for key, read in zip(keys, batch["read"]) if read], out)
+    if env.world > 1:
+        parts = [None] * env.world
+        torch.distributed.all_gather_object(parts, (results, errors))
+        results, errors = {k: v for part, _ in parts for k, v in part.items()}, sum((e for _, e in parts), [])
+    if not results:
+        raise UserError(f"none of the {len(items)} videos could be read; the first: {errors[0]}")
+    return results, errors
+
+
+def table(results, count):
+    """dict from index to (...) -> tensor (count, ...), 0 where there is none; (count,) bool: where there is one."""
+    first, read = next(iter(results.values())), torch.zeros(count, dtype=torch.bool)
+    out = torch.zeros(count, *first.shape)
+    for i, value in results.items():
+        out[i], read[i] = value, True
+    return out, read
+
+
+def extract(network, items, cfg, env, views, what):
+    """Features (N, views, dim) of listed videos, read (N,) bool, errors."""
     size, frames = network.config["image_size"], network.config["frames"]
+    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or size, frames=frames, views=views)
+    results, errors = sweep(lambda clips, n: network(normalize(clips)).float().cpu().unflatten(0, (n, -1)), items,
+                            sample, cfg, env, what)
+    return *table(results, len(items)), errors
 
-    if cfg.mode == "finetune" and not run_training(cfg, env, train, network):
-        return shutdown()                                                      # stopped by a signal
-    network.eval()
-    view = partial(test_clips, cfg=cfg, size=size, frames=frames, views=views)
-    result, read, errors = sweep(network, test.items, view, cfg, env, "testing")   # (N, views, logits or features)
-    if with_head:
-        scores = result.softmax(-1).mean(1)
+
+def classify(model, items, cfg, env, views, what="testing"):
+    """Scores (N, all classes), the mean over views, read (N,) bool, errors."""
+    config = model.network.config
+    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or config["image_size"], frames=config["frames"],
+                     views=views)
+    results, errors = sweep(lambda clips, n: model.scores(clips).cpu().unflatten(0, (n, -1)).mean(1), items, sample,
+                            cfg, env, what)
+    return *table(results, len(items)), errors
+
+
+def detect(model, test, cfg, env):
+    """Actions of the people in AVA's key frames -> figures, errors.  A box has a score for each of the 80 actions."""
+    config = model.network.config
+    sample = partial(person_clip, cfg=cfg, size=config["image_size"], frames=config["frames"])
+
+    def compute(batch, n):
+        scores = model.logits(normalize(batch["clips"]), batch["boxes"], batch["count"]).sigmoid()
+        return scores.cpu().split(batch["count"].tolist())
+    results, errors = sweep(compute, test.items, sample, cfg, env, "testing")
+    frames, boxes, scores = [], [], []
+    for i, value in sorted(results.items()):                                   # value (n, 80)
+        item = test.items[i]
+        frames += [item.frame] * value.numel()
+        boxes.append(np.repeat(item.boxes, 80, 0))
+        scores.append((value.numpy() * (item.scores[:, None] if cfg.times_score else 1)).ravel())
+    labels = np.tile(np.arange(1, 81), len(frames) // 80)
+    found = dict(frame=frames, box=np.concatenate(boxes), label=labels, score=np.concatenate(scores))
+    mean, ap = ava_mean_ap(found, test.ground_truth, test.class_ids, test.excluded)
+    per_class = {test.classes[c - 1]: 100 * value for c, value in ap.items() if not math.isnan(value)}
+    return dict(mAP=100 * mean, per_class=per_class), errors
+
+
+def head_sizes(classes):
+    """Classes of each linear head: one, or EPIC's two, whose names begin with verb: and noun:."""
+    verbs = sum(name.startswith("verb:") for name in classes)
+    return [verbs, len(classes) - verbs] if verbs else [len(classes)]
+
+
+def figures(scores, read, labels, classes, test, cfg):
+    """What the tables print, in percent, from scores (N, all classes) and labels (N,) or (N, 2)."""
+    sizes, result = head_sizes(classes), {}
+    if len(sizes) == 1:
+        result = accuracy(scores, read, labels, classes)
+    if cfg.data != "epic" or cfg.label not in ("verb-noun", "action"):
+        return result
+    logs = scores if cfg.average == "logits" else scores.log()                 # -inf where a probability is 0
+    if len(sizes) == 2:
+        (verb_logs, noun_logs), (verb, noun) = logs.split(sizes, 1), labels.T
     else:
-        one = partial(test_clips, cfg=cfg, size=size, frames=frames)           # the middle clip, the middle crop
-        features, known, train_errors = sweep(network, train.items, one, cfg, env, "training features")
-        features, known_labels, errors = features[known][:, 0], labels[known], train_errors + errors
-        if cfg.mode == "linear":
-            probe = fit_linear(features.to(env.device), known_labels.to(env.device), classes, cfg.l2)
-            scores = probe(result.to(env.device)).softmax(-1).mean(1).cpu()
-        else:
-            scores = knn_scores(features, known_labels, F.normalize(result, dim=-1).mean(1), classes, cfg.neighbours)
-    report(cfg, env, out, accuracy(scores, read, test_labels, train.classes), errors, len(test.items))
-    shutdown()
+        pairs = torch.tensor([[int(part) for part in name.split(":")] for name in classes])
+        verb, noun = pairs[labels].T
+        both = action_to_verb_noun(logs.softmax(1), classes, *(pairs.amax(0) + 1).tolist())
+        verb_logs, noun_logs = (part.log() for part in both)
+    verbs, nouns, people = epic_subsets(data_root(cfg.data, cfg.root))
+    unseen = torch.tensor([name in people for name in epic_participants(test.items)])
+    epic = epic_accuracy(verb_logs, noun_logs, verb, noun, read, (verbs, nouns), unseen)
+    if len(sizes) == 1:                                                        # actions are those of the head itself
+        epic = {name: value for name, value in epic.items() if "action" not in name}
+    return epic | result
 
 
-def report(cfg, env, out, result, errors, videos):
-    """Print the result and write it to results.json, its numbers named by the views that they were made with."""
-    if env.rank:
-        return
-    named = {f"{name}_{cfg.views}": value for name, value in result.items() if name != "per_class"}
-    results = dict(named, per_class=result["per_class"], mode=cfg.mode, init=cfg.init, random_init=cfg.random_init,
-                   data=cfg.data, label=cfg.label, train_split=cfg.train_split, videos=videos, unreadable=errors)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    for name, value in sorted(result["per_class"].items(), key=lambda pair: pair[1]):
-        print0(f"  {value:6.2f}  {name}")
-    for error in errors:
-        print0(f"not read (counts as wrong): {error}")
-    numbers = "  ".join(f"{name} {value:.2f}" for name, value in named.items())
-    print0(f"{numbers}  on {videos} videos -> {out / 'results.json'}")
+# ---- 8. Training ---------------------------------------------------------------------------------------------------
 
-
-def run_training(cfg, env, listing, network):
-    """Fine-tune the whole network; the loop is that of the pre-training scripts -> False if a signal stopped it."""
-    plan = plan_run(cfg, len(listing.items), env)
+def train(cfg, env, listing, model, sample):
+    """Train what has gradients; the loop is that of the pre-training scripts -> False if a signal stopped it."""
+    plan, network = plan_run(cfg, len(listing.items), env), model.network
     lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
-    out, checkpoint = open_run("finetune-finetune", cfg, env, listing, plan, lr)
-    model = Classifier(network, cfg.label_smoothing, cfg.flip)
-    groups = layer_decay_groups(network, lr, cfg.weight_decay, cfg.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=env.device.type == "cuda")
-    sample = partial(train_clips, cfg=cfg, size=network.config["image_size"], frames=network.config["frames"])
+    out, checkpoint = open_run(f"finetune-{cfg.mode}", cfg, env, listing, plan, lr)
+    vectors = cfg.weight_decay if cfg.optimizer == "sgd" else 0.0
+    groups = layer_decay_groups(network, lr, cfg.weight_decay, cfg.layer_decay, vectors)
+    if cfg.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=env.device.type == "cuda")
+    else:
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=cfg.optimizer == "nesterov")
+    warmup, drops = int(cfg.warmup_epochs * plan.per_epoch), [float(e) for e in cfg.drops.split(",") if e]
     dataset = Clips(listing.items, sample, cfg.seed)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
     start = restore(checkpoint, "", network, optimizer, scaler)
-    net = wrap(model, env, cfg.compile)
+    net = wrap(model.train(), env, cfg.compile)
     log, stop = Log(out, env, plan, start, cfg.log_every), StopSignal()
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
-        rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)
+        rate = cosine_lr(step, plan.steps, warmup, lr, min_lr)
+        if drops and step >= warmup:
+            rate = lr * 0.1 ** sum(step >= epoch * plan.per_epoch for epoch in drops)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         total = 0.0
@@ -390,7 +874,7 @@ def run_training(cfg, env, listing, network):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        log.step(step, total, lr=rate, grad_norm=norm, **stats)
+        log.step(step, total, model.flow, lr=rate, grad_norm=norm, **stats)
         last = step + 1 == plan.steps or stopping
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
             save_checkpoint(out / "last.pt", cfg, listing, step + 1, network, network, optimizer, scaler)
@@ -398,6 +882,198 @@ def run_training(cfg, env, listing, network):
             break
     log.close(stopping)
     return not stopping
+
+
+# ---- 9. Main -------------------------------------------------------------------------------------------------------
+
+CHOICES = dict(mode=("finetune", "linear", "knn", "retrieval", "test", "predict", "extract", "export"),
+               recipe=("videomae", "mofo", "mme", "fame", "mcl", "modist"), sampling=("uniform", "dense"),
+               optimizer=("adamw", "sgd", "nesterov"), classifier=("logistic", "svm", "trained"),
+               average=("softmax", "logits"), randaugment=("none", *RANDAUGMENTS))
+
+
+def check(cfg):
+    """Raise UserError for settings that make no sense -> views (T, S) of test and of training videos."""
+    for name, options in CHOICES.items():
+        if getattr(cfg, name) not in options:
+            raise UserError(f"--{name} {getattr(cfg, name)}: choose {', '.join(options[:-1])} or {options[-1]}")
+    for name in ("views", "train_views"):
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", getattr(cfg, name)):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected e.g. 2x3, clips in time x "
+                            "crops in space")
+    if not re.fullmatch(r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?", cfg.drops):
+        raise UserError(f"--drops {cfg.drops}: expected epochs, e.g. 60,120")
+    for name in ("mixup", "cutmix", "erasing", "jitter", "grey", "dropout", "drop_path", "label_smoothing"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be in [0, 1]")
+    if cfg.aspect < 1 or cfg.test_batch < 1 or cfg.neighbours < 1:
+        raise UserError(f"--aspect {cfg.aspect}, --test-batch {cfg.test_batch} and --neighbours {cfg.neighbours} "
+                        "must be at least 1")
+    if cfg.data == "ava" and cfg.mode not in ("finetune", "test"):
+        raise UserError(f"--mode {cfg.mode}: --data ava has finetune and test")
+    return [tuple(map(int, views.split("x"))) for views in (cfg.views, cfg.train_views)]
+
+
+def main(cfg):
+    views, train_views = check(cfg)
+    env, out = setup(cfg.seed), run_directory(f"finetune-{cfg.mode}", cfg)
+    if cfg.mode in ("test", "predict", "export") and cfg.init:                 # go on with what was trained
+        made = load_file(cfg.init)
+        made = made.get("config", {}) if isinstance(made, dict) else {}
+        cfg.label, cfg.focused = cfg.label or made.get("label", ""), cfg.focused or made.get("focused", False)
+    if cfg.mode == "export":
+        return export(cfg, out)
+    if cfg.mode in ("predict", "extract"):
+        return apply(cfg, env, out, views)
+    toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
+    if cfg.data == "ava":
+        listing = ava_listing(cfg.root, "train") if cfg.mode == "finetune" else None
+        test = ava_listing(cfg.root, "test", cfg.boxes, cfg.min_score)
+        classes, sizes = test.classes, [80]
+    else:
+        listing = find_videos(cfg.data, cfg.root, cfg.train_split, cfg.label, toy)
+        test = find_videos(cfg.test_data or cfg.data, cfg.root, "test", cfg.label, toy)
+        new = sorted(set(test.classes) - set(listing.classes))
+        if new:
+            raise UserError(f"--data {cfg.data}: the test split has classes that the training split has not: "
+                            f"{new[:3]}")
+        if not listing.classes or not test.classes:
+            raise UserError(f"--data {cfg.data}: has no labels, which --mode {cfg.mode} needs")
+        classes, sizes = listing.classes, head_sizes(listing.classes)
+        ids = torch.tensor([listing.classes.index(name) for name in test.classes])
+        labels = torch.tensor([item.label for item in listing.items])
+        test_labels = torch.tensor([item.label for item in test.items])
+        if len(sizes) == 1:
+            test_labels = ids[test_labels]
+    out.mkdir(parents=True, exist_ok=True)
+    with_head = cfg.mode in ("finetune", "test") or cfg.mode == "linear" and cfg.classifier == "trained"
+    if len(sizes) > 1 and not with_head:
+        raise UserError(f"--label {cfg.label}: --mode {cfg.mode} takes one label, verb, noun or action")
+    network, content = build_network(cfg, len(classes) if with_head and cfg.data != "ava" else 0)
+    network.to(env.device)
+    if cfg.mode == "test" and isinstance(content, dict) and content.get("classes", classes) != classes:
+        raise UserError(f"--mode test: {cfg.init} knows the classes {content['classes'][:3]} ..., the data has "
+                        f"{classes[:3]} ...")
+    size, frames = cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]
+    if with_head:
+        flow = None
+        if cfg.focused:
+            flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+        model = Detector(network, cfg) if cfg.data == "ava" else Classifier(network, sizes, cfg, flow)
+        sample = partial(train_clips, cfg=cfg, size=size, frames=frames)
+        if cfg.data == "ava":
+            sample = partial(person_clip, cfg=cfg, size=size, frames=frames, train=True)
+        if cfg.mode == "linear":
+            for name, p in network.named_parameters():
+                p.requires_grad = name.startswith("head.")
+        if cfg.mode != "test" and not train(cfg, env, listing, model, sample):
+            return shutdown()                                                  # stopped by a signal
+        model.eval()
+        if cfg.data == "ava":
+            result, errors = detect(model, test, cfg, env)
+        else:
+            scores, read, errors = classify(model, test.items, cfg, env, views)
+            result = figures(scores, read, test_labels, classes, test, cfg)
+    else:
+        network.eval()
+        query, read, errors = extract(network, test.items, cfg, env, views, "testing")       # (N, views, dim)
+        gallery, known, train_errors = extract(network, listing.items, cfg, env, train_views, "training features")
+        gallery, labels, errors = gallery[known].to(env.device), labels[known].to(env.device), train_errors + errors
+        query = query.to(env.device)
+        if cfg.mode == "linear":
+            x = gallery.mean(1)
+            if cfg.classifier == "svm":
+                scores = query.mean(1) @ squared_hinge_svm(x, labels, len(classes))
+            else:
+                scores = fit_linear(x, labels, len(classes), cfg.l2)(query).softmax(-1).mean(1)
+        elif cfg.mode == "knn":
+            gallery, query = (F.normalize(x, dim=-1).mean(1) for x in (gallery, query))
+            scores = knn_scores(gallery, labels, query, len(classes), cfg.neighbours)
+        if cfg.mode == "retrieval":
+            if cfg.center:                                                     # FAME: each clip counts the same
+                gallery, query = F.normalize(gallery, dim=-1), F.normalize(query, dim=-1)
+            recall = retrieval_recall(gallery.mean(1), labels, query.mean(1), test_labels.to(env.device),
+                                      center=cfg.center, read=read.to(env.device))
+            result = {f"R@{k}": value for k, value in recall.items()}
+        else:
+            result = accuracy(scores.cpu(), read, test_labels, classes)
+    report(cfg, env, out, result, errors, len(test.items))
+    shutdown()
+
+
+def report(cfg, env, out, result, errors, videos):
+    """Print the result and write it to results.json, its numbers named by the views that they were made with."""
+    if env.rank:
+        return
+    named = {f"{name}_{cfg.views}": value for name, value in result.items() if name != "per_class"}
+    per_class = result.get("per_class", {})
+    results = dict(named, per_class=per_class, mode=cfg.mode, recipe=cfg.recipe, init=cfg.init,
+                   random_init=cfg.random_init, data=cfg.data, label=cfg.label, train_split=cfg.train_split,
+                   videos=videos, unreadable=errors)
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    for name, value in sorted(per_class.items(), key=lambda pair: pair[1]):
+        print0(f"  {value:6.2f}  {name}")
+    for error in errors:
+        print0(f"not read (counts as wrong): {error}")
+    numbers = "  ".join(f"{name} {value:.2f}" for name, value in named.items())
+    print0(f"{numbers}  on {videos} videos -> {out / 'results.json'}")
+
+
+def apply(cfg, env, out, views):
+    """--mode predict: print the classes of any videos and write predictions.csv; extract: write features.npz."""
+    toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
+    items = find_videos(cfg.data, cfg.root, cfg.train_split if cfg.data in DATA_SETS else "all", toy=toy).items
+    classes = load_file(cfg.init).get("classes") if cfg.mode == "predict" and cfg.init else None
+    if cfg.mode == "predict" and cfg.init and not classes:
+        raise UserError(f"--mode predict: {cfg.init} does not say its classes; it takes a checkpoint of finetune.py "
+                        "or a Hugging Face folder of a classifier")
+    network, _ = build_network(cfg, len(classes or ()))
+    network.to(env.device).eval()
+    out.mkdir(parents=True, exist_ok=True)
+    if cfg.mode == "extract":
+        features, read, errors = extract(network, items, cfg, env, views, "features")
+        path = out / "features.npz"
+        if env.rank == 0:
+            np.savez(path, names=[item.path for item in items], features=features.mean(1).numpy(), read=read.numpy())
+    else:
+        flow = None
+        if cfg.focused:
+            flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+        sizes, path = head_sizes(classes), out / "predictions.csv"
+        model = Classifier(network, sizes, cfg, flow).eval()
+        scores, read, errors = classify(model, items, cfg, env, views, "predicting")
+        scores = scores if cfg.average == "softmax" else torch.cat([x.softmax(1) for x in scores.split(sizes, 1)], 1)
+        rows, first = [], 0
+        for part in scores.split(sizes, 1):                                    # of one head each
+            best = part.topk(min(5, part.shape[1]))
+            for item, ok, values, places in zip(items, read.tolist(), best.values.tolist(), best.indices.tolist()):
+                names = [classes[first + i] for i in places]
+                if ok:
+                    rows.append((item.path, names[0], ";".join(names), ";".join(f"{v:.4f}" for v in values)))
+            first += part.shape[1]
+        if env.rank == 0:
+            with open(path, "w", newline="") as file:
+                csv.writer(file).writerows([("path", "label", "top5", "scores"), *rows])
+        for name, _, names, values in rows[:20]:
+            print0(name, *(f" {float(v):.2f} {n}" for n, v in zip(names.split(";")[:3], values.split(";"))))
+    for error in errors:
+        print0(f"not read: {error}")
+    print0(f"{int(read.sum())} of {len(items)} videos -> {path}")
+    shutdown()
+
+
+def export(cfg, out):
+    """--mode export: write a folder that Hugging Face transformers loads."""
+    content = load_file(cfg.init) if cfg.init else {}
+    weights = content.get("model", {}) if isinstance(content, dict) else {}
+    head = weights.get("head.weight")
+    network, _ = build_network(cfg, 0 if head is None else len(head))
+    classes = content.get("classes") or [str(i) for i in range(0 if head is None else len(head))]
+    if cfg.focused:
+        raise UserError("--mode export: MOFO's motion-focused head has no counterpart in Hugging Face's VideoMAE")
+    export_huggingface(network, classes, out)
+    print0(f"{out}: config.json, preprocessor_config.json, model.safetensors")
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -157,6 +157,18 @@ def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.0
     return torch.stack([x1, y1, x2, y2], 1) * found[:, None], found
 
 
+def find_motion(estimator, clips, tubelet_size=2):
+    """Clips (B, 3, T, H, W), square -> flow (B, T', 2, h, w) between the first two frames of each tubelet, motion
+    (B, h, w), boxes (B, 4), found (B,)."""
+    tubelets = clips.unflatten(2, (-1, tubelet_size)).transpose(1, 2)                       # (B, T', 3, t, H, W)
+    pairs = tubelets[:, :, :, :2].flatten(0, 1)                                             # (B T', 3, 2, H, W)
+    flow = estimator(pairs).unflatten(0, (len(clips), -1))[:, :, 0]                         # (B, T', 2, h, w)
+    with torch.autocast(clips.device.type, enabled=False):                                  # in bf16 a pan has edges
+        motion = motion_map(flow)
+        boxes, found = motion_box(motion, clips.shape[-1])
+    return flow, motion, boxes, found
+
+
 # ---- 3. Mask -------------------------------------------------------------------------------------------------------
 
 def motion_tube_mask(boxes, found, grid, ratio, inside_ratio, generator=None, patch_size=16):
@@ -258,13 +270,7 @@ class MOFO(MaskedAutoencoder):
     @torch.no_grad()
     def mask(self, clips, generator=None):
         """Hidden (B, N) and what it comes from: flow (B, T', 2, h, w), motion (B, h, w), boxes (B, 4), found (B,)."""
-        B, side = len(clips), clips.shape[-1]
-        tubelets = clips.unflatten(2, (-1, self.encoder.tubelet_size)).transpose(1, 2)      # (B, T', 3, t, H, W)
-        pairs = tubelets[:, :, :, :2].flatten(0, 1)                                         # (B T', 3, 2, H, W)
-        flow = self.flow(pairs).unflatten(0, (B, -1))[:, :, 0]                              # (B, T', 2, h, w)
-        with torch.autocast(clips.device.type, enabled=False):                              # in bf16 a pan has edges
-            motion = motion_map(flow)
-            boxes, found = motion_box(motion, side)
+        flow, motion, boxes, found = find_motion(self.flow, clips, self.encoder.tubelet_size)
         hidden = motion_tube_mask(boxes, found, self.encoder.grid, self.mask_ratio, self.inside_ratio, generator,
                                   self.encoder.patch_size)
         return hidden, flow, motion, boxes, found
