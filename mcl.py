@@ -39,7 +39,7 @@ Run    python mcl.py                                         # toy data; TIME mi
 import copy
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -516,7 +516,8 @@ def main(cfg):
     optimizer = make_optimizer(cfg.optimizer, model, lr, cfg.weight_decay, env.device)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
-    examples = example_clips(Clips(listing.items, partial(sample_clips, cfg=cfg, curve=True), cfg.seed))
+    sample = partial(sample_clips, cfg=replace(cfg, repeats=1), curve=True)
+    examples = example_clips(Clips(listing.items, sample, cfg.seed))
 
     # >>> same: loop
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)

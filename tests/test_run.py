@@ -16,18 +16,24 @@ import torch
 import common
 import fame
 import finetune
+import mcl
 import mme
+import modist
 import mofo
 from common import UserError, parse_config
 from test_data import put, tiny_video
 
 REPO = Path(__file__).resolve().parents[1]
-METHODS = dict(mofo=mofo.MOFO, mme=mme.MME, fame=fame.FAME)
+METHODS = dict(mofo=mofo.MOFO, mme=mme.MME, fame=fame.FAME, mcl=mcl.MCL, modist=modist.MoDist)
 SCRIPTS = list(METHODS)
+CONTRASTIVE = ("fame", "mcl", "modist")
 TINY = "--toy-train 24 --toy-test 16 --batch 8 --log-every 1 --steps 6 --save-every 2 --workers 1".split()
 VIT, RESNET = "--model vit_tiny --flow tvl1 --mask-ratio 0.5".split(), "--backbone r2plus1d_50 --width 0.125 --queue 32".split()
-SMALL = dict(mofo=VIT, mme=VIT, fame=RESNET)                             # settings for data other than toy
-EXACT = dict(fame=["--no-merge"])                                        # backgrounds come from the process's own clips
+SMALL = dict(mofo=VIT, mme=VIT, fame=RESNET,                             # settings for data other than toy
+             mcl=[*RESNET, *"--flow tvl1 --frame-height 48 --frame-width 64".split()],
+             modist=[*"--backbone slow_r50 --width 0.125 --queue 32 --flow tvl1".split()])
+EXACT = dict(fame=["--no-merge"],                                        # backgrounds come from the process's own clips
+             modist=["--cross-weight", "0"])                             # the motion network has batch norm
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +109,7 @@ def test_a_run_leaves_everything_it_promises(script, reference):
     assert common.load_weights(vit, out / "last.pt").missing == []
     assert (out / "preview.png").stat().st_size > 10_000
     values = list(reference(script).values())
-    assert values[-1] < values[0] or script == "fame"                    # MoCo's first steps only fill the queue
+    assert values[-1] < values[0] or script in CONTRASTIVE               # MoCo's first steps only fill the queue
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -146,7 +152,7 @@ def test_two_processes_give_the_losses_of_one(script, reference):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_accumulation_and_repeats(script, reference):
     run(script, *TINY, *EXACT.get(script, []), "--device-batch", 2, "--out", f"runs/accumulated-{script}")
-    if script != "fame":                                                 # there a pass finds the keys of the one before
+    if script not in CONTRASTIVE:                                        # there a pass finds the keys of the one before
         assert [*losses(f"runs/accumulated-{script}").values()] == pytest.approx([*reference(script).values()], rel=2e-5)
     assert len(losses(f"runs/accumulated-{script}")) == 6
     run(script, *TINY, "--repeats", 2, "--steps", 2, "--out", f"runs/repeats-{script}")
@@ -188,7 +194,13 @@ OWN = dict(mofo=[*FLOW, (["--inside-ratio", "2"], "--mask-ratio 0.75 .* --inside
                  (["--batch", "8", "--device-batch", "1"], "one pair per forward pass"), (["--frames", "1"], "--frames 1 must be at least 2"),
                  (["--backbone", "s3d", "--image-size", "32", "--frames", "4"], "s3d cannot take 4 frames of 32 pixels"),
                  (["--width", "0"], "--width 0.0 must be above 0"), (["--temperature", "0"], "--temperature 0.0 must be above 0"),
-                 (["--queue", "0"], "--queue 0 must be at least 1"), (["--beta", "1.5"], "--frames 8 .* --beta 1.5 and")])
+                 (["--queue", "0"], "--queue 0 must be at least 1"), (["--beta", "1.5"], "--frames 8 .* --beta 1.5 and")],
+           mcl=[*FLOW[:2], (["--backbone", "s3d"], "--attention l1: .*--backbone s3d: any but s3d"),
+                (["--attention", "hard"], "--attention hard: choose l1 or softmax"), (["--frames", "10"], "10 frames do not fall into"),
+                (["--momentum", "1.5"], "--momentum 1.5 must be in"), (["--frame-width", "16"], ".*--frame-width 16 at least 32")],
+           modist=[*FLOW[:2], (["--stride", "3"], "--stride 3 must be a multiple of --motion-stride 2, and --frames 8 x"),
+                   (["--motion-input", "edges"], "--motion-input edges: choose flow_edge, flow or frame_diff"),
+                   (["--max-crop", "0.5"], ".*--max-crop 0.5 between --min-crop"), (["--optimizer", "lamb"], "--optimizer lamb: choose sgd")])
 
 
 @pytest.mark.parametrize("script, argv, message", [(s, *mistake) for s in SCRIPTS for mistake in MISTAKES + OWN[s]])
@@ -380,7 +392,7 @@ def test_a_test_video_that_cannot_be_read_counts_as_wrong_and_is_named(workplace
 
 @pytest.mark.parametrize("argv, message", [
     ([], "--init FILE: name a checkpoint"),
-    (["--init", "x.pt", "--mode", "guess"], "--mode guess: choose finetune, linear, knn or test"),
+    (["--init", "x.pt", "--mode", "guess"], "--mode guess: choose finetune, linear, knn, retrieval, test, predict, extract or export"),
     (["--init", "x.pt", "--views", "3"], "--views 3: expected e.g. 2x3"),
     (["--init", "x.pt", "--label", "taste"], "--label taste: toy has motion, scene"),
     (["--init", "runs/reference-mofo/last.pt", "--mode", "test"], "missing .*head.weight"),
