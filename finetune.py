@@ -508,7 +508,7 @@ def retrieval_recall(gallery, gallery_labels, query, query_labels, ks=(1, 5, 10,
     Near is cosine, in float64 because TF32 would reorder neighbours.  center=True first subtracts from either set
     its own mean; FAME, whose protocol that is, also normalises every clip before the mean over clips (the caller's
     part).  A query with read (Q,) False is a miss and not part of the mean.  A k beyond the gallery is all of it.
-    Our choice for ties: a video of another class exactly as near as the nearest of the right one precedes it, so
+    Our choice for ties: a video of another class as near (to 1e-12) as the nearest of the right one precedes it, so
     the order of rows never matters, and features that are all alike, or nan, find nothing.
     """
     gallery, query = gallery.double(), query.double()
@@ -520,7 +520,7 @@ def retrieval_recall(gallery, gallery_labels, query, query_labels, ks=(1, 5, 10,
     for some, label in zip(query.split(rows), query_labels.split(rows)):
         cosine, same = some @ gallery.T, label[:, None] == gallery_labels      # (rows, N)
         nearest = cosine.masked_fill(~same, -math.inf).amax(1, keepdim=True)   # of the right class
-        before.append((~(cosine < nearest) & ~same).sum(1))                    # how many of other classes precede it
+        before.append((~(cosine < nearest - 1e-12) & ~same).sum(1))            # how many of other classes precede it
     before = torch.cat(before)                                                 # (Q,)
     return {k: 100 * ((before < min(k, len(gallery))) & read).double().mean().item() for k in ks}
 
@@ -685,15 +685,14 @@ def squared_hinge_svm(features, labels, classes, C=1.0):
     def solve(matrix, right):
         return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
     W = 2 * solve(x.T @ x + ridge, x.T @ y)                                    # twice least squares: few violations
-    enough = 1e-8 * (2 * C * x.T @ y).norm(dim=0)
+    enough, margins = 1e-8 * (2 * C * x.T @ y).norm(dim=0), y * (x @ W)
     for c in range(classes):
-        w, sign = W[:, c], y[:, c]
-        margin = sign * (x @ w)
+        w, sign, margin = W[:, c], y[:, c], margins[:, c]
         for _ in range(100):
-            slack = (1 - margin).clamp(min=0)
-            if (w - 2 * C * x.T @ (sign * slack)).norm() <= enough[c]:
+            active = margin < 1                                                # only these rows have a say
+            rows, signs = x[active], sign[active, None]
+            if (w - 2 * C * rows.T @ (signs[:, 0] - rows @ w)).norm() <= enough[c]:
                 break
-            rows, signs = x[slack > 0], sign[slack > 0, None]
             if len(rows) < x.shape[1]:                                         # the smaller of two equal systems
                 target = rows.T @ solve(rows @ rows.T + ridge[:len(rows), :len(rows)], signs)
             else:
