@@ -68,7 +68,8 @@ def parse_config(Config, recipes, argv=None):
     Every field is a flag (`mask_ratio` -> `--mask-ratio`, bools also `--no-...`), its comment is the help text.  A
     recipe applies if all words of its key are among the values of data, recipe and mode; later ones override earlier
     ones.  Data of the user's own is the word "custom".  With a ViT as `backbone`, `recipes["vit"]` applies, too.
-    Raises UserError on an unknown flag or a value of the wrong type.
+    The names of flags that were given are in `.given`.  Raises UserError on an unknown flag or a value of the wrong
+    type.
     """
     types = typing.get_type_hints(Config)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
@@ -104,7 +105,9 @@ def parse_config(Config, recipes, argv=None):
     own = settings.get("backbone", "")
     if given.get("backbone", own).startswith("vit"):                    # a recipe that chose a ViT knows better
         settings = {**recipes["vit"], **settings} if own.startswith("vit") else {**settings, **recipes["vit"]}
-    return Config(**{**settings, "data": data, **given})
+    config = Config(**{**settings, "data": data, **given})
+    config.given = set(given)
+    return config
 
 
 def _value(kind):
@@ -854,7 +857,7 @@ def ava_listing(root, split, boxes="", min_score=0.8):
         file = _ava_box_file(boxes, files, root)
         source = f"of {file} with score >= {min_score}"
         for video, second, box, _, score in _ava_rows(file, "video,second,x1,y1,x2,y2,label,score"):
-            if score >= min_score and video in videos and 902 <= second <= 1798:
+            if score >= min_score and 902 <= second <= 1798:
                 people.setdefault((video, second), {})[box] = score        # a box may have a row per label
     items = []
     for (video, second), group in sorted(people.items()):
@@ -1760,13 +1763,13 @@ class ViT(nn.Module):
         x = self.tokens(patchify(clips, self.patch_size, self.tubelet_size), positions=positions)
         return x.transpose(1, 2).unflatten(2, grid)
 
-    def features(self, clips):
+    def pooled(self, clips):
         """(B, 3, T, H, W) -> (B, dim): what the head gets."""
         x = self.forward_map(clips).flatten(2).mean(-1)
         return self.fc_norm(x) if hasattr(self, "fc_norm") else x
 
     def forward(self, clips):
-        x = self.features(clips)
+        x = self.pooled(clips)
         return self.head(x) if hasattr(self, "head") else x
 
 
@@ -1789,12 +1792,12 @@ class ConvNet(nn.Module):
             x = getattr(self, name)(x)
         return x
 
-    def features(self, clips):
+    def pooled(self, clips):
         """(B, 3, T, H, W) -> (B, dim): what the head gets."""
         return self.forward_map(clips).mean((2, 3, 4))
 
     def forward(self, clips):
-        x = self.features(clips)
+        x = self.pooled(clips)
         return self.head(x) if hasattr(self, "head") else x
 
 
@@ -2116,12 +2119,14 @@ def inflate(state, own):
         return state
     add, out = stem.removesuffix("stem.conv1.weight"), {}
     for name, x in state.items():
+        if not name.startswith(prefix):                          # MoCo's key encoder
+            continue
         name = add + re.sub(r"^(conv1|bn1)\.", r"stem.\1.", name.removeprefix(prefix))
         name = re.sub(r"^.*\bfc\.(\d)", r"heads.inter.\1", name)
         spatial, temporal = (name.replace("conv2.weight", f"conv2.{i}.weight") for i in (0, 1))
         if temporal != name and temporal in own:
             out[temporal] = torch.zeros_like(own[temporal])
-            out[temporal][:, :, 1, 0, 0] = torch.eye(len(x))
+            out[temporal][:, :, 1, 0, 0] = torch.eye(len(out[temporal]))
             name = spatial
         if name in own and x.ndim == 4:
             taps = own[name].shape[2]

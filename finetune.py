@@ -141,16 +141,19 @@ RECIPES = {
     "k400": dict(DENSE, epochs=75, batch=384),
     "ucf101": dict(DENSE, epochs=100, batch=128, layer_decay=0.7, drop_path=0.2, dropout=0.5, min_lr=1e-5),
     "hmdb51": dict(DENSE, epochs=100, batch=128, layer_decay=0.7, drop_path=0.2, dropout=0.5, min_lr=1e-5),  # ours
-    "epic": dict(label="verb-noun", epochs=100, min_crop=0.5),                                               # ours
+    "epic": dict(epochs=100, min_crop=0.5),                                                                  # ours
+    "epic finetune": dict(label="verb-noun"),
     "ava": dict(PLAIN, sampling="dense", views="1x1", test_size=256, flip=True, epochs=30, batch=128, lr=2.5e-4,
                 layer_decay=0.75, drop_path=0.2, jitter=1.0, hue=0.05),
     "retrieval": dict(sampling="dense", stride=2, views="10x1", train_views="10x1"),
     # MOFO: motion-focused fine-tuning; 8 clips per GPU, how many GPUs is not said
     "mofo finetune": dict(focused=True, epochs=100, batch=64, repeats=1),
     "mofo finetune epic": dict(label="action", randaugment="none", erasing=0.0),
+    "mofo finetune ava": dict(focused=False, epochs=30, batch=128),
     # MME: VideoMAE's with larger crops
     "mme finetune": dict(min_crop=0.25, repeats=2, layer_decay=0.75, drop_path=0.1, dropout=0.0),
     "mme finetune ssv2": dict(epochs=30, batch=448),
+    "mme finetune ava": dict(min_crop=0.08, repeats=1, drop_path=0.2),
     "mme finetune k400": dict(lr=1e-3, epochs=75, views="7x3"),
     "mme finetune ucf101": dict(lr=1e-3, views="10x3"),
     "mme finetune hmdb51": dict(lr=1e-3, views="10x3"),
@@ -349,7 +352,7 @@ class Classifier(nn.Module):
             x = network.fc_norm(network.local_MCA[0](tokens, patches.repeat(1, T)))
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.fixed):
-                x = network.features(clips)
+                x = network.pooled(clips)
         x = F.normalize(x, dim=1) if c.unit_features else x
         return network.head(F.dropout(x, c.dropout, self.training)).float()
 
@@ -849,7 +852,7 @@ def train(cfg, env, listing, model, sample):
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
     start = restore(checkpoint, "", network, optimizer, scaler)
     net = wrap(model.train(), env, cfg.compile)
-    log, stop = Log(out, env, plan, start, cfg.log_every), StopSignal()
+    log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
         rate = cosine_lr(step, plan.steps, warmup, lr, min_lr)
@@ -891,6 +894,11 @@ CHOICES = dict(mode=("finetune", "linear", "knn", "retrieval", "test", "predict"
                average=("softmax", "logits"), randaugment=("none", *RANDAUGMENTS))
 
 
+# What testing takes over from the run that made a checkpoint, unless a flag says otherwise.
+TRAINED_WITH = ("label", "focused", "sampling", "stride", "frames", "image_size", "views", "test_size", "raw_crop",
+                "average", "unit_features", "min_score", "times_score", "flow")
+
+
 def check(cfg):
     """Raise UserError for settings that make no sense -> views (T, S) of test and of training videos."""
     for name, options in CHOICES.items():
@@ -908,18 +916,27 @@ def check(cfg):
     if cfg.aspect < 1 or cfg.test_batch < 1 or cfg.neighbours < 1:
         raise UserError(f"--aspect {cfg.aspect}, --test-batch {cfg.test_batch} and --neighbours {cfg.neighbours} "
                         "must be at least 1")
-    if cfg.data == "ava" and cfg.mode not in ("finetune", "test"):
-        raise UserError(f"--mode {cfg.mode}: --data ava has finetune and test")
+    if cfg.data == "ava" and (cfg.mode not in ("finetune", "test") or cfg.focused or cfg.repeats > 1):
+        raise UserError(f"--data ava has --mode finetune and test, no --focused and no --repeats above 1; got --mode "
+                        f"{cfg.mode}")
     return [tuple(map(int, views.split("x"))) for views in (cfg.views, cfg.train_views)]
 
 
+def inherit(cfg):
+    """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise."""
+    if cfg.mode not in ("test", "predict", "export") or not cfg.init:
+        return
+    content = load_file(cfg.init)
+    made = content.get("config") if isinstance(content, dict) else None
+    if isinstance(made, dict) and made.get("mode") in ("finetune", "linear"):
+        for name in set(TRAINED_WITH) - getattr(cfg, "given", set()):
+            setattr(cfg, name, made.get(name, getattr(cfg, name)))
+
+
 def main(cfg):
+    inherit(cfg)
     views, train_views = check(cfg)
     env, out = setup(cfg.seed), run_directory(f"finetune-{cfg.mode}", cfg)
-    if cfg.mode in ("test", "predict", "export") and cfg.init:                 # go on with what was trained
-        made = load_file(cfg.init)
-        made = made.get("config", {}) if isinstance(made, dict) else {}
-        cfg.label, cfg.focused = cfg.label or made.get("label", ""), cfg.focused or made.get("focused", False)
     if cfg.mode == "export":
         return export(cfg, out)
     if cfg.mode in ("predict", "extract"):
@@ -1022,7 +1039,8 @@ def apply(cfg, env, out, views):
     """--mode predict: print the classes of any videos and write predictions.csv; extract: write features.npz."""
     toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
     items = find_videos(cfg.data, cfg.root, cfg.train_split if cfg.data in DATA_SETS else "all", toy=toy).items
-    classes = load_file(cfg.init).get("classes") if cfg.mode == "predict" and cfg.init else None
+    content = load_file(cfg.init) if cfg.mode == "predict" and cfg.init else None
+    classes = content.get("classes") if isinstance(content, dict) else None
     if cfg.mode == "predict" and cfg.init and not classes:
         raise UserError(f"--mode predict: {cfg.init} does not say its classes; it takes a checkpoint of finetune.py "
                         "or a Hugging Face folder of a classifier")

@@ -20,7 +20,7 @@ Differs from the paper and its released code, and why
     frame), and is not rounded to 8 bits; strong motion there wraps around to none.
  3. The target is flipped with its clip (released: 37.5 % of all targets are mirrored in one component or both).
  4. The spatio-temporal term weights time steps by their share of the motion.  The published softmax over raw sums
-    picks one step and depends on units: --attention softmax.
+    picks one step and depends on units: --attention softmax, for flow over --stride frames.
  5. Keys are encoded with running instead of batch statistics, averaged over steps as the key encoder's weights are,
     as in fame.py, instead of shuffling clips across GPUs.  Queries: synchronised batch norm on several GPUs, except
     for the last one, which is differentiated twice.
@@ -32,7 +32,7 @@ Differs from the paper and its released code, and why
     MLP, before its GELU (our choice): like the published one it is the last linear map before a non-linearity and
     the mean.  Of a ViT's or a longer clip's finer map, means over cells are aligned.
 
-Run    python mcl.py                                         # toy data; TIME minutes on 2 CPU cores
+Run    python mcl.py                                         # toy data; three minutes on 2 CPU cores
        torchrun --nproc_per_node=4 mcl.py --data ucf101 --root DIR --init moco_v2_200ep.pth.tar   # not run by us
        python mcl.py --data DIR_OF_VIDEOS                    # your own, labels not needed
 """
@@ -397,7 +397,8 @@ class MCL(nn.Module):
                 stats |= {f"align_{name}": value.detach() for name, value in cosines.items()}
                 stats |= dict(zero_maps=(P.amax(1) == 0).float().mean(), map_norm=P.norm(dim=1).mean())
         self.queue.enqueue(keys["inter"])
-        near = (q["inter"].detach() @ k[:, 0].T).argmax(1)                      # (B,) most similar first key
+        with torch.autocast(X.device.type, enabled=False):                      # bf16 would not tell them apart
+            near = (q["inter"].detach() @ k[:, 0].T).argmax(1)                  # (B,) most similar first key
         return loss, stats | dict(top1=100 * (near == torch.arange(len(near), device=near.device)).float().mean())
 
 
@@ -476,7 +477,7 @@ def sample_clips(video, item, rng, cfg, curve=False):
     (first, last), span, K = item_frames(video, item), cfg.stride * cfg.frames, 2 if cfg.motion_clips else 1
     size, (height, width) = (cfg.frame_height, cfg.frame_width), (video.info.height, video.info.width)
     scale = min(height / size[0], width / size[1])
-    h, w = max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+    h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
     starts, orders, indices, crops = [], [], [], []
     for _ in range(cfg.repeats):
         start, before = random_starts(first, last, span, K, rng)
@@ -523,7 +524,7 @@ def main(cfg):
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
     start = restore(checkpoint, cfg.init, model, optimizer, scaler)
     net = wrap(model, env, cfg.compile)
-    log, stop = Log(out, env, plan, start, cfg.log_every), StopSignal()
+    log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
         rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)

@@ -25,7 +25,7 @@ from those is used; these are our choices, or differ from them, and why
     MoCo on the same network; the momentum of the keys is constant.  Colour jitter is one affine map per clip.
  6. RGB is normalised with ImageNet's mean and deviation (released: .45 and .225).
 
-Run    python modist.py                                      # toy data; TIME minutes on 2 CPU cores
+Run    python modist.py                                      # toy data; two minutes on 2 CPU cores
        torchrun --nproc_per_node=8 modist.py --data k400 --root DIR                              # not run by us
        python modist.py --data DIR_OF_VIDEOS                 # your own, labels not needed
 """
@@ -246,8 +246,10 @@ class MoDist(nn.Module):
         return loss, stats | {name: term.detach() for name, term in terms.items()}
 
     def top1(self, query, key):
+        """How often (%) the own key is the most similar one: query, key (B, outputs)."""
         own = torch.arange(len(query), device=query.device)
-        return 100 * ((query.detach() @ key.T).argmax(1) == own).float().mean()
+        with torch.autocast(query.device.type, enabled=False):                  # bf16 would not tell them apart
+            return 100 * ((query.detach() @ key.T).argmax(1) == own).float().mean()
 
 
 # ---- 4. Preview ----------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def preview(model, clips, path):
     else:
         query, about = model.head(model.encoder(normalize(rgb[0]))), frames[:, 0]
     found = F.normalize(keys["head"](keys["encoder"](normalize(rgb[1]))), dim=1)
-    best = (F.normalize(query, dim=1) @ found.T).topk(3).indices.cpu()                      # (B, 3)
+    best = (F.normalize(query, dim=1) @ found.T).argsort(1, descending=True)[:, :3].cpu()   # (B, 3)
     about = F.interpolate(about.cpu() / about.amax((1, 2, 3), keepdim=True).cpu().clamp(min=1e-6), tile)
     picture = rgb[1][:, :, rgb[1].shape[2] // 2].cpu()                                      # (B, 3, H, W)
     framed = draw_box(picture, torch.tensor([0, 0, tile[1] - 1, tile[0] - 1]))
@@ -322,6 +324,8 @@ def main(cfg):
                         "--motion-stride")
     if cfg.motion_input not in ("flow_edge", "flow", "frame_diff"):
         raise UserError(f"--motion-input {cfg.motion_input}: choose flow_edge, flow or frame_diff")
+    if cfg.cross_weight < 0:
+        raise UserError(f"--cross-weight {cfg.cross_weight} must not be negative; 0 = MoCo")
     if not 0 <= cfg.momentum <= 1 or not cfg.min_crop <= cfg.max_crop <= 1 or cfg.edge_clip <= 0 or cfg.fps < 0:
         raise UserError(f"--momentum {cfg.momentum} must be in [0, 1], --max-crop {cfg.max_crop} between --min-crop "
                         f"and 1, --edge-clip {cfg.edge_clip} above 0, --fps {cfg.fps} not negative")
@@ -345,7 +349,7 @@ def main(cfg):
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
     start = restore(checkpoint, cfg.init, model, optimizer, scaler)
     net = wrap(model, env, cfg.compile)
-    log, stop = Log(out, env, plan, start, cfg.log_every), StopSignal()
+    log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
         rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)

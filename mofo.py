@@ -351,7 +351,7 @@ def main(cfg):
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
     start = restore(checkpoint, cfg.init, model, optimizer, scaler)
     net = wrap(model, env, cfg.compile)
-    log, stop = Log(out, env, plan, start, cfg.log_every), StopSignal()
+    log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
         rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)

@@ -1016,10 +1016,10 @@ def test_an_unknown_backbone_is_named_with_the_choices(name):
 def test_sgd_trains_what_is_trained_with_decay_on_everything():
     model = tiny()
     optimizer = make_optimizer("sgd", model, 0.3, 1e-4, CPU)
-    group, = optimizer.param_groups
-    assert isinstance(optimizer, torch.optim.SGD) and not group["nesterov"] and group["dampening"] == 0
-    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.9, 1e-4)
-    assert {id(p) for p in group["params"]} == {id(p) for p in [*model.encoder.parameters(), *model.head.parameters()]}
+    for group in optimizer.param_groups:
+        assert isinstance(optimizer, torch.optim.SGD) and not group["nesterov"] and group["dampening"] == 0
+        assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.9, 1e-4)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in [*model.encoder.parameters(), *model.head.parameters()]}
 
 
 def test_adamw_has_no_decay_on_vectors_and_leaves_the_keys_out():
