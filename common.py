@@ -1929,7 +1929,7 @@ def ema_update(target, source, momentum, updates=None):
     """target <- momentum * target + (1 - momentum) * source, for parameters and (running statistics) buffers.
 
     With the number of updates so far, a tensor (), buffers are averaged over the first ones instead, so that what
-    they start with does not linger.
+    they start with does not linger.  Ends what `restore` began: batch norms that start from their first batch.
     """
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
     weight = torch.tensor(1 - momentum) if updates is None else (1 / updates).clamp(min=1 - momentum)
@@ -1937,6 +1937,14 @@ def ema_update(target, source, momentum, updates=None):
         if t.is_floating_point():
             s.copy_(torch.where(s.isfinite(), s, t))             # a step that was skipped may have left NaN there
             t.lerp_(s, weight.to(t))
+    set_batch_norm(source, 0.1)
+
+
+def set_batch_norm(model, momentum):
+    """Set how far the running statistics of batch norms move towards those of each batch."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = momentum
 
 
 # ---- 10. Checkpoints of other people -------------------------------------------------------------------------------
@@ -2369,6 +2377,8 @@ def restore(checkpoint, init, model, optimizer, scaler):
                f"{len(report.unexpected)} unexpected {report.unexpected[:3]}")
         if any(name.startswith("keys.") for name in report.missing):
             model.update_keys(momentum=0)                        # the key encoder starts where the query encoder does
+    elif hasattr(model, "keys"):                                 # which are encoded with running statistics: from the
+        set_batch_norm(model, 1.0)                               # first batch on, else they are of use after 30 steps
     return 0
 
 

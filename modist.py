@@ -73,6 +73,8 @@ class Config:
     edge_clip: float = 1.0             # flow edges are cut there, in pixels per pixel
     cross_weight: float = 1.0          # of the cross-modal losses; 0 = MoCo, without a motion network
     motion_motion: bool = False        # also pull the motion features of two moments together
+    min_shift: float = 0.5             # seconds between the two moments, at least
+    max_shift: float = 10.0            # at most
     min_crop: float = 0.2              # smallest area of a crop
     max_crop: float = 0.766            # largest area of a crop
     colour: float = 1.0                # strength of colour jitter and frequency of grey clips; 1 = published for MoCo
@@ -112,10 +114,10 @@ RECIPES = {   # all but k400 are our choice
     # small enough to start on any machine
     "custom": dict(queue=2048, batch=8, workers=2, log_every=1, save_every=50, preview_every=50),
     # about two minutes on two CPU cores
-    "toy": dict(backbone="vit_tiny", image_size=64, frames=8, stride=2, motion_frames=8, motion_stride=2, fps=0.0,
-                flow="tvl1", edge_clip=0.5, min_crop=1.0, max_crop=1.0, colour=0.3, queue=256, momentum=0.99,
-                epochs=8, batch=32, device_batch=32, lr=8e-3, warmup_epochs=1, weight_decay=0.05, workers=2,
-                log_every=10, save_every=100, preview_every=100),
+    "toy": dict(width=0.25, image_size=64, frames=8, stride=2, motion_frames=8, motion_stride=2, fps=0.0,
+                flow="tvl1", edge_clip=0.5, min_shift=0.0, max_shift=0.2, min_crop=1.0, max_crop=1.0, colour=0.3,
+                queue=32, momentum=0.99, epochs=7, batch=32, device_batch=32, optimizer="adamw", lr=8e-3,
+                warmup_epochs=1, weight_decay=0.05, workers=2, log_every=8, save_every=100, preview_every=100),
 }
 
 
@@ -283,7 +285,7 @@ def preview(model, clips, path):
     framed = draw_box(picture, torch.tensor([0, 0, tile[1] - 1, tile[0] - 1]))
     matches = [torch.stack([framed[j] if j == i else picture[j] for j in row]) for i, row in enumerate(best.tolist())]
     rows.append(torch.cat([about[:, None], torch.stack(matches)], 1))                       # (B, 4, 3, H, W)
-    save_sheet(path, [row[i:i + 2].flatten(0, 1) for i in range(0, len(first), 2) for row in rows])
+    save_sheet(path, [row[i:i + 2].flatten(0, 1) for i in range(0, len(first) // 2 * 2, 2) for row in rows])
     model.train()
 
 
@@ -291,7 +293,7 @@ def preview(model, clips, path):
 
 def two_starts(room, fps, rng, least=0.5, most=10.0):
     """First frames of two clips of a video, in random order, for `room` + 1 possible ones: `least` to `most` seconds
-    apart, or as far as the video allows.  Source: the released defaults."""
+    apart, or as far as the video allows.  Source: the released default settings."""
     least, most = math.ceil(least * fps), math.floor(most * fps)
     shift = int(rng.integers(min(least, room), min(max(least, most), room), endpoint=True))
     start = int(rng.integers(room - shift, endpoint=True))
@@ -305,7 +307,8 @@ def sample_clips(video, item, rng, cfg):
     steps = cfg.motion_stride * np.arange(cfg.motion_frames + 1)
     steps = (steps * fps / cfg.fps).round().astype(int) if cfg.fps else steps
     room = max(0, last - first - int(steps[-1]))
-    starts = [start for _ in range(cfg.repeats) for start in two_starts(room, fps, rng)]
+    starts = [start for _ in range(cfg.repeats)
+              for start in two_starts(room, fps, rng, cfg.min_shift, cfg.max_shift)]
     indices = [np.minimum(first + start + steps, last) for start in starts]
     area = (cfg.min_crop, cfg.max_crop)
     crops = [random_resized_crop(video.info.height, video.info.width, rng, area) for _ in indices]
@@ -326,6 +329,8 @@ def main(cfg):
         raise UserError(f"--motion-input {cfg.motion_input}: choose flow_edge, flow or frame_diff")
     if cfg.cross_weight < 0:
         raise UserError(f"--cross-weight {cfg.cross_weight} must not be negative; 0 = MoCo")
+    if not 0 <= cfg.min_shift <= cfg.max_shift:
+        raise UserError(f"--min-shift {cfg.min_shift} must be at least 0 and at most --max-shift {cfg.max_shift}")
     if not 0 <= cfg.momentum <= 1 or not cfg.min_crop <= cfg.max_crop <= 1 or cfg.edge_clip <= 0 or cfg.fps < 0:
         raise UserError(f"--momentum {cfg.momentum} must be in [0, 1], --max-crop {cfg.max_crop} between --min-crop "
                         f"and 1, --edge-clip {cfg.edge_clip} above 0, --fps {cfg.fps} not negative")
