@@ -121,8 +121,8 @@ RECIPES = {
     "custom": dict(queue=2048, batch=8, workers=2, log_every=1, save_every=50, preview_every=50),
     # under three minutes on two CPU cores
     "toy": dict(backbone="vit_tiny", image_size=64, frame_height=64, frame_width=64, frames=8, flow="tvl1",
-                min_crop=0.5, colour=0.3, queue=256, momentum=0.99, order_weight=1.0, epochs=8, batch=32,
-                device_batch=32, lr=8e-3, min_lr=0.0, warmup_epochs=1, weight_decay=0.05, workers=2, log_every=10,
+                min_crop=0.5, colour=0.3, queue=256, momentum=0.99, order_weight=1.0, epochs=4, batch=32,
+                device_batch=32, lr=8e-3, min_lr=0.0, warmup_epochs=1, weight_decay=0.05, workers=2, log_every=8,
                 save_every=100, preview_every=100),
 }
 GRID = (4, 7, 7)                                     # of motion maps in time and space, at most
