@@ -38,10 +38,12 @@ from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fame
+import mcl
 import mme
+import modist
 import mofo
-from common import (VIDEO_FILES, Clips, Env, FlowEstimator, Item, VideoError, adamw, loader, make_backbone, probe, setup,
-                    to_device, vit_sizes, wrap)
+from common import (VIDEO_FILES, Clips, Env, FlowEstimator, Item, ResNet3D, VideoError, adamw, loader, make_backbone, probe,
+                    setup, to_device, vit_sizes, wrap)
 
 CONFIG = mofo.Config()                                             # 16 frames, 224 pixels, crops as in training
 
@@ -225,10 +227,16 @@ class Step:
     """One step of a script's loop, on clips that are on the device already."""
 
     def __init__(self, env, script, model, image_size, patch_size, clips, flow, weights, compile):
-        self.env, frames, views = env, CONFIG.frames, 2 if script == "fame" else 1
+        self.env, frames, views = env, CONFIG.frames, dict(fame=2, mcl=6, modist=2).get(script, 1)
         self.flow = flow and FlowEstimator(flow, weights.get(flow), CONFIG.flow_updates, None, env.device, env.amp, compile)
         if script == "fame":
             self.model = fame.FAME(make_backbone(model, image_size, frames)).to(env.device)
+        elif script == "mcl":
+            self.model, frames = mcl.MCL(make_backbone(model, image_size, frames), self.flow, 100).to(env.device), frames + 1
+        elif script == "modist":
+            motion = ResNet3D("motion_r50", 1 / 8, image_size, frames)
+            self.model = modist.MoDist(make_backbone(model, image_size, frames // 2), motion, self.flow).to(env.device)
+            frames += 1
         else:
             dim, depth, heads, decoder_dim, decoder_depth, decoder_heads = vit_sizes(model)
             sizes = dict(image_size=image_size, frames=frames, patch_size=patch_size, tubelet_size=CONFIG.tubelet_size, dim=dim,
@@ -243,6 +251,8 @@ class Step:
         self.optimizer = adamw(self.model, 1e-4, CONFIG.weight_decay, (0.9, 0.95), env.device)
         self.net = wrap(self.model, env, compile)
         self.batch = to_device(torch.randint(256, (views * clips, frames, image_size, image_size, 3), dtype=torch.uint8), env.device)
+        if script == "mcl":
+            self.batch = dict(clips=self.batch, order=torch.zeros(clips, dtype=torch.long, device=env.device))
 
     def __call__(self):
         with self.env.autocast():
@@ -372,9 +382,13 @@ def main():
                  for m, side, patch, clips in sizes for flow in ("tvl1", "raft_small") for script in ("mofo", "mme")]
         pairs = [("r2plus1d_18", 112, 32)] if cuda else [("vit_tiny", 64, 8), ("r2plus1d_18", 112, 2)]
         cases += [dict(script="fame", model=m, image_size=side, patch_size=16, clips=clips, flow=None, weights={}) for m, side, clips in pairs]
+        pairs = [("mcl", "r2plus1d_50", 224, 8), ("modist", "slow_r50", 224, 64)] if cuda else [
+            ("mcl", "vit_tiny", 64, 8), ("modist", "vit_tiny", 64, 8)]
+        cases += [dict(script=script, model=m, image_size=side, patch_size=16, clips=clips, flow=flow, weights=weights)
+                  for script, m, side, clips in pairs for flow in ("tvl1", "raft_small")]
         speed, start = bench_steps(env, modes, cases, 3 if few else 15)
         what = f"{args.device}, {str(env.amp or torch.float32)[6:]}"
-        table(f"Pre-training step with clips of 16 frames (fame: pairs of clips), clips/s ({what})", "script, model, clips, flow | eager | compiled | "
+        table(f"Pre-training step with clips of 16 frames (fame, modist: pairs of clips; mcl: videos), clips/s ({what})", "script, model, clips, flow | eager | compiled | "
               "compiled / eager | flow, % of eager | flow, % of compiled", speed)
         table(f"In a fresh process: building the model and the first step, s; peak memory, GB: "
               f"{'torch.cuda.max_memory_allocated' if cuda else 'VmHWM of the process less VmRSS before the model is built'}",

@@ -897,7 +897,8 @@ def test_every_recipe_fits_together(data, backbone):
     cfg = config("--data", data, *(["--backbone", backbone] if backbone else []))
     assert cfg.frames * cfg.stride == cfg.motion_frames * cfg.motion_stride and cfg.stride % cfg.motion_stride == 0
     assert 0 < cfg.min_crop <= cfg.max_crop <= 1 and cfg.batch % min(cfg.batch, cfg.device_batch) == 0
-    assert cfg.optimizer == ("adamw" if cfg.backbone.startswith("vit") else "sgd")
+    assert cfg.optimizer == ("adamw" if data == "toy" or cfg.backbone.startswith("vit") else "sgd")
+    assert cfg.warmup_epochs < cfg.epochs
 
 
 class Reached(Exception):
