@@ -103,7 +103,7 @@ def parse_config(Config, recipes, argv=None):
         if set(key.split()) <= words:
             settings |= values
     own = settings.get("backbone", "")
-    if given.get("backbone", own).startswith("vit"):                    # a recipe that chose a ViT or AdamW knows better
+    if given.get("backbone", own).startswith("vit"):                    # made for a ViT or AdamW: it knows better
         better = own.startswith("vit") or settings.get("optimizer") == "adamw"
         settings = {**recipes["vit"], **settings} if better else {**settings, **recipes["vit"]}
     config = Config(**{**settings, "data": data, **given})
