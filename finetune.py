@@ -89,7 +89,7 @@ class Config:
     optimizer: str = "adamw"           # adamw (betas 0.9 and 0.999), sgd (momentum 0.9), nesterov
     lr: float = 5e-4                   # per 256 clips of the batch
     min_lr: float = 1e-6               # per 256 clips, at the end
-    warmup_epochs: float = 5           # linear from 0
+    warmup_epochs: float = 5.0         # linear from 0
     drops: str = ""                    # epochs after which the rate falls tenfold, e.g. 60,120; none: a cosine
     weight_decay: float = 0.05         # not of vectors, except with sgd
     layer_decay: float = 0.75          # learning rate of a block relative to the one above it
@@ -116,7 +116,7 @@ class Config:
     boxes: str = ""                    # ava: file of detected people; gt = the true boxes; default: look for it
     min_score: float = 0.8             # ava: of a detection
     times_score: bool = True           # ava: multiply an action's score by that of the detection
-    flow: str = "raft_small"           # --focused: raft_small, raft_large, tvl1
+    flow: str = "raft_small"           # for --focused: raft_small, raft_large, tvl1
     raft_weights: str = ""             # file with torchvision's RAFT weights; default: download
     flow_updates: int = 6              # refinement steps of RAFT
     seed: int = 0                      # of everything that is random
