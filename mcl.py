@@ -32,7 +32,7 @@ Differs from the paper and its released code, and why
     MLP, before its GELU (our choice): like the published one it is the last linear map before a non-linearity and
     the mean.  Of a ViT's or a longer clip's finer map, means over cells are aligned.
 
-Run    python mcl.py                                         # toy data; three minutes on 2 CPU cores
+Run    python mcl.py                                         # toy data; 2.6 minutes on 2 CPU cores
        torchrun --nproc_per_node=4 mcl.py --data ucf101 --root DIR --init moco_v2_200ep.pth.tar   # not run by us
        python mcl.py --data DIR_OF_VIDEOS                    # your own, labels not needed
 """
