@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -191,6 +192,15 @@ def barrier():
     """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def once_per_disk(function):
+    """Call the function on the first process, then on the first one of each node: where nodes share a disk it finds
+    its work done, where they do not each has it."""
+    for variable in ("RANK", "LOCAL_RANK"):
+        if int(os.environ.get(variable, 0)) == 0:
+            function()
+        barrier()
 
 
 class RowGenerator(torch.Generator):
@@ -625,7 +635,7 @@ def _ssv2(files, split, label):
     return rows, sorted(ids, key=lambda name: int(ids[name]))
 
 
-def _epic(files, split, label):                                            # replaces common._epic
+def _epic(files, split, label):
     tables = {s: files.get(f"epic_100_{name}.csv") for s, name in (("train", "train"), ("test", "validation"))}
     if tables[split] is None:
         return None, None
@@ -671,9 +681,7 @@ def _seconds(stamp):
 def _toy(root, split, label, train=1024, test=256, size=64):
     """The toy data, written on first use; in its third split, `train_biased`, the scene gives the motion away."""
     root = root / f"{size}px"
-    if int(os.environ.get("RANK", 0)) == 0:
-        make_toy(root, split, test if split == "test" else train, size)
-    barrier()
+    once_per_disk(lambda: make_toy(root, split, test if split == "test" else train, size))
     rows = [(row["path"], root / row["path"], int(row["label" if label == "motion" else "scene"]))
             for row in csv.DictReader(_lines(root / f"{split}.csv"))]
     return _listing(f"toy {split}", rows, list(TOY_CLASSES if label == "motion" else TOY_SCENES))
@@ -1031,13 +1039,11 @@ def to_device(clips, device):
 
 
 def clip_indices(video, item, frames, stride, rng):
-    """Frame numbers (frames,) of a random clip of a video, `stride` apart, inside the item's time span.
-
-    A span that is too short repeats its last frame.
+    """Frame numbers (frames,) of a random clip of a video, `stride` (rounded where it is no whole number) apart,
+    inside the item's time span.  A span that is too short repeats its last frame.
     """
-    first, last = item_frames(video, item)
-    start = first + rng.integers(max(1, last - first + 1 - (frames - 1) * stride))
-    return np.minimum(start + stride * np.arange(frames), last)
+    (first, last), steps = item_frames(video, item), np.round(stride * np.arange(frames)).astype(int)
+    return np.minimum(first + rng.integers(max(1, last - first + 1 - steps[-1])) + steps, last)
 
 
 def item_frames(video, item):
@@ -1254,13 +1260,15 @@ def unnormalize(clips):
     return clips * std + mean
 
 
-def multi_scale_crop(height, width, rng, scales=(1.0, 0.875, 0.75, 0.66), snap=0):
+def multi_scale_crop(height, width, rng, smallest=0.66, snap=0):
     """A random box (x1, y1, x2, y2) inside a (height, width) frame: VideoMAE's multi-scale crop.
 
-    Both sides are drawn from `scales` x the short side, at most one scale apart; the place is one of 13 fixed
-    anchors.  A side within 2 px of `snap` becomes `snap` (no resampling).  Source: VideoMAE, pre-training transform.
+    Both sides are drawn from 1, .875, .75, ... and `smallest` x the short side, at most one scale apart; the place is
+    one of 13 fixed anchors.  A side within 2 px of `snap` becomes `snap` (no resampling).  Source: VideoMAE,
+    pre-training transform, for its 1, .875, .75, .66; on from there in eighths (our choice).
     """
-    short = min(height, width)
+    short, ladder = min(height, width), (1.0, 0.875, 0.75, 0.66, 0.5, 0.375, 0.25, 0.125)
+    scales = [*(scale for scale in ladder if scale > smallest), smallest]
     sides = [snap if abs(int(short * s) - snap) < 3 and snap <= short else int(short * s) for s in scales]
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     h, w = pairs[rng.integers(len(pairs))]
@@ -1517,12 +1525,18 @@ class FlowEstimator:
         if side != (H, W):
             video = F.interpolate(video.flatten(0, 1), side, mode="bilinear", antialias=True).unflatten(0, (B, T))
         first, second = video[:, :-1].flatten(0, 1), video[:, 1:].flatten(0, 1)               # (B(T-1), 3, h, w)
-        # Some pairs at a time: on a GPU for its memory, on a CPU so that they stay in its cache.
-        some = 512 if self.device.type == "cuda" else max(1, 2**19 // math.prod(side))
+        some = self.chunk(*side)
         with torch.autocast(self.device.type, enabled=False):
             flow = torch.cat([self._pairs(a, b) for a, b in zip(first.split(some), second.split(some))])
         self._marks.append((began, self._now()))
         return flow.unflatten(0, (B, T - 1))
+
+    def chunk(self, h, w):
+        """Pairs at a time: on a GPU for its memory, on a CPU so that they stay in its cache; of RAFT so few that their
+        correlation maps, one per point of the (h / 8, w / 8) grid, are no more than the 65,535 that cuDNN's sampler
+        takes."""
+        some = 512 if self.device.type == "cuda" else 2**19 // (h * w)
+        return max(1, some if self.name == "tvl1" else min(some, 65535 // (h // 8 * (w // 8))))
 
     def _pairs(self, first, second):
         if self.name == "tvl1":
@@ -2050,12 +2064,8 @@ def huggingface_config(path):
     return dict(backbone=sizes, classes=classes) if named else dict(backbone=sizes)
 
 
-def load_file(path):
-    """The content of a checkpoint; no code from the file is run.  Raises UserError.
-
-    torch.save's files may hold what VideoMAE and DeepSpeed store.  Of Hugging Face, model.safetensors,
-    pytorch_model.bin or the folder that holds it: dict(model=tensors, backbone=sizes), and classes if it has them.
-    """
+def weights_file(path):
+    """The file of a checkpoint: itself, or that in a Hugging Face folder.  Raises UserError if there is none."""
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
@@ -2064,6 +2074,16 @@ def load_file(path):
         path = found[0]
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
+    return path
+
+
+def load_file(path):
+    """The content of a checkpoint; no code from the file is run.  Raises UserError.
+
+    torch.save's files may hold what VideoMAE and DeepSpeed store.  Of Hugging Face, model.safetensors,
+    pytorch_model.bin or the folder that holds it: dict(model=tensors, backbone=sizes), and classes if it has them.
+    """
+    path = weights_file(path)
     if path.suffix == ".safetensors":
         content = read_safetensors(path)
     else:
@@ -2226,20 +2246,22 @@ def export_huggingface(network, classes, folder):
 # ---- 11. Run -------------------------------------------------------------------------------------------------------
 
 class Plan(NamedTuple):
-    """How a global batch of clips is spread: `micro` clips per process and forward pass, `accum` passes per step."""
+    """How a global batch of videos is spread: `micro` videos per process and forward pass, `accum` passes per step.  A
+    step sees `repeats` samples of each of its videos."""
     batch: int
     micro: int
     accum: int
     repeats: int
     steps: int
-    per_epoch: float    # steps per epoch
+    per_epoch: float    # steps per epoch, which is a pass over the videos
 
     def generator(self, env, seed, step, micro):
         """The random numbers of one forward pass, a function of (seed, step) and of the rows that it computes."""
         torch.manual_seed(hash((seed, step, micro, env.rank)) % 2**63)             # for what the network itself draws
         generator = RowGenerator(env.device)
         generator.manual_seed(hash((seed, step)) % 2**63)
-        generator.first, generator.total = (micro * env.world + env.rank) * self.micro, self.batch
+        first = (micro * env.world + env.rank) * self.micro
+        generator.first, generator.total = first * self.repeats, self.batch * self.repeats
         return generator
 
 
@@ -2256,13 +2278,15 @@ def plan_run(cfg, videos, env):
         if value <= 0 or share and value > 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be above 0{' and at most 1' * share}")
     micro = min(cfg.device_batch or cfg.batch, cfg.batch // env.world)
-    if not micro or cfg.batch % (env.world * micro) or micro % cfg.repeats:
+    if not micro or cfg.batch % (env.world * micro):
         raise UserError(f"--batch {cfg.batch} does not spread evenly over {env.world} processes with --device-batch "
-                        f"{cfg.device_batch} ({micro} clips per pass), or those are no multiple of --repeats "
-                        f"{cfg.repeats}: change one of them")
-    steps = cfg.steps or max(1, int(cfg.epochs * videos / cfg.batch))
-    return Plan(batch=cfg.batch, micro=micro, accum=cfg.batch // (env.world * micro), repeats=cfg.repeats,
-                steps=steps, per_epoch=videos / cfg.batch)
+                        f"{cfg.device_batch} ({micro} videos per pass): change one of them")
+    plan = Plan(batch=cfg.batch, micro=micro, accum=cfg.batch // (env.world * micro), repeats=cfg.repeats,
+                steps=cfg.steps or max(1, int(cfg.epochs * videos / cfg.batch)), per_epoch=videos / cfg.batch)
+    if getattr(cfg, "warmup_epochs", 0) * plan.per_epoch > plan.steps:
+        print0(f"warning: --warmup-epochs {cfg.warmup_epochs:g}, of {plan.per_epoch:.4g} steps each, are longer than "
+               f"the run of {plan.steps} steps: the learning rate does not reach its peak")
+    return plan
 
 
 class StepSampler(torch.utils.data.Sampler):
@@ -2279,7 +2303,7 @@ class StepSampler(torch.utils.data.Sampler):
         return (self.plan.steps - self.start) * self.plan.accum
 
     def __iter__(self):
-        epoch, order, n = -1, None, self.plan.micro // self.plan.repeats
+        epoch, order, n = -1, None, self.plan.micro
         for i in range(self.start * self.plan.accum, self.plan.steps * self.plan.accum):
             batch, first = [], (i * self.env.world + self.env.rank) * n
             for k in range(first, first + n):
@@ -2315,11 +2339,15 @@ def decay_groups(model, weight_decay, vectors=0.0):
     return [dict(params=decay, weight_decay=weight_decay), dict(params=other, weight_decay=vectors)]
 
 
-def cosine_lr(step, steps, warmup, peak, floor):
-    """Linear from 0 to `peak` in `warmup` steps, then half a cosine towards `floor` at `steps` (VideoMAE)."""
-    if step < warmup:
-        return peak * step / max(1, warmup - 1)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def cosine_lr(step, steps, warmup, peak, floor, start=0.0, whole=False):
+    """Linear from start * peak to `peak` in `warmup` steps, then half a cosine towards `floor` at `steps` (VideoMAE).
+    With `whole` the cosine is that over all steps, and warm-up ends where it is by then (SlowFast, MoDist)."""
+    def cosine(step):
+        first = 0 if whole else warmup
+        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
+    if step < warmup:                                      # VideoMAE's last step of warm-up is at the peak already
+        return start * peak + (cosine(warmup) - start * peak) * step / (warmup if start else max(1, warmup - 1))
+    return cosine(step)
 
 
 def vit_sizes(name):
@@ -2383,10 +2411,11 @@ def restore(checkpoint, init, model, optimizer, scaler):
     return 0
 
 
-# Settings that may change when a run goes on.
-FREE = {"out", "fresh", "init", "root", "raft_weights", "device_batch", "workers", "compile", "log_every",
-        "save_every", "preview_every", "views", "train_views", "test_size", "raw_crop", "average", "test_batch",
-        "neighbours", "l2", "center", "boxes", "min_score", "times_score"}
+# Settings that may change when a run goes on; of --init the path, not the content.
+FREE = {"out", "fresh", "init", "init_sha256", "root", "raft_weights", "device_batch", "workers", "compile",
+        "log_every", "save_every", "preview_every", "test_data", "part", "classes", "views", "train_views",
+        "test_size", "test_short", "raw_crop", "average", "test_batch", "neighbours", "l2", "center", "boxes",
+        "min_score", "times_score"}
 
 
 def run_directory(name, cfg):
@@ -2398,37 +2427,59 @@ def run_directory(name, cfg):
 def open_run(name, cfg, env, listing, plan, lr):
     """Make the run's directory, write config.json there -> (directory, checkpoint to continue from or None).
 
-    Raises UserError if a checkpoint is there that was made with other settings.  `--fresh` moves it aside, with the
-    log.
+    Raises UserError if a checkpoint is there that was made with other settings or from other weights, or if nodes
+    hold different ones.  `--fresh` moves it aside, with the log.
     """
     out = run_directory(name, cfg)
-    settings = {**dataclasses.asdict(cfg), "videos": len(listing.items)}
     last = out / "last.pt"
-    if cfg.fresh and env.rank == 0:
+
+    def move_aside():
         for old in (last, out / "log.jsonl"):
             if old.exists():
                 os.replace(old, old.with_suffix(old.suffix + ".old"))
-    barrier()
+    if cfg.fresh:
+        once_per_disk(move_aside)
     checkpoint = load_file(last) if last.exists() else None
-    if checkpoint:
-        was = checkpoint["config"]
-        differ = [f"{k}: {was.get(k)} there, {v} now" for k, v in settings.items()
-                  if k not in FREE and was.get(k) != v]
-        if differ:
-            raise UserError(f"{last} was made with other settings ({'; '.join(differ)}). Use them again, or --out "
-                            "for another run, or --fresh to start over, or "
-                            f"--init {last} --out DIR for its weights alone")
+    was = checkpoint["config"] if checkpoint else {}
+    cfg.init_sha256 = was.get("init_sha256", "")                 # if the file is gone
+    if was.get("init") != cfg.init or Path(cfg.init).exists():
+        cfg.init_sha256 = digest(cfg.init)
+    settings = run_settings(cfg, listing)
+    differ = [f"{k}: {was[k]} there, {v} now" for k, v in settings.items() if k not in FREE and was.get(k, v) != v]
+    if was.get("init_sha256", cfg.init_sha256) != cfg.init_sha256:
+        differ.append(f"init: weights of {was['init'] or 'none'} there, of {cfg.init or 'none'} now")
+    if differ:
+        raise UserError(f"{last} was made with other settings ({'; '.join(differ)}). Use them again, or --out for "
+                        f"another run, or --fresh to start over, or --init {last} --out DIR for its weights alone")
+    steps = all_gather(torch.tensor([checkpoint["step"] if checkpoint else 0], device=env.device)).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(f"{last} is at step {steps[0]} for process 0 and at step {min(set(steps) - {steps[0]})} for "
+                        f"process {next(i for i, step in enumerate(steps) if step != steps[0])} (0: not there). Nodes "
+                        "without a shared disk must hold the same file: copy it")
+    out.mkdir(parents=True, exist_ok=True)                       # on every node
     if env.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         about = dict(settings, method=name, world=env.world, accumulation=plan.accum, steps_planned=plan.steps,
                      peak_lr=lr, torch=str(torch.__version__))
         (out / "config.json").write_text(json.dumps(about, indent=1))
         if listing.missing:
             (out / "missing_videos.txt").write_text("\n".join(listing.missing) + "\n")
     precision = str(env.amp or torch.float32).removeprefix("torch.")
-    print0(f"{plan.steps} steps of {plan.batch} clips = {env.world} x {plan.micro} x {plan.accum} accumulated, "
-           f"peak lr {lr:.2g}, {env.device.type} {precision} -> {out}")
+    print0(f"{plan.steps} steps of {plan.batch} videos = {env.world} x {plan.micro} x {plan.accum} accumulated, "
+           f"{plan.repeats} of each, peak lr {lr:.2g}, {env.device.type} {precision} -> {out}")
     return out, checkpoint
+
+
+def run_settings(cfg, listing):
+    """What tells one run from another."""
+    return dict(dataclasses.asdict(cfg), videos=len(listing.items), init_sha256=getattr(cfg, "init_sha256", ""))
+
+
+def digest(init):
+    """SHA-256 of the weights that --init names, "" where it names none."""
+    if not init:
+        return ""
+    with open(weights_file(init), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler):
@@ -2439,7 +2490,7 @@ def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler
     """
     content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
                    backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__),
-                   config={**dataclasses.asdict(cfg), "videos": len(listing.items)})
+                   config=run_settings(cfg, listing))
     unfinished = path.with_name(path.name + ".partial")
     try:
         torch.save(content, unfinished)
@@ -2522,7 +2573,7 @@ class Log:
         flow_seconds, now = flow.seconds() if flow else 0.0, time.perf_counter()
         seconds, steps = now - self.began, step + 1 - self.logged
         line = dict(step=step, epoch=round((step + 1) / self.plan.per_epoch, 3), loss=loss, **dict(zip(names, means)),
-                    clips_per_s=round(steps * self.plan.batch / seconds, 1),
+                    clips_per_s=round(steps * self.plan.batch * self.plan.repeats / seconds, 1),
                     step_ms=round(1000 * seconds / steps, 1),
                     data_wait_pct=round(100 * self.waited / seconds, 1),
                     flow_pct=round(100 * flow_seconds / seconds, 1))

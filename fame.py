@@ -75,14 +75,14 @@ class Config:
     queue: int = 65536                 # keys of earlier clips to tell apart from
     momentum: float = 0.999            # of the key encoder
     temperature: float = 0.1           # of the similarities
-    epochs: int = 200                  # passes over the data (with --repeats, passes over pairs of clips)
+    epochs: int = 200                  # passes over the videos
     steps: int = 0                     # optimiser steps instead of epochs
-    batch: int = 64                    # pairs of clips per step, over all GPUs and accumulation
-    device_batch: int = 64             # pairs per GPU and forward pass: as many as fit
+    batch: int = 64                    # videos per step, over all GPUs and accumulation; --repeats of each
+    device_batch: int = 64             # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # pairs cut from each video that is opened; they may swap backgrounds
     optimizer: str = "sgd"             # sgd (momentum 0.9), adamw (betas 0.9 and 0.95)
-    lr: float = 0.04                   # per 256 pairs of the batch
-    min_lr: float = 0.0                # per 256 pairs, at the end
+    lr: float = 0.04                   # per 256 videos of the batch
+    min_lr: float = 0.0                # per 256 videos, at the end
     warmup_epochs: float = 0           # linear from 0
     weight_decay: float = 1e-4         # sgd: of everything, adamw: not of vectors
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping

@@ -32,10 +32,12 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,14 +45,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torchvision.ops import roi_align
+from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import (BACKBONES, Clips, DATA_SETS, FlowEstimator, Log, Mlp, ResNet3D, StepSampler, StopSignal,
-                    UserError, ViT, all_reduce_mean, ava_listing, box_mask, clip_indices, colour_jitter, cosine_lr,
-                    data_root, epic_participants, epic_subsets, export_huggingface, find_videos, flip, item_frames,
-                    key_frame_indices, load_file, load_weights, loader, make_backbone, mix, normalize, open_run,
-                    parse_config, plan_run, print0, rand_augment, random_erasing, random_resized_crop, read_views,
-                    restore, run_directory, save_checkpoint, setup, shutdown, to_device, unit, wrap)
+from common import (BACKBONES, Clips, DATA_SETS, FlowEstimator, Log, Mlp, ResNet3D, SPLIT_DIRS, StepSampler,
+                    StopSignal, UserError, ViT, all_reduce_mean, ava_listing, box_mask, clip_indices, colour_jitter,
+                    cosine_lr, data_root, epic_participants, epic_subsets, export_huggingface, find_videos, flip,
+                    hold_out, item_frames, key_frame_indices, load_file, load_weights, loader, make_backbone, mix,
+                    normalize, open_run, parse_config, plan_run, print0, rand_augment, random_erasing,
+                    random_resized_crop, read_views, restore, run_directory, save_checkpoint, setup, shutdown,
+                    to_device, unit, wrap)
 from mofo import find_motion
 
 
@@ -61,10 +65,13 @@ from mofo import find_motion
 class Config:
     data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, ava, or your own: directory, list file
     root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
-    test_data: str = ""                # list file or directory for testing, where --data is a list file
+    test_data: str = ""                # list file or directory for testing; default: a fifth of data without a split
     train_split: str = "train"         # train; toy also has train_biased
+    split: int = 1                     # of ucf101 and hmdb51, which have three; pre-training takes the first
+    part: str = ""                     # what predict and extract read: train, test, all; default test, of your own all
     label: str = ""                    # what to predict: epic verb, noun, verb-noun, action; toy motion, scene
-    out: str = ""                      # directory of the run; default runs/finetune-<mode>-<data>
+    classes: str = ""                  # file with the name of a class per line, where --init does not say them
+    out: str = ""                      # directory of the run; default runs/finetune-<mode>-<data>-<init>
     fresh: bool = False                # start over instead of continuing the run in --out
     mode: str = "finetune"             # finetune, linear, knn, retrieval, test, predict, extract, export
     recipe: str = "videomae"           # whose protocol: videomae, mofo, mme, fame, mcl, modist
@@ -75,21 +82,25 @@ class Config:
     frames: int = 0                    # frames of a clip; 0 = as pre-trained
     sampling: str = "uniform"          # frames: uniform (one of each of `frames` segments) or dense (`stride` apart)
     stride: int = 4                    # of dense sampling
+    fps: float = 0.0                   # frame rate that --stride is meant for; 0 = that of each video
     views: str = "2x3"                 # clips in time x crops in space, at test time
     train_views: str = "1x1"           # of training videos, where features are fixed
-    test_size: int = 0                 # side of a test crop, which holds the short side; 0 = --image-size
+    test_size: int = 0                 # side of a test crop; 0 = --image-size
+    test_short: int = 0                # what the short side is scaled to before a test crop; 0: the crop holds it
     raw_crop: bool = False             # test crops are 224 pixels of the frame as it is
     average: str = "softmax"           # what is averaged over views: softmax, logits
     test_batch: int = 8                # videos per GPU and forward pass, at test time
     epochs: int = 50                   # passes over the training videos
     steps: int = 0                     # optimiser steps instead of epochs
-    batch: int = 512                   # clips per step, over all GPUs and accumulation
-    device_batch: int = 8              # clips per GPU and forward pass
+    batch: int = 512                   # videos per step, over all GPUs and accumulation; --repeats of each
+    device_batch: int = 8              # videos per GPU and forward pass
     repeats: int = 1                   # clips cut from each video that is opened (repeated augmentation)
     optimizer: str = "adamw"           # adamw (betas 0.9 and 0.999), sgd (momentum 0.9), nesterov
-    lr: float = 5e-4                   # per 256 clips of the batch
-    min_lr: float = 1e-6               # per 256 clips, at the end
-    warmup_epochs: float = 5.0         # linear from 0
+    lr: float = 5e-4                   # per 256 videos of the batch
+    min_lr: float = 1e-6               # per 256 videos, at the end
+    warmup_epochs: float = 5.0         # linear, from --warmup-start
+    warmup_start: float = 0.0          # share of the rate at which warm-up begins
+    whole_cosine: bool = False         # the cosine is that over all epochs, which warm-up joins
     drops: str = ""                    # epochs after which the rate falls tenfold, e.g. 60,120; none: a cosine
     weight_decay: float = 0.05         # not of vectors, except with sgd
     layer_decay: float = 0.75          # learning rate of a block relative to the one above it
@@ -151,7 +162,7 @@ RECIPES = {
     "mofo finetune epic": dict(label="action", randaugment="none", erasing=0.0),
     "mofo finetune ava": dict(focused=False, epochs=30, batch=128),
     # MME: VideoMAE's with larger crops
-    "mme finetune": dict(min_crop=0.25, repeats=2, layer_decay=0.75, drop_path=0.1, dropout=0.0),
+    "mme finetune": dict(min_crop=0.25, repeats=2, layer_decay=0.75, drop_path=0.1, dropout=0.0, min_lr=1e-6),
     "mme finetune ssv2": dict(epochs=30, batch=448),
     "mme finetune ava": dict(min_crop=0.08, repeats=1, drop_path=0.2),
     "mme finetune k400": dict(lr=1e-3, epochs=75, views="7x3"),
@@ -163,8 +174,8 @@ RECIPES = {
     "fame finetune": dict(optimizer="sgd", lr=0.05, min_lr=0.0, warmup_epochs=0.0, drops="60,120", epochs=150,
                           batch=128, weight_decay=1e-4, dropout=0.7, min_crop=0.2, flip=True, jitter=0.8, hue=0.1,
                           grey=0.2),
-    "fame linear": dict(TRAINED, optimizer="sgd", lr=60.0, drops="60,120", epochs=150, batch=128, min_crop=0.2,
-                        flip=True),
+    "fame linear": dict(TRAINED, optimizer="sgd", lr=60.0, drops="60,80", epochs=100, batch=128, min_crop=0.2,
+                        flip=True, unit_features=True),
     "fame retrieval": dict(train_views="10x1", center=True),
     # MCL: R(2+1)D-50
     "mcl": dict(PLAIN, sampling="dense", stride=2, frames=32, views="20x3", test_size=256, average="logits"),
@@ -174,27 +185,30 @@ RECIPES = {
     "mcl finetune hmdb51": dict(randaugment="mcl-hmdb51"),
     "mcl linear": dict(classifier="svm", frames=16, views="20x1", train_views="20x1", raw_crop=True, test_size=0),
     "mcl linear k400": dict(TRAINED, optimizer="sgd", lr=32.0, epochs=100, batch=128, frames=32, unit_features=True,
-                            min_crop=0.2, flip=True, views="20x1", raw_crop=False),
+                            min_crop=0.2, flip=True, views="20x1", raw_crop=False, test_short=256),
     "mcl retrieval": dict(frames=16, views="20x1", train_views="20x1", test_size=0),
-    # MoDist: R3D-50
-    "modist": dict(PLAIN, sampling="dense", stride=8, frames=32, views="10x3", test_size=256),
-    "modist finetune": dict(optimizer="nesterov", lr=0.04, min_lr=0.0, warmup_epochs=34.0, epochs=200, batch=64,
-                            weight_decay=1e-4, dropout=0.5, min_crop=0.3, aspect=2.0, flip=True, jitter=0.6,
-                            grey=0.5),
+    # MoDist: R3D-50; its strides are meant for 30 frames a second
+    "modist": dict(PLAIN, sampling="dense", stride=8, fps=30.0, frames=32, views="10x3", test_size=256,
+                   whole_cosine=True),
+    "modist finetune": dict(optimizer="nesterov", lr=0.04, min_lr=0.0, warmup_epochs=34.0, warmup_start=0.1,
+                            epochs=200, batch=64, weight_decay=1e-4, dropout=0.5, min_crop=0.3, aspect=2.0,
+                            flip=True, jitter=0.6, grey=0.5),
     "modist linear": dict(TRAINED, optimizer="nesterov", lr=32.0, epochs=200, batch=256, min_crop=0.3, aspect=2.0,
                           flip=True),
     "modist finetune ssv2": dict(sampling="uniform", frames=0, views="1x3", lr=0.48, drops="14,18", epochs=22,
-                                 warmup_epochs=0.19, weight_decay=1e-6, flip=False, jitter=0.0, grey=0.0),
+                                 warmup_epochs=0.19, warmup_start=1 / 1200, weight_decay=1e-6, flip=False,
+                                 jitter=0.0, grey=0.0),
     "modist linear k400": dict(lr=2.0, epochs=60, warmup_epochs=8.0, batch=64, stride=8, frames=8),
     "modist finetune ava": dict(frames=8, views="1x1", lr=1.2, drops="16,24,28", epochs=32, warmup_epochs=5.3,
-                                weight_decay=1e-7, jitter=0.0, grey=0.0, min_score=0.9, times_score=False),
+                                warmup_start=1 / 600, weight_decay=1e-7, jitter=0.0, grey=0.0, min_score=0.9,
+                                times_score=False),
     # our choice from here on: your own data, and the toy data
     "custom": dict(sampling="dense", batch=16, workers=2, log_every=1),
     "custom finetune": dict(epochs=50, views="2x3", flip=True),
-    "toy": dict(PLAIN, frames=0, sampling="dense", stride=2, views="1x1", train_views="1x1", test_size=0,
-                raw_crop=False, test_batch=32, epochs=16, batch=32, device_batch=32, min_lr=0.0, warmup_epochs=2.0,
-                drops="", dropout=0.0, min_crop=1.0, flip=False, jitter=0.0, grey=0.0, flow="tvl1", workers=2,
-                log_every=16),
+    "toy": dict(PLAIN, frames=0, sampling="dense", stride=2, fps=0.0, views="1x1", train_views="1x1", test_size=0,
+                test_short=0, raw_crop=False, test_batch=32, epochs=16, batch=32, device_batch=32, min_lr=0.0,
+                warmup_epochs=2.0, drops="", dropout=0.0, min_crop=1.0, flip=False, jitter=0.0, grey=0.0,
+                flow="tvl1", workers=2, log_every=16),
     "toy finetune": dict(lr=8e-3),
     "toy linear": dict(optimizer="adamw", lr=8e-2, weight_decay=0.0),
     "toy fame finetune": dict(lr=0.16), "toy mcl finetune": dict(lr=0.16), "toy modist finetune": dict(lr=0.16),
@@ -209,10 +223,15 @@ def segment_indices(first, last, frames, offset):
     return first + np.minimum((part * (np.arange(frames) + offset)).astype(int), last - first)
 
 
+def stride_in(video, cfg):
+    """--stride in frames of this video, not rounded: as many seconds as at --fps."""
+    return cfg.stride * video.info.fps / cfg.fps if cfg.fps else cfg.stride
+
+
 def train_clips(video, item, rng, cfg, size, frames):
     """cfg.repeats random clips, each with a random crop of its own -> uint8 (repeats, frames, size, size, 3)."""
     if cfg.sampling == "dense":
-        indices = [clip_indices(video, item, frames, cfg.stride, rng) for _ in range(cfg.repeats)]
+        indices = [clip_indices(video, item, frames, stride_in(video, cfg), rng) for _ in range(cfg.repeats)]
     else:
         first, last = item_frames(video, item)
         indices = [segment_indices(first, last, frames, rng.random(frames)) for _ in range(cfg.repeats)]
@@ -225,19 +244,22 @@ def test_clips(video, item, rng, cfg, size, frames, views=(1, 1)):
     """All views (T, S) of a video -> uint8 (T * S, frames, size, size, 3), time slowest.
 
     Dense: T clips evenly over the video.  Uniform: T frames of each segment, each clip takes one.  S square crops
-    evenly along the long side, the short side whole, or 224 pixels of it with --raw-crop.
+    evenly along the long side; they hold the short side, or --test-size of --test-short pixels of it, or 224 pixels
+    with --raw-crop.
     """
     first, last = item_frames(video, item)
     if cfg.sampling == "dense":
-        room = max(0, last - first - cfg.stride * (frames - 1))
-        starts = [first + shift for shift in evenly(room, views[0])]
-        indices = [np.minimum(start + cfg.stride * np.arange(frames), last) for start in starts]
+        steps = np.round(stride_in(video, cfg) * np.arange(frames)).astype(int)
+        room = max(0, last - first - steps[-1])
+        indices = [np.minimum(first + shift + steps, last) for shift in evenly(room, views[0])]
     else:
         indices = [segment_indices(first, last, frames, (t + 0.5) / views[0]) for t in range(views[0])]
     height, width = video.info.height, video.info.width
-    side = min(height, width, 224) if cfg.raw_crop else min(height, width)
-    across, crops = (min(height, width) - side) // 2, []
-    for shift in evenly(max(height, width) - side, views[1]):
+    short, long = sorted((height, width))
+    side = min(short, 224) if cfg.raw_crop else short
+    side = round(short * min(1, size / cfg.test_short)) if cfg.test_short else side
+    across, crops = (short - side) // 2, []
+    for shift in evenly(long - side, views[1]):
         x, y = (shift, across) if width >= height else (across, shift)
         crops.append((x, y, x + side, y + side))
     pairs = [(i, crop) for i in indices for crop in crops]
@@ -455,8 +477,6 @@ def layer_decay_groups(network, lr, weight_decay, decay, vectors=0.0):
 
 def build_network(cfg, outputs=0):
     """The network that --init describes, with its weights (unless --random-init) -> network, content of the file."""
-    if not cfg.init:
-        raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
     if cfg.model not in BACKBONES:
         raise UserError(f"--model {cfg.model}: choose {', '.join(BACKBONES)}")
     public = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
@@ -800,6 +820,8 @@ def detect(model, test, cfg, env):
         scores.append((value.numpy() * (item.scores[:, None] if cfg.times_score else 1)).ravel())
     labels = np.tile(np.arange(1, 81), len(frames) // 80)
     found = dict(frame=frames, box=np.concatenate(boxes), label=labels, score=np.concatenate(scores))
+    if env.rank == 0:
+        np.savez(Path(cfg.out) / "scores.npz", **found)
     mean, ap = ava_mean_ap(found, test.ground_truth, test.class_ids, test.excluded)
     per_class = {test.classes[c - 1]: 100 * value for c, value in ap.items() if not math.isnan(value)}
     return dict(mAP=100 * mean, per_class=per_class), errors
@@ -855,7 +877,7 @@ def train(cfg, env, listing, model, sample):
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
-        rate = cosine_lr(step, plan.steps, warmup, lr, min_lr)
+        rate = cosine_lr(step, plan.steps, warmup, lr, min_lr, cfg.warmup_start, cfg.whole_cosine and not drops)
         if drops and step >= warmup:
             rate = lr * 0.1 ** sum(step >= epoch * plan.per_epoch for epoch in drops)
         for group in optimizer.param_groups:
@@ -895,12 +917,14 @@ CHOICES = dict(mode=("finetune", "linear", "knn", "retrieval", "test", "predict"
 
 
 # What testing takes over from the run that made a checkpoint, unless a flag says otherwise.
-TRAINED_WITH = ("label", "focused", "sampling", "stride", "frames", "image_size", "views", "test_size", "raw_crop",
-                "average", "unit_features", "min_score", "times_score", "flow")
+TRAINED_WITH = ("label", "focused", "sampling", "stride", "fps", "frames", "image_size", "views", "test_size",
+                "test_short", "raw_crop", "average", "unit_features", "min_score", "times_score", "flow")
 
 
 def check(cfg):
     """Raise UserError for settings that make no sense -> views (T, S) of test and of training videos."""
+    if not cfg.init:
+        raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
     for name, options in CHOICES.items():
         if getattr(cfg, name) not in options:
             raise UserError(f"--{name} {getattr(cfg, name)}: choose {', '.join(options[:-1])} or {options[-1]}")
@@ -933,43 +957,105 @@ def inherit(cfg):
             setattr(cfg, name, made.get(name, getattr(cfg, name)))
 
 
+def origin(init):
+    """A short name for where weights come from: the run, the folder, or the file."""
+    path = Path(init).resolve()
+    return path.parent.name if path.stem in ("last", "model", "pytorch_model") else path.stem
+
+
+def named_classes(cfg, content):
+    """Names of the classes from --classes, else from a checkpoint; None if there are none."""
+    if cfg.classes:
+        try:
+            return Path(cfg.classes).read_text(encoding="utf-8-sig").strip().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--classes {cfg.classes}: cannot be read ({error}); expected a text file with the name of "
+                            "a class per line") from None
+    return content.get("classes") or None if isinstance(content, dict) else None
+
+
+def find_splits(cfg, content):
+    """The listing to train on, None for --mode test, and the one to test on; they have no video in common.
+
+    Of data of the user's own without a split a fifth is held out, in --mode test if the checkpoint saw the rest; with
+    --test-data it is read whole.
+    """
+    def whole(data):
+        return data not in DATA_SETS and not any(Path(data, d).is_dir() for dirs in SPLIT_DIRS.values() for d in dirs)
+
+    def read(data, split):
+        toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
+        listing = find_videos(data, cfg.root, "all" if whole(data) else split, cfg.label, toy, cfg.split)
+        if not listing.classes:
+            raise UserError(f"--data {data}: has no labels, which --mode {cfg.mode} needs")
+        return listing
+    listing = None if cfg.mode == "test" else read(cfg.data, cfg.train_split)
+    test = read(cfg.test_data or cfg.data, "test")
+    made = content.get("config") or {} if isinstance(content, dict) else {}
+    seen = os.path.abspath(made.get("data", "")) == os.path.abspath(cfg.data) and not made.get("test_data")
+    known = {(item.path, item.start) for item in listing.items} if listing else set()
+    shared = [item.path for item in test.items if (item.path, item.start) in known]
+    if whole(cfg.data) and not cfg.test_data and (listing or seen):
+        test = test._replace(items=hold_out(test.items, "test"))
+        listing = listing and listing._replace(items=hold_out(listing.items, "train"))
+        print0(f"{cfg.data}: has no split, {len(test.items)} of its videos are held out to test")
+    elif shared:
+        raise UserError(f"{len(shared)} of the {len(test.items)} test videos are training videos, too; the first: "
+                        f"{shared[0]}. Name others with --test-data or --data")
+    return listing, test
+
+
+def of_heads(classes):
+    """Names of classes -> a list per head."""
+    first = head_sizes(classes)[0]
+    return [part for part in (classes[:first], classes[first:]) if part]
+
+
+def class_ids(test, classes, cfg):
+    """Labels of a listing as places in `classes`, joined by the names of the classes -> (N,), or (N, 2) for two heads.
+
+    Names that are numbers and no class of their own are places already, which a note says.
+    """
+    labels, columns = torch.tensor([item.label for item in test.items]).view(len(test.items), -1), []
+    for column, own, names in zip(labels.T, of_heads(classes), of_heads(test.classes)):
+        place = {name: i for i, name in enumerate(own)}
+        numbers = {str(i): i for i in range(len(own))}
+        used = {names[i] for i in column.tolist()}
+        unknown = sorted(used - place.keys() - numbers.keys())
+        if unknown:
+            raise UserError(f"--data {cfg.test_data or cfg.data}: {len(unknown)} of its classes are unknown to the "
+                            f"network, the first: {unknown[:3]}. It knows {len(own)}: {own[:3]} ...")
+        if used - place.keys():
+            print0(f"note: the numbers of classes in {cfg.test_data or cfg.data} are taken as places: 0 = {own[0]}")
+        columns.append(torch.tensor([(numbers | place)[names[i]] for i in column.tolist()]))
+    return columns[0] if len(columns) == 1 else torch.stack(columns, 1)
+
+
 def main(cfg):
     inherit(cfg)
     views, train_views = check(cfg)
-    env, out = setup(cfg.seed), run_directory(f"finetune-{cfg.mode}", cfg)
+    env = setup(cfg.seed)
+    cfg.out = cfg.out or f"{run_directory(f'finetune-{cfg.mode}', cfg)}-{'random-' * cfg.random_init}{origin(cfg.init)}"
+    out = Path(cfg.out)
     if cfg.mode == "export":
         return export(cfg, out)
     if cfg.mode in ("predict", "extract"):
         return apply(cfg, env, out, views)
-    toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
     if cfg.data == "ava":
         listing = ava_listing(cfg.root, "train") if cfg.mode == "finetune" else None
         test = ava_listing(cfg.root, "test", cfg.boxes, cfg.min_score)
         classes, sizes = test.classes, [80]
     else:
-        listing = find_videos(cfg.data, cfg.root, cfg.train_split, cfg.label, toy)
-        test = find_videos(cfg.test_data or cfg.data, cfg.root, "test", cfg.label, toy)
-        new = sorted(set(test.classes) - set(listing.classes))
-        if new:
-            raise UserError(f"--data {cfg.data}: the test split has classes that the training split has not: "
-                            f"{new[:3]}")
-        if not listing.classes or not test.classes:
-            raise UserError(f"--data {cfg.data}: has no labels, which --mode {cfg.mode} needs")
-        classes, sizes = listing.classes, head_sizes(listing.classes)
-        ids = torch.tensor([listing.classes.index(name) for name in test.classes])
-        labels = torch.tensor([item.label for item in listing.items])
-        test_labels = torch.tensor([item.label for item in test.items])
-        if len(sizes) == 1:
-            test_labels = ids[test_labels]
+        content = load_file(cfg.init) if cfg.mode == "test" else {}
+        listing, test = find_splits(cfg, content)
+        classes = listing.classes if listing else named_classes(cfg, content) or test.classes
+        sizes, test_labels = head_sizes(classes), class_ids(test, classes, cfg)
     out.mkdir(parents=True, exist_ok=True)
     with_head = cfg.mode in ("finetune", "test") or cfg.mode == "linear" and cfg.classifier == "trained"
     if len(sizes) > 1 and not with_head:
         raise UserError(f"--label {cfg.label}: --mode {cfg.mode} takes one label, verb, noun or action")
     network, content = build_network(cfg, len(classes) if with_head and cfg.data != "ava" else 0)
     network.to(env.device)
-    if cfg.mode == "test" and isinstance(content, dict) and content.get("classes", classes) != classes:
-        raise UserError(f"--mode test: {cfg.init} knows the classes {content['classes'][:3]} ..., the data has "
-                        f"{classes[:3]} ...")
     size, frames = cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]
     if with_head:
         flow = None
@@ -990,12 +1076,13 @@ def main(cfg):
         else:
             scores, read, errors = classify(model, test.items, cfg, env, views)
             result = figures(scores, read, test_labels, classes, test, cfg)
+            save_scores(out, env, test.items, scores, read, test_labels, classes)
     else:
         network.eval()
         query, read, errors = extract(network, test.items, cfg, env, views, "testing")       # (N, views, dim)
         gallery, known, train_errors = extract(network, listing.items, cfg, env, train_views, "training features")
-        gallery, labels, errors = gallery[known].to(env.device), labels[known].to(env.device), train_errors + errors
-        query = query.to(env.device)
+        labels = torch.tensor([item.label for item in listing.items])[known].to(env.device)
+        gallery, query, errors = gallery[known].to(env.device), query.to(env.device), train_errors + errors
         if cfg.mode == "linear":
             x = gallery.mean(1)
             if cfg.classifier == "svm":
@@ -1013,6 +1100,7 @@ def main(cfg):
             result = {f"R@{k}": value for k, value in recall.items()}
         else:
             result = accuracy(scores.cpu(), read, test_labels, classes)
+            save_scores(out, env, test.items, scores.cpu(), read, test_labels, classes)
     report(cfg, env, out, result, errors, len(test.items))
     shutdown()
 
@@ -1035,15 +1123,31 @@ def report(cfg, env, out, result, errors, videos):
     print0(f"{numbers}  on {videos} videos -> {out / 'results.json'}")
 
 
+def save_scores(out, env, items, scores, read, labels, classes):
+    """Write scores.npz, what every test video got, and per head a picture of the confusion matrix: a row per true
+    class, from top to bottom, the share of its videos (white 0, black 1) that was given each class."""
+    if env.rank:
+        return
+    np.savez(out / "scores.npz", names=[item.path for item in items], scores=scores.numpy(), read=read.numpy(),
+             labels=labels.numpy(), classes=classes)
+    heads = of_heads(classes)
+    parts = zip(scores.split([len(head) for head in heads], 1), labels.view(len(labels), -1).T, ("", "_noun"))
+    for part, own, name in parts:
+        n = part.shape[1]
+        counts = torch.bincount((own * n + part.argmax(1))[read], minlength=n * n).view(n, n)
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        save_image(1 - F.interpolate(share[None, None], scale_factor=max(1, 512 // n)), out / f"confusion{name}.png")
+
+
 def apply(cfg, env, out, views):
     """--mode predict: print the classes of any videos and write predictions.csv; extract: write features.npz."""
     toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
-    items = find_videos(cfg.data, cfg.root, cfg.train_split if cfg.data in DATA_SETS else "all", toy=toy).items
-    content = load_file(cfg.init) if cfg.mode == "predict" and cfg.init else None
-    classes = content.get("classes") if isinstance(content, dict) else None
-    if cfg.mode == "predict" and cfg.init and not classes:
-        raise UserError(f"--mode predict: {cfg.init} does not say its classes; it takes a checkpoint of finetune.py "
-                        "or a Hugging Face folder of a classifier")
+    part = cfg.part or ("test" if cfg.data in DATA_SETS else "all")
+    listing = find_videos(cfg.data, cfg.root, part, cfg.label, toy, cfg.split)
+    items, content = listing.items, load_file(cfg.init) if cfg.mode == "predict" else None
+    classes = named_classes(cfg, content)
+    if cfg.mode == "predict" and not classes:
+        raise UserError(f"--mode predict: {cfg.init} does not say its classes; name them with --classes FILE")
     network, _ = build_network(cfg, len(classes or ()))
     network.to(env.device).eval()
     out.mkdir(parents=True, exist_ok=True)
@@ -1051,7 +1155,9 @@ def apply(cfg, env, out, views):
         features, read, errors = extract(network, items, cfg, env, views, "features")
         path = out / "features.npz"
         if env.rank == 0:
-            np.savez(path, names=[item.path for item in items], features=features.mean(1).numpy(), read=read.numpy())
+            np.savez(path, names=[item.path for item in items], features=features.mean(1).numpy(),
+                     views=features.numpy(), read=read.numpy(), labels=[item.label for item in items],
+                     classes=listing.classes)
     else:
         flow = None
         if cfg.focused:
@@ -1065,13 +1171,13 @@ def apply(cfg, env, out, views):
             best = part.topk(min(5, part.shape[1]))
             for item, ok, values, places in zip(items, read.tolist(), best.values.tolist(), best.indices.tolist()):
                 names = [classes[first + i] for i in places]
-                if ok:
-                    rows.append((item.path, names[0], ";".join(names), ";".join(f"{v:.4f}" for v in values)))
+                told = (names[0], ";".join(names), ";".join(f"{v:.4f}" for v in values))
+                rows.append((item.path, *(told if ok else ("", "", ""))))      # not read: no class
             first += part.shape[1]
         if env.rank == 0:
             with open(path, "w", newline="") as file:
                 csv.writer(file).writerows([("path", "label", "top5", "scores"), *rows])
-        for name, _, names, values in rows[:20]:
+        for name, _, names, values in [row for row in rows if row[1]][:20]:
             print0(name, *(f" {float(v):.2f} {n}" for n, v in zip(names.split(";")[:3], values.split(";"))))
     for error in errors:
         print0(f"not read: {error}")
@@ -1085,7 +1191,7 @@ def export(cfg, out):
     weights = content.get("model", {}) if isinstance(content, dict) else {}
     head = weights.get("head.weight")
     network, _ = build_network(cfg, 0 if head is None else len(head))
-    classes = content.get("classes") or [str(i) for i in range(0 if head is None else len(head))]
+    classes = named_classes(cfg, content) or [str(i) for i in range(0 if head is None else len(head))]
     if cfg.focused:
         raise UserError("--mode export: MOFO's motion-focused head has no counterpart in Hugging Face's VideoMAE")
     export_huggingface(network, classes, out)

@@ -15,7 +15,7 @@ the motion map in space and time.
 Differs from the paper and its released code, and why
  1. Flow is computed in the training step (released: TV-L1 of the whole data set before the first one).  So there is
     no ranking of all clips of a video: of two random clips the one with more motion is taken with probability 0.7,
-    else any of the two, which prefers the upper half much as the published rule does.
+    else any of the two.  So .68 of the clips are from the upper half of their video's motion (published: .85).
  2. A clip's motion map is the mean of four pairs of neighbouring frames (released: windows of 8 flows around each
     frame), and is not rounded to 8 bits; strong motion there wraps around to none.
  3. The target is flipped with its clip (released: 37.5 % of all targets are mirrored in one component or both).
@@ -86,9 +86,9 @@ class Config:
     order_weight: float = 0.0          # of the order loss at the end; grows linearly from 0
     align_weight: float = 1.0          # of the alignment loss; twice that during warm-up
     attention: str = "l1"              # over time in the alignment loss: l1, softmax (published)
-    epochs: int = 400                  # passes over the data
+    epochs: int = 400                  # passes over the videos
     steps: int = 0                     # optimiser steps instead of epochs
-    batch: int = 32                    # videos per step, over all GPUs and accumulation
+    batch: int = 32                    # videos per step, over all GPUs and accumulation; --repeats of each
     device_batch: int = 8              # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # samples (of a clip and two others) from each video that is opened
     optimizer: str = "sgd"             # sgd (momentum 0.9), adamw (betas 0.9 and 0.95)
@@ -453,6 +453,9 @@ def preview(model, batch, path):
 
 
 # ---- 7. Train ------------------------------------------------------------------------------------------------------
+
+cosine_lr = partial(cosine_lr, start=0.01)           # warm-up begins at a hundredth of the peak, as published
+
 
 def random_starts(first, last, span, candidates, rng):
     """First frames of the clips to compare, which span frames start .. start + span: `candidates` for the anchor from

@@ -74,13 +74,13 @@ class Config:
     flow: str = "raft_small"           # raft_small, raft_large, tvl1
     raft_weights: str = ""             # file with torchvision's RAFT state dict; default: download
     flow_updates: int = 6              # refinement steps of RAFT
-    epochs: int = 400                  # passes over the data (with --repeats, passes over clips)
+    epochs: int = 400                  # passes over the videos
     steps: int = 0                     # optimiser steps instead of epochs
-    batch: int = 1024                  # clips per step, over all GPUs and accumulation
-    device_batch: int = 64             # clips per GPU and forward pass: as many as fit
+    batch: int = 1024                  # videos per step, over all GPUs and accumulation; --repeats of each
+    device_batch: int = 64             # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # clips cut from each video that is opened
-    lr: float = 1.5e-4                 # per 256 clips of the batch
-    min_lr: float = 1e-5               # per 256 clips, at the end
+    lr: float = 1.5e-4                 # per 256 videos of the batch
+    min_lr: float = 1e-5               # per 256 videos, at the end
     warmup_epochs: float = 40          # linear from 0
     weight_decay: float = 0.05         # AdamW, betas 0.9 and 0.95
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
@@ -273,7 +273,7 @@ class MaskedAutoencoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def predict(self, clips, hidden, count=None):
         """Clips (B, 3, T, H, W), normalised, hidden (B, N), as many per clip -> predictions of hidden tokens by name
@@ -454,8 +454,8 @@ def sample_clips(video, item, rng, cfg):
     """cfg.repeats random clips of a video, each with a crop of its own -> uint8 (repeats, F, side, side, 3)."""
     count, stride = frames_to_read(cfg.target, cfg.frames, cfg.tubelet_size, cfg.stride, cfg.length)
     indices = [clip_indices(video, item, count, stride, rng) for _ in range(cfg.repeats)]
-    scales = [s for s in (1.0, 0.875, 0.75, 0.66) if s >= cfg.min_crop]
-    crops = [multi_scale_crop(video.info.height, video.info.width, rng, scales, cfg.image_size) for _ in indices]
+    height, width = video.info.height, video.info.width
+    crops = [multi_scale_crop(height, width, rng, cfg.min_crop, cfg.image_size) for _ in indices]
     return read_views(video, indices, crops, cfg.image_size)
 
 

@@ -81,14 +81,14 @@ class Config:
     queue: int = 65536                 # keys of earlier clips to tell apart from, per modality
     momentum: float = 0.999            # of the key encoders
     temperature: float = 0.1           # of the similarities
-    epochs: int = 200                  # passes over the data
+    epochs: int = 200                  # passes over the videos
     steps: int = 0                     # optimiser steps instead of epochs
-    batch: int = 64                    # pairs of clips per step, over all GPUs and accumulation
-    device_batch: int = 64             # pairs per GPU and forward pass: as many as fit
+    batch: int = 64                    # videos per step, over all GPUs and accumulation; --repeats of each
+    device_batch: int = 64             # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # pairs cut from each video that is opened
     optimizer: str = "sgd"             # sgd (Nesterov momentum 0.9), adamw (betas 0.9 and 0.95)
-    lr: float = 0.4                    # per 256 pairs of the batch
-    min_lr: float = 0.0                # per 256 pairs, at the end
+    lr: float = 0.4                    # per 256 videos of the batch
+    min_lr: float = 0.0                # per 256 videos, at the end
     warmup_epochs: float = 35          # linear from 0
     weight_decay: float = 1e-4         # not of vectors
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
@@ -290,6 +290,10 @@ def preview(model, clips, path):
 
 
 # ---- 5. Train ------------------------------------------------------------------------------------------------------
+
+# Feichtenhofer et al.: the rate lies on the cosine over all epochs, up to which warm-up leads from .001, of .1.
+cosine_lr = partial(cosine_lr, start=0.01, whole=True)
+
 
 def two_starts(room, fps, rng, least=0.5, most=10.0):
     """First frames of two clips of a video, in random order, for `room` + 1 possible ones: `least` to `most` seconds

@@ -75,13 +75,13 @@ class Config:
     flow: str = "raft_small"           # raft_small, raft_large, tvl1
     raft_weights: str = ""             # file with torchvision's RAFT state dict; default: download
     flow_updates: int = 6              # refinement steps of RAFT
-    epochs: int = 800                  # passes over the data (with --repeats, passes over clips)
+    epochs: int = 800                  # passes over the videos
     steps: int = 0                     # optimiser steps instead of epochs
-    batch: int = 2048                  # clips per step, over all GPUs and accumulation
-    device_batch: int = 64             # clips per GPU and forward pass: as many as fit
+    batch: int = 2048                  # videos per step, over all GPUs and accumulation; --repeats of each
+    device_batch: int = 64             # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # clips cut from each video that is opened
-    lr: float = 1.5e-4                 # per 256 clips of the batch
-    min_lr: float = 1e-5               # per 256 clips, at the end
+    lr: float = 1.5e-4                 # per 256 videos of the batch
+    min_lr: float = 1e-5               # per 256 videos, at the end
     warmup_epochs: float = 40          # linear from 0
     weight_decay: float = 0.05         # AdamW, betas 0.9 and 0.95
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
@@ -119,25 +119,28 @@ def motion_map(flow, window=2):
 
     The flow is averaged over windows of `window` flows with its sign, so that jitter cancels; of each window the
     length of the spatial gradient is taken and averaged over the two components; then the mean over windows.  A pan
-    has gradient 0; zoom and roll of the camera leave a constant.  Source: MOFO's motion map (itself MCL's), which
-    sums where we average.
+    has gradient 0; zoom and roll of the camera leave a constant.  A border of 8 of 224 pixels is 0: what a pan brings
+    in has no flow.  Source: MOFO's motion map (itself MCL's), which sums where we average.
     """
     smooth = torch.stack([part.mean(1) for part in flow.split(window, 1)], 1)   # (B, windows, 2, h, w)
     length = spatial_gradient(smooth).square().sum(3).sqrt()                    # (B, windows, 2 components, h, w)
-    return length.mean((1, 2))
+    (h, w), ring = flow.shape[-2:], min(flow.shape[-2:]) // 28
+    return F.pad(length.mean((1, 2))[:, ring:h - ring, ring:w - ring], (ring,) * 4)
 
 
 def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.01):
-    """The region that moves: map (B, h, w) -> boxes (B, 4) in pixels of an image of side image_size, found (B,) bool.
+    """The region that moves: map (B, h, w) -> boxes (B, 4) in pixels of an image, found (B,) bool.
 
-    The map is blurred (sigma = blur x its side), its median is subtracted (what zoom, roll or noise leaves
+    image_size is the image's (H, W), or the side of a square one.
+    The map is blurred (sigma = blur x its shorter side), its median is subtracted (what zoom, roll or noise leaves
     everywhere), and what is below `relative` x the maximum is cut; the box spans the columns and rows between the
     lowest and the highest `tail` of the mass that remains.  found is False, and the box 0, where the maximum is less
     than what the edge of an object leaves that moves at `floor` pixels per frame along both axes, at 224 pixels.  Our
     choice of a box finder.
     """
     h, w = motion.shape[-2:]
-    sigma = blur * w
+    H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
+    sigma = blur * min(h, w)
     reach = math.ceil(3 * sigma)
     kernel = torch.exp(-torch.arange(-reach, reach + 1, device=motion.device) ** 2 / (2 * sigma**2))
     kernel = kernel / kernel.sum()
@@ -146,10 +149,10 @@ def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.0
     smooth = (smooth - smooth.flatten(1).median(1).values[:, None, None]).clamp(min=0)
     peak = smooth.amax((1, 2))                                                  # (B,)
     height = peak * math.sqrt(2 * math.pi) * sigma                              # of the edge that blurs to this peak
-    found = height > floor * w / 224
+    found = height > floor * min(h, w) / 224
     mass = torch.where(smooth >= relative * peak[:, None, None], smooth, 0.0)
     sides = []
-    for total, scale in ((mass.sum(1), image_size / w), (mass.sum(2), image_size / h)):   # along x, along y
+    for total, scale in ((mass.sum(1), W / w), (mass.sum(2), H / h)):   # along x, along y
         below = total.cumsum(1) / total.sum(1, keepdim=True).clamp_min(1e-12)
         first, last = (below <= tail).sum(1), (below < 1 - tail).sum(1) + 1
         sides.append((first * scale, last * scale))
@@ -158,14 +161,14 @@ def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.0
 
 
 def find_motion(estimator, clips, tubelet_size=2):
-    """Clips (B, 3, T, H, W), square -> flow (B, T', 2, h, w) between the first two frames of each tubelet, motion
+    """Clips (B, 3, T, H, W) -> flow (B, T', 2, h, w) between the first two frames of each tubelet, motion
     (B, h, w), boxes (B, 4), found (B,)."""
     tubelets = clips.unflatten(2, (-1, tubelet_size)).transpose(1, 2)                       # (B, T', 3, t, H, W)
     pairs = tubelets[:, :, :, :2].flatten(0, 1)                                             # (B T', 3, 2, H, W)
     flow = estimator(pairs).unflatten(0, (len(clips), -1))[:, :, 0]                         # (B, T', 2, h, w)
     with torch.autocast(clips.device.type, enabled=False):                                  # in bf16 a pan has edges
         motion = motion_map(flow)
-        boxes, found = motion_box(motion, clips.shape[-1])
+        boxes, found = motion_box(motion, clips.shape[-2:])
     return flow, motion, boxes, found
 
 
@@ -233,7 +236,7 @@ class MaskedAutoencoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, clips, hidden, count=None):
         """Clips (B, 3, T, H, W), normalised, hidden (B, N), as many per clip -> prediction (B, N_hidden, D), loss.
@@ -284,7 +287,7 @@ class MOFO(MaskedAutoencoder):
         else:
             hidden, _, _, boxes, found = self.mask(clips, generator)
         _, loss = super().forward(normalize(clips), hidden, self.count)
-        area = (boxes[:, 2:] - boxes[:, :2]).prod(1) / clips.shape[-1] ** 2                 # (B,), 0 without a box
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1) / math.prod(clips.shape[-2:])          # (B,), 0 without a box
         return loss, dict(with_box=found.float().mean(), box_area=area.sum() / found.sum().clamp(min=1))
 
 
@@ -325,8 +328,8 @@ def preview(model, clips, path):
 def sample_clips(video, item, rng, cfg):
     """cfg.repeats random clips of a video, each with a crop of its own -> uint8 (repeats, frames, side, side, 3)."""
     indices = [clip_indices(video, item, cfg.frames, cfg.stride, rng) for _ in range(cfg.repeats)]
-    scales = [s for s in (1.0, 0.875, 0.75, 0.66) if s >= cfg.min_crop]
-    crops = [multi_scale_crop(video.info.height, video.info.width, rng, scales, cfg.image_size) for _ in indices]
+    height, width = video.info.height, video.info.width
+    crops = [multi_scale_crop(height, width, rng, cfg.min_crop, cfg.image_size) for _ in indices]
     return read_views(video, indices, crops, cfg.image_size)
 
 
