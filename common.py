@@ -693,7 +693,7 @@ def _own_videos(path, root, split):
         rows, classes = _list_rows(path)
         rows = [(video, Path(root or path.parent, video), label) for video, label in rows]
         if not any(file.exists() for _, file, _ in rows):
-            raise UserError(f"--data {path}: of its {len(rows)} videos none exists; the first is {rows[0][1] if rows else 'not there'}. "
+            raise UserError(f"--data {path}: none of its {len(rows)} videos exists {[str(r[1]) for r in rows[:1]]}. "
                             "Paths are relative to the list; --root DIR names another base")
         return _listing(f"{path} {split}", rows, classes)
     if not path.is_dir():
@@ -740,8 +740,8 @@ def _list_rows(path):
         if not (line := line.strip(" ,\t")):
             continue
         if not (match := form.fullmatch(line)):
-            raise UserError(f"{path}:{n}: expected `path`, `path label` or `path,label` (a video, no directory of frames; "
-                            f"a label in quotes if it has a comma or begins with a number), got {line[:80]!r}")
+            raise UserError(f"{path}:{n}: expected `path`, `path label` or `path,label` (a video, not a directory of "
+                            f"frames; a label with a comma or behind a number in quotes), got {line[:80]!r}")
         video, label = match.groups()
         label = None if label in (None, "-1") else re.sub(r"^0+(?=\d+$)", "", label.strip('"'))
         if rows and (label is None) != (rows[0][1] is None):
