@@ -31,7 +31,7 @@ from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from itertools import accumulate, dropwhile, islice, pairwise
+from itertools import accumulate, count, dropwhile, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -478,12 +478,13 @@ class Listing(NamedTuple):
     summary: str
 
 
-VIDEO_FILES = {".mp4", ".avi", ".webm", ".mkv", ".mov"}
+VIDEO_FILES = {".mp4", ".m4v", ".mov", ".avi", ".webm", ".mkv", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts", ".flv",
+               ".wmv", ".3gp", ".ogv"}
 SPLIT_DIRS = {"train": ("train", "videos_train", "train_video", "training"),
-              "test": ("val", "test", "validation", "valid", "videos_val", "val_video")}
+              "test": ("val", "test", "validation", "valid", "videos_val", "val_video", "testing")}
 LAYOUTS = {
-    "ucf101": "v_*.avi files and ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt",
-    "hmdb51": "*.avi files and testTrainMulti_7030_splits/<class>_test_split1.txt",
+    "ucf101": "v_*.avi files and ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt (02, 03 for --split 2, 3)",
+    "hmdb51": "*.avi files and testTrainMulti_7030_splits/<class>_test_split1.txt (2, 3 for --split 2, 3)",
     "k400": "<youtube id>_<start>_<end>.mp4 files and train.csv, val.csv (or <split>/<class>/*.mp4)",
     "ssv2": "<id>.webm files and labels.json, train.json, validation.json (or something-something-v2-*.json)",
     "epic": "P01_01.MP4 ... files and EPIC_100_train.csv, EPIC_100_validation.csv",
@@ -493,25 +494,28 @@ DATA_SETS = ("toy", *LAYOUTS, "ava")
 LABELS = {"epic": ("verb", "noun", "action", "verb-noun"), "toy": ("motion", "scene")}
 
 
-def find_videos(data, root=None, split="train", label="", toy=None):
+def find_videos(data, root=None, split="train", label="", toy=None, fold=1):
     """List a split of a data set in the layout in which it is downloaded -> Listing.
 
-    data   toy, ucf101, hmdb51, k400, ssv2, epic; or a directory of videos; or a list file with lines `path [label]`
+    data   toy, ucf101, hmdb51, k400, ssv2, epic; or a directory of videos; or a list file, see `_list_rows`
     root   where the data set lies; None = $VIDEO_ROOT/<data>, else data/<data>.  Annotations and videos may lie
            anywhere below and are joined by file stem.  For a list file: what its paths are relative to.
     split  train or test; toy also has train_biased, data of your own also all
     label  what to predict where there is a choice: epic verb (default), noun, action, verb-noun (pairs of both); toy
            motion (default), scene
     toy    for toy: dict(train=..., test=..., size=...), made on first use
+    fold   which of the three published divisions into train and test, for ucf101 and hmdb51
 
     Raises UserError if nothing is found or the annotations do not join the files.
     """
     splits = TOY_SPLITS if data == "toy" else ("train", "test") if data in DATA_SETS else ("train", "test", "all")
     choices = LABELS.get(data, ("",))
     if split not in splits:
-        raise UserError(f"--train-split {split}: {data} has {', '.join(splits)}")
+        raise UserError(f"--train-split or --part {split}: {data} has {', '.join(splits)}")
     if label and label not in choices:
         raise UserError(f"--label {label}: {data} has {', '.join(choices) or 'one kind of label only'}")
+    if not 1 <= fold <= (3 if data in ("ucf101", "hmdb51") else 1):
+        raise UserError(f"--split {fold}: ucf101 and hmdb51 have 1, 2 and 3, other data has 1 only")
     label = label or choices[0]
     if data not in DATA_SETS:
         return _own_videos(Path(data), root, split)
@@ -524,20 +528,21 @@ def find_videos(data, root=None, split="train", label="", toy=None):
         raise UserError(f"--data {data}: no directory {root}. Put there, in any depth: {LAYOUTS[data]}; or name "
                         f"another place with --root DIR, or set VIDEO_ROOT so that $VIDEO_ROOT/{data} is it")
     files, videos = {}, {}                                                 # annotation file by name, video by stem
+
+    def rank(path):                                                        # k400 has replacements of corrupt files
+        return bool(_size(path)), "replacement" in str(path.relative_to(root))
     for path in _walk(root):
-        if path.suffix.lower() in VIDEO_FILES:
-            key = path.stem[:11] if data == "k400" else path.stem.lower()  # YouTube ids: 11 characters, also - and _
-            replacement = "replacement" in str(path.relative_to(root))     # k400: of a file that is corrupt
-            if key not in videos or replacement:
-                videos[key] = path
-        else:
-            files.setdefault(path.name.lower(), path)
+        found, key = files, path.name.lower()
+        if path.suffix.lower() in VIDEO_FILES:                             # YouTube ids: 11 characters, also - and _
+            found, key = videos, path.stem[:11] if data == "k400" else path.stem.lower()
+        if key not in found or rank(path) > rank(found[key]):              # of equals the first
+            found[key] = path
     try:
-        rows, classes = READERS[data](files, split, label)
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
+        rows, classes = READERS[data](files, split, label, fold)
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"--data {data}: an annotation file below {root} is not as published "
                         f"({type(error).__name__}: {error}). Expected: {LAYOUTS[data]}") from None
-    if rows is None and any((root / d).is_dir() for d in SPLIT_DIRS[split]):
+    if rows is None and split_dir(root, split):
         return _own_videos(root, None, split)
     if rows is None:
         raise UserError(f"--data {data}: no annotations below {root}. Expected there, in any depth: {LAYOUTS[data]}")
@@ -561,12 +566,14 @@ def _walk(root):
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("._"))
 
 
+def _size(path):
+    """Bytes of a file; None without a path, or where it leads to no file."""
+    return path.stat().st_size if path and path.is_file() else None
+
+
 def _listing(what, rows, classes):
     """Rows (name, path or None, label[, start, stop]) -> Listing of the files with content; prints the counts."""
-    @functools.cache
-    def size(path):                                                        # None = missing
-        return path.stat().st_size if path and path.exists() else None
-
+    size = functools.cache(_size)                                          # many segments of a film
     items = [Item(str(path), *rest) for _, path, *rest in rows if size(path)]
     missing = list(dict.fromkeys(str(path or name) for name, path, *_ in rows if not size(path)))
     empty = sum(size(path) == 0 for _, path, *_ in rows)
@@ -579,71 +586,69 @@ def _listing(what, rows, classes):
     return Listing(items, classes, missing, summary)
 
 
-def _ucf101(files, split, label):
-    if "classind.txt" not in files or f"{split}list01.txt" not in files:
+def _ucf101(files, split, label, fold):
+    if "classind.txt" not in files or f"{split}list0{fold}.txt" not in files:
         return None, None
     pairs = [line.split() for line in _lines(files["classind.txt"])]
     classes = [name for _, name in sorted((int(number), name) for number, name in pairs)]
     ids = {name.lower(): i for i, name in enumerate(classes)}              # copies differ in HandstandPushups
-    paths = [Path(line.split()[0]) for line in _lines(files[f"{split}list01.txt"])]
+    paths = [Path(line.split()[0]) for line in _lines(files[f"{split}list0{fold}.txt"])]
     return [(path.stem.lower(), ids[path.parts[0].lower()]) for path in paths], classes
 
 
-def _hmdb51(files, split, label):
-    end = "_test_split1.txt"
-    lists = [name for name in files if name.endswith(end)]
-    lists.sort(key=lambda name: name.removesuffix(end))                    # by class: sword, then sword_exercise
-    classes = [files[name].name[:-len(end)] for name in lists]
+def _hmdb51(files, split, label, fold):
+    end = f"_test_split{fold}.txt"
+    lists = [files[name + end] for name in sorted(name.removesuffix(end) for name in files if name.endswith(end))]
+    classes = [path.name[:-len(end)] for path in lists]                    # in order: sword, then sword_exercise
     wanted, rows = {"train": "1", "test": "2"}[split], []
-    for i, name in enumerate(lists):
-        for line in _lines(files[name]):
+    for i, path in enumerate(lists):
+        for line in _lines(path):
             video, code = line.rsplit(None, 1)                             # a few names hold spaces
             if code == wanted:
                 rows.append((Path(video).stem.lower(), i))
     return rows or None, classes
 
 
-def _k400(files, split, label):
+def _k400(files, split, label, fold):
     names = {"train": ("train.csv", "kinetics_train.csv", "kinetics400_train.csv"),
              "test": ("val.csv", "validate.csv", "validation.csv", "kinetics_val.csv", "kinetics400_val.csv")}
-    found = [files[name] for name in names[split] if name in files]
-    if not found:
+    path = next((files[name] for name in names[split] if _size(files.get(name))), None)
+    if path is None:
         return None, None
-    lines = _lines(found[0])
+    lines = _lines(path)
     if "youtube_id" not in lines[0]:                                       # VideoMAE's form: path label
-        pairs = [re.split(r"[\s,]+(?=\d+$)", line) for line in lines]
-        rows = [(Path(path).stem[:11], int(number)) for path, number in pairs]
-        return rows, [str(i) for i in range(1 + max(number for _, number in rows))]
+        rows, classes = _list_rows(path)
+        if not classes:
+            raise ValueError(f"no labels in {path.name}")
+        return [(Path(video).stem[:11], number) for video, number in rows], classes
     table = list(csv.DictReader(lines))
     labels = [row["label"].replace('"', "").replace("_", " ") for row in table]
     classes = sorted(set(labels))
     if len(classes) != 400:
-        print0(f"note: {found[0]} names {len(classes)} classes; Kinetics-400 has 400, "
+        print0(f"note: {path} names {len(classes)} classes; Kinetics-400 has 400, "
                "ids are those of the sorted names")
     ids = {name: i for i, name in enumerate(classes)}
     return [(row["youtube_id"], ids[name]) for row, name in zip(table, labels)], classes
 
 
-def _ssv2(files, split, label):
+def _ssv2(files, split, label, fold):
     def read(name):
         path = files.get(f"something-something-v2-{name}.json", files.get(f"{name}.json"))
-        return json.loads(path.read_text(encoding="utf-8")) if path else None
+        return json.loads(path.read_text(encoding="utf-8-sig")) if path else None
     ids, entries = read("labels"), read({"train": "train", "test": "validation"}[split])
     if ids is None or entries is None:
         return None, None
-    rows = [(e["id"].lower(), int(ids[e["template"].replace("[", "").replace("]", "")])) for e in entries]
-    return rows, sorted(ids, key=lambda name: int(ids[name]))
+    classes = sorted(ids, key=lambda name: int(ids[name]))
+    ids = {name: i for i, name in enumerate(classes)}                      # a part of the classes has gaps in its ids
+    return [(e["id"].lower(), ids[e["template"].replace("[", "").replace("]", "")]) for e in entries], classes
 
 
-def _epic(files, split, label):
+def _epic(files, split, label, fold):
     tables = {s: files.get(f"epic_100_{name}.csv") for s, name in (("train", "train"), ("test", "validation"))}
     if tables[split] is None:
         return None, None
     tables = {s: list(csv.DictReader(_lines(path))) for s, path in tables.items() if path}
-
-    def pair(row):
-        return int(row["verb_class"]), int(row["noun_class"])
-    pairs = {pair(row) for table in tables.values() for row in table}
+    pairs = {(int(row["verb_class"]), int(row["noun_class"])) for table in tables.values() for row in table}
     verbs, nouns = (_epic_names(files, kind, ids) for kind, ids in zip(("verb", "noun"), zip(*pairs)))
     actions = sorted(f"{verb}:{noun}" for verb, noun in pairs)             # the 3,806 pairs that occur
     # verb-noun: labels are pairs; the classes are the verbs, then the nouns, so that one head holds both
@@ -652,7 +657,7 @@ def _epic(files, split, label):
     ids = {name: i for i, name in enumerate(actions)}
     rows = []
     for row in tables[split]:
-        verb, noun = pair(row)
+        verb, noun = int(row["verb_class"]), int(row["noun_class"])
         target = {"verb": verb, "noun": noun, "action": ids[f"{verb}:{noun}"], "verb-noun": (verb, noun)}[label]
         start, stop = _seconds(row["start_timestamp"]), _seconds(row["stop_timestamp"])
         rows.append((row["video_id"].lower(), target, start, stop))
@@ -670,7 +675,7 @@ READERS = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "ssv2": _ssv2, "
 
 
 def _lines(path):
-    return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
 def _seconds(stamp):
@@ -690,68 +695,71 @@ def _toy(root, split, label, train=1024, test=256, size=64):
 def _own_videos(path, root, split):
     """A directory ({train,val}/<class>/*, <class>/*, or any videos in any depth), a list file or a single video of
     the user's own; split "all" is everything below a directory."""
-    if path.suffix.lower() in VIDEO_FILES and path.exists():
+    if path.suffix.lower() in VIDEO_FILES and path.is_file():
         return _listing(str(path), [(str(path), path, -1)], [])
     if path.is_file():
-        return _list_file(path, root, split)
+        rows, classes = _list_rows(path)
+        rows = [(video, Path(root or path.parent, video), label) for video, label in rows]
+        if not any(file.exists() for _, file, _ in rows):
+            raise UserError(f"--data {path}: none of its {len(rows)} videos exists {[str(r[1]) for r in rows[:1]]}. "
+                            "Paths are relative to the list; --root DIR names another base")
+        return _listing(f"{path} {split}", rows, classes)
     if not path.is_dir():
-        known = ", ".join(DATA_SETS)
-        raise UserError(f"--data {path}: neither one of {known} nor an existing directory or list file")
-    base = next((path / d for d in SPLIT_DIRS.get(split, ()) if (path / d).is_dir()), path)
-    if split != "all" and base == path and any((path / d).is_dir() for dirs in SPLIT_DIRS.values() for d in dirs):
-        expected = " or ".join(SPLIT_DIRS[split][:2])
-        raise UserError(f"--data {path}: has no {split} split, expected a directory {expected}")
+        raise UserError(f"--data {path}: neither one of {', '.join(DATA_SETS)} nor an existing directory or list file")
+    base, divided = split_dir(path, split) or path, any(split_dir(path, s) for s in SPLIT_DIRS)
+    if split != "all" and base == path and divided:
+        raise UserError(f"--data {path}: no directory {' or '.join(SPLIT_DIRS[split][:2])}, so no {split} split")
     files = [f for f in _walk(base) if f.suffix.lower() in VIDEO_FILES]
     if not files:
         raise UserError(f"--data {path}: no {', '.join(sorted(VIDEO_FILES))} file below {base}")
     folders = [f.relative_to(base).parts[0] if f.parent != base else "" for f in files]
-    labelled = "" not in folders and len(set(folders)) > 1                 # every file in one of several directories
-    classes = sorted(set(folders)) if labelled else []
-    ids = {name: i for i, name in enumerate(classes)}
-    rows = [(str(f), f, ids.get(c, -1)) for f, c in zip(files, folders)]
+    several = len(set(folders)) > 1 and not divided                        # train, val of split "all" are no classes
+    classes = sorted(set(folders)) if "" not in folders and (several or base != path) else []
+    items = [Item(str(f), classes.index(c) if classes else -1) for f, c in zip(files, folders)]
     if classes and base == path and split != "all":                        # it comes without a split: make one
-        every, rows, count = rows, [], [0] * len(classes)
-        for row in every:
-            label = row[2]
-            is_test = count[label] % 5 == 1                                # the second of every five of a class
-            count[label] += 1
-            if is_test == (split == "test"):
-                rows.append(row)
-    return _listing(f"{path} {split}", rows, classes)
+        items = hold_out(items, split)
+    return _listing(f"{path} {split}", [(item.path, Path(item.path), item.label) for item in items], classes)
 
 
-def _list_file(path, root, split):
-    """A file with lines `path`, `path label` or `path,label`: paths are relative to root, without one to the file's
-    own directory; labels are numbers or names."""
-    base, rows = Path(root) if root else path.parent, []
-    try:
-        lines = _lines(path)
-    except UnicodeDecodeError:
-        lines = []
-    if not lines:
-        raise UserError(f"--data {path}: neither a directory of videos nor a text file with lines `path`, "
-                        "`path label` or `path,label`")
-    for number, line in enumerate(lines, 1):                               # VideoMAE's may quote a text in between
-        match = re.fullmatch(r'(.+?\.(?:mp4|avi|webm|mkv|mov))(?:\s+".*")?(?:[\s,]+(.+))?', line, re.I)
-        if not match:
-            raise UserError(f"{path}:{number}: expected the path of a video and perhaps a label, got {line[:80]!r}")
+def split_dir(path, split):
+    """The directory of a split below path, in upper or lower case, or None."""
+    below = {d.name.lower(): d for d in Path(path).glob("*/")}              # none where path is a file
+    return next((below[name] for name in SPLIT_DIRS.get(split, ()) if name in below), None)
+
+
+def hold_out(items, split):
+    """Items with labels -> those of split "train" or "test": the second of every five of a class is for testing."""
+    places = {item.label: count() for item in items}
+    return [item for item in items if (next(places[item.label]) % 5 == 1) == (split == "test")]
+
+
+def _list_rows(path):
+    """A text file with lines `path`, `path label` or `path,label` -> [(video, label or -1)], class names.
+
+    The path ends with the suffix of a video and may hold spaces.  Text in quotes (VideoMAE) and a number (frames: TSN,
+    TSM) before the label are skipped: `path 300 0`, `path,300,jump`.  Labels are numbers, -1 for none, or names; a name
+    that holds a comma or begins with a number and a space is in quotes.  Raises UserError with the line.
+    """
+    suffixes, number = "|".join(suffix[1:] for suffix in VIDEO_FILES), r"-?\d[\d.]*"
+    form = re.compile(rf""" "?(.+\.(?:{suffixes}))"?  (?:[\s,]+".*"(?=[\s,]))?  (?:[\s,]+{number}(?=\s*,|\s+-?\d+$))?
+                           (?:[\s,]+(".+"|(?!{number}\s)[^\s,"][^,]*))?""", re.I | re.X)
+    rows = []
+    for n, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
+        if not (line := line.strip(" ,\t")):
+            continue
+        if not (match := form.fullmatch(line)):
+            raise UserError(f"{path}:{n}: expected `path`, `path label` or `path,label` (a video, not a directory of "
+                            f"frames; a label with a comma or behind a number in quotes), got {line[:80]!r}")
         video, label = match.groups()
-        file = base / video
-        rows.append((video, file if os.path.exists(file) else None, label))
-    if not any(file for _, file, _ in rows):
-        raise UserError(f"--data {path}: none of its {len(rows)} videos exists, the first would be "
-                        f"{base / rows[0][0]}. Paths are relative to the list; --root DIR names another base")
-    labels = {label for *_, label in rows}
-    if None in labels and len(labels) > 1:
-        raise UserError(f"{path}: some lines have a label and some have none")
-    if None in labels:
-        classes = []
-    elif all(label.isdigit() for label in labels):
-        classes = [str(i) for i in range(1 + max(map(int, labels)))]
-    else:
-        classes = sorted(labels)
-    rows = [(name, file, classes.index(label) if classes else -1) for name, file, label in rows]
-    return _listing(f"{path} {split}", rows, classes)
+        label = None if label in (None, "-1") else re.sub(r"^0+(?=\d+$)", "", label.strip('"'))
+        if rows and (label is None) != (rows[0][1] is None):
+            raise UserError(f"{path}:{n}: some lines have a label and some have none; this is the first that differs")
+        rows.append((video, label))
+    classes = sorted({label for _, label in rows if label is not None})
+    if all(re.fullmatch("[0-9]{1,5}", label) for label in classes):        # longer ones are names
+        classes = [str(i) for i in range(max(map(int, classes), default=-1) + 1)]
+    ids = {name: i for i, name in enumerate(classes)}
+    return [(video, ids.get(label, -1)) for video, label in rows], classes
 
 
 def epic_subsets(root):

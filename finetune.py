@@ -54,7 +54,7 @@ from common import (BACKBONES, Clips, DATA_SETS, FlowEstimator, Log, Mlp, ResNet
                     hold_out, item_frames, key_frame_indices, load_file, load_weights, loader, make_backbone, mix,
                     normalize, open_run, parse_config, plan_run, print0, rand_augment, random_erasing,
                     random_resized_crop, read_views, restore, run_directory, save_checkpoint, setup, shutdown,
-                    to_device, unit, wrap)
+                    split_dir, to_device, unit, wrap)
 from mofo import find_motion
 
 
@@ -981,7 +981,7 @@ def find_splits(cfg, content):
     --test-data it is read whole.
     """
     def whole(data):
-        return data not in DATA_SETS and not any(Path(data, d).is_dir() for dirs in SPLIT_DIRS.values() for d in dirs)
+        return data not in DATA_SETS and not any(split_dir(data, split) for split in SPLIT_DIRS)
 
     def read(data, split):
         toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)

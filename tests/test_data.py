@@ -226,6 +226,101 @@ def test_a_dangling_link_counts_as_missing(tmp_path):
     assert counts(find_videos("ucf101", tmp_path)) == (4, 3, 1, 0)
 
 
+@pytest.mark.parametrize("fold", [1, 2, 3])
+def test_ucf101_and_hmdb51_have_three_splits(tmp_path, fold):
+    lists = {f"{s}list0{k}.txt": f"Hammering/v_Hammering_g0{k}_c0{n}.avi{' 1' * (s == 'train')}\n" for n, s in enumerate(("train", "test"), 1)
+             for k in (1, 2, 3)}
+    lists |= {f"climb_test_split{k}.txt": "".join(f"climb_{n}.avi {1 if n == k else 2 if n == k % 3 + 1 else 0} \n" for n in (1, 2, 3))
+              for k in (1, 2, 3)}
+    put(tmp_path, {"classInd.txt": "1 Hammering\n", **lists},
+        [*(f"v_Hammering_g0{k}_c0{n}.avi" for k in (1, 2, 3) for n in (1, 2)), *(f"climb_{n}.avi" for n in (1, 2, 3))])
+    for n, split in enumerate(("train", "test"), 1):
+        assert labels(find_videos("ucf101", tmp_path, split, fold=fold)) == {f"v_Hammering_g0{fold}_c0{n}.avi": "Hammering"}
+        video = fold if split == "train" else fold % 3 + 1
+        assert labels(find_videos("hmdb51", tmp_path, split, fold=fold)) == {f"climb_{video}.avi": "climb"}
+    assert find_videos("ucf101", tmp_path) == find_videos("ucf101", tmp_path, fold=1)
+
+
+@pytest.mark.parametrize("data, fold", [("ucf101", 0), ("hmdb51", 4), ("ucf101", -1), ("k400", 2), ("epic", 3), ("toy", 2), ("own", 2)])
+def test_a_split_that_is_not_published_names_the_flag(tmp_path, data, fold):
+    put(epic(tmp_path), {**UCF, "train.csv": K400_CSV}, ["v.mp4"])
+    assert f"--split {fold}:" in error_of(find_videos, str(tmp_path) if data == "own" else data, tmp_path, fold=fold)
+    put(tmp_path, {}, UCF_VIDEOS)
+    assert "no annotations" in error_of(find_videos, "ucf101", tmp_path, fold=2)                    # which are not there: not split 1
+
+
+TEST_ONLY = {
+    "ucf101": ({name: UCF[name] for name in UCF if "trainlist" not in name}, UCF_VIDEOS, ["Hammering", "HammerThrow", "HandstandPushups"],
+               {"v_HammerThrow_g01_c01.avi": "HammerThrow", "v_HandStandPushups_g01_c01.avi": "HandstandPushups"}),
+    "hmdb51": ({"climb_test_split1.txt": "a.avi 2 \n", "sword_test_split1.txt": "b.avi 2 \n"}, ["a.avi", "b.avi"], ["climb", "sword"],
+               {"a.avi": "climb", "b.avi": "sword"}),
+    "k400": ({"val.csv": K400_CSV}, K400_LABELS, ["abseiling", "air drumming", "zumba"], K400_LABELS),
+    "ssv2": ({f"{name}.json": SSV2[name] for name in ("labels", "validation")}, ["36585.webm"],
+             ["Approaching something", "Holding something next to something", "Something falling like a feather or paper"],
+             {"36585.webm": "Approaching something"}),
+    "epic": ({"EPIC_100_validation.csv": EPIC_HEAD + epic_row("P01_11", "02.00", "02.50", 2, 1),
+              "EPIC_100_verb_classes.csv": "id,key\n0,take\n1,put\n2,wash\n3,open\n"}, ["P01_11.MP4"], ["take", "put", "wash", "open"],
+             {"P01_11.MP4": "wash"}),
+    "k400 directories": ({}, ["val/zumba/1.mp4", "val/zumba/2.mp4"], ["zumba"], {"1.mp4": "zumba", "2.mp4": "zumba"}),
+    "k400 list": ({"val.csv": "x/-3B32lodo2M.mp4 17\n"}, ["x/-3B32lodo2M.mp4"], [str(i) for i in range(18)], {"-3B32lodo2M.mp4": "17"})}
+
+
+@pytest.mark.parametrize("name", TEST_ONLY)
+def test_the_test_split_needs_nothing_of_the_training_split(tmp_path, name):
+    text, videos, classes, expected = TEST_ONLY[name]
+    listing = find_videos(name.split()[0], put(tmp_path, text, videos), "test")
+    assert listing.classes == classes and labels(listing) == expected
+
+
+@pytest.mark.parametrize("label, classes, target", [("noun", ["0", "1"], 1), ("action", ["2:1"], 0),
+                                                    ("verb-noun", ["verb:0", "verb:1", "verb:2", "noun:0", "noun:1"], (2, 1))])
+def test_epic_validation_alone(tmp_path, label, classes, target):
+    text = {"EPIC_100_validation.csv": EPIC_HEAD + epic_row("P01_11", "02.00", "02.50", 2, 1)}
+    listing = find_videos("epic", put(tmp_path, text, ["P01_11.MP4"]), "test", label)
+    assert listing.classes == classes and [item.label for item in listing.items] == [target]
+
+
+def test_ssv2_with_a_part_of_the_classes(tmp_path):
+    text = {"labels.json": '\ufeff{"Approaching something": "3", "Moving something": "7"}', "train.json": '[{"id": "5", "template": "Moving [something]"}]'}
+    listing = find_videos("ssv2", put(tmp_path, text, ["5.webm"]))
+    assert listing.classes == ["Approaching something", "Moving something"] and labels(listing) == {"5.webm": "Moving something"}
+
+
+K400_ONE = {"train.csv": 'label,youtube_id\nzumba,00000000000\n'}
+
+
+@pytest.mark.parametrize("data, text, name", [("k400", K400_ONE, "00000000000_000002_000012.mp4"),
+                                              ("ucf101", UCF, "v_HammerThrow_g08_c01.avi")])
+@pytest.mark.parametrize("empty, good", [("a", "b"), ("b", "a"), ("replacement", "train"), ("train", "replacement")])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_an_empty_copy_does_not_hide_a_good_one(tmp_path, data, text, name, empty, good, dangling):
+    put(tmp_path, text, [f"{good}/{name}"])
+    (tmp_path / empty).mkdir()
+    if dangling:
+        (tmp_path / empty / name).symlink_to(tmp_path / "moved.mp4")
+    else:
+        (tmp_path / empty / name).touch()
+    assert [item.path for item in find_videos(data, tmp_path).items] == [str(tmp_path / good / name)]
+
+
+@pytest.mark.parametrize("empty", ["a/train.csv", "a/kinetics_train.csv", "train.csv"])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_an_empty_annotation_does_not_hide_a_good_one(tmp_path, empty, dangling):
+    put(tmp_path, {"b/kinetics_train.csv": K400_CSV}, K400_LABELS)
+    if dangling:
+        (tmp_path / "a").mkdir()
+        (tmp_path / empty).symlink_to(tmp_path / "moved.csv")
+    else:
+        put(tmp_path, {empty: ""})
+    assert labels(find_videos("k400", tmp_path)) == K400_LABELS
+
+
+def test_an_annotation_that_cannot_be_read_is_a_message(tmp_path):
+    put(tmp_path, {name: UCF[name] for name in UCF if "trainlist" not in name}, UCF_VIDEOS)
+    (tmp_path / "trainlist01.txt").symlink_to(tmp_path / "moved.txt")
+    assert "trainlist01.txt" in error_of(find_videos, "ucf101", tmp_path)
+
+
 # ---- 2. The user's own videos ----------------------------------------------------------------------------------------
 
 def test_own_directory_without_labels_in_any_depth(tmp_path):
@@ -251,6 +346,34 @@ def test_own_directories_without_split_are_split_the_same_way_each_time(tmp_path
     assert find_videos(str(tmp_path), split="train") == train
 
 
+@pytest.mark.parametrize("suffix", [".m4v", ".MPG", ".mpeg", ".vob", ".ts", ".MTS", ".m2ts", ".flv", ".wmv", ".3gp", ".ogv"])
+def test_suffixes_of_videos(tmp_path, suffix):
+    put(tmp_path, {"list.txt": f"a b/1{suffix} jump\n", "a b/1.gif": "x"}, [f"a b/1{suffix}"])
+    for data in (tmp_path, tmp_path / "list.txt", tmp_path / f"a b/1{suffix}"):
+        assert list(labels(find_videos(str(data)))) == [f"1{suffix}"]
+
+
+def test_one_class_in_a_split_is_a_class_and_one_directory_elsewhere_is_none(tmp_path):
+    put(tmp_path, {}, ["Train/cat/1.mp4", "Train/dog/2.mp4", "VAL/dog/deep/3.mp4"])
+    assert labels(find_videos(str(tmp_path), split="train")) == {"1.mp4": "cat", "2.mp4": "dog"}
+    assert labels(find_videos(str(tmp_path), split="test")) == {"3.mp4": "dog"}
+    every = find_videos(str(tmp_path), split="all")
+    assert not every.classes and labels(every) == {"1.mp4": -1, "2.mp4": -1, "3.mp4": -1}           # train is no class
+    assert labels(find_videos(str(tmp_path / "VAL"))) == {"3.mp4": -1}
+    put(tmp_path, {}, ["VAL/4.mp4"])
+    assert labels(find_videos(str(tmp_path), split="test")) == {"3.mp4": -1, "4.mp4": -1}
+
+
+def test_hold_out_takes_the_second_of_every_five_of_a_class(tmp_path):
+    items = [Item(f"{i}.mp4", i % 2) for i in range(24)]
+    train, test = (common.hold_out(items, split) for split in ("train", "test"))
+    assert [int(item.path[:-4]) for item in test] == [2, 3, 12, 13, 22, 23]             # of 0, 2, 4 ... and of 1, 3, 5 ...
+    assert train == [item for item in items if item not in test] and len(items) == 24
+    names = [f"{'cat' if i % 2 else 'ape'}/{i:02d}.mp4" for i in range(24)]
+    listing = find_videos(str(put(tmp_path, {}, names)), split="test")
+    assert sorted(Path(item.path).stem for item in listing.items) == ["02", "03", "12", "13", "22", "23"]
+
+
 @pytest.mark.parametrize("lines, expected", [
     ("a b/1.mp4 0\nc/2.mp4 2\n", {"1.mp4": "0", "2.mp4": "2"}),
     ("a b/1.mp4,0\r\nc/2.mp4,2\r\n\r\n", {"1.mp4": "0", "2.mp4": "2"}),
@@ -258,7 +381,19 @@ def test_own_directories_without_split_are_split_the_same_way_each_time(tmp_path
     ("a b/1.mp4 jump\nc/2.mp4 fly\n", {"1.mp4": "jump", "2.mp4": "fly"}),
     ("a b/1.mp4,high jump\nc/2.mp4,fly\n", {"1.mp4": "high jump", "2.mp4": "fly"}),
     ('a b/1.mp4 "put a plate, gently" 0\nc/2.mp4 "take" 2\n', {"1.mp4": "0", "2.mp4": "2"}),
-], ids=["space", "comma", "bare", "names", "names with spaces", "videomae"])
+    ("a b/1.mp4 300 0\nc/2.mp4 7\t2\n", {"1.mp4": "0", "2.mp4": "2"}),
+    ("a b/1.mp4,300,0\nc/2.mp4, 12.5, 2\n", {"1.mp4": "0", "2.mp4": "2"}),
+    ("a b/1.mp4,300,high jump\nc/2.mp4,7,fly\n", {"1.mp4": "high jump", "2.mp4": "fly"}),
+    ('a b/1.mp4 "put a plate" 300 0\nc/2.mp4 "take" 9 2\n', {"1.mp4": "0", "2.mp4": "2"}),
+    ("a b/1.mp4 making tea\nc/2.mp4 5-a-side football\n", {"1.mp4": "making tea", "2.mp4": "5-a-side football"}),
+    ('a b/1.mp4 "up, then down"\nc/2.mp4,"3 turns"\n', {"1.mp4": "up, then down", "2.mp4": "3 turns"}),
+    ('"a b/1.mp4",0\n"c/2.mp4", 2\n', {"1.mp4": "0", "2.mp4": "2"}),
+    ("\ufeffa b/1.mp4,00,\r\n\r\nc/2.mp4,02, \r\n", {"1.mp4": "0", "2.mp4": "2"}),
+    ("a b/1.mp4 0 -1\nc/2.mp4 0 -1\n", {"1.mp4": -1, "2.mp4": -1}),
+    ("a b/1.mp4 20240131\nc/2.mp4 99999999999\n", {"1.mp4": "20240131", "2.mp4": "99999999999"}),
+    ("a b/1.mp4 \u00b2\nc/2.mp4 \u0663\n", {"1.mp4": "\u00b2", "2.mp4": "\u0663"}),
+], ids=["space", "comma", "bare", "names", "names with spaces", "videomae", "frames", "frames in a csv", "frames and names", "videomae frames",
+        "names with spaces only", "names in quotes", "paths in quotes", "zeros and trailing commas", "none", "long numbers", "other digits"])
 @pytest.mark.parametrize("away", [False, True])
 def test_list_files(tmp_path, lines, expected, away):
     put(tmp_path / "videos", {}, ["a b/1.mp4", "c/2.mp4"])
@@ -340,7 +475,12 @@ def test_own_data_messages_name_the_place(tmp_path):
 
 
 @pytest.mark.parametrize("lines, expected", [
-    ("1.mp4 0\nnonsense\n", "list.txt:2"), ("1.mp4 0\n1.mp4\n", "label"), ("no.mp4 0\nnone.mp4 1\n", "no.mp4"), ("", "list.txt")])
+    ("1.mp4 0\nnonsense\n", "list.txt:2"), ("1.mp4 0\n1.mp4\n", "label"), ("1.mp4 0\n\n1.mp4 -1\n", "list.txt:3"),
+    ("1.mp4\n\n1.mp4 4\n", "list.txt:3"), ("1.mp4 0\n\nnonsense\n", "list.txt:3"), ("1.mp4 0\nframes/1 300 0\n", "list.txt:2"),
+    ("frames/1 300 0\n", "directory of frames"), ("path,label\n1.mp4,0\n", "list.txt:1"), ("1.mp4 0\n1.mp4 300 jump\n", "list.txt:2"),
+    ("1.mp4 0\n1.mp4 0 300 1\n", "list.txt:2"), ("1.mp4 0\n1.mp4 0.5 2.5 1\n", "list.txt:2"), ("1.mp4 0\n1.mp4  3  turns\n", "list.txt:2"),
+    ("1.mp4,0\n1.mp4,0,300,1\n", "list.txt:2"), ("1.mp4 0\n1.mp4,up, then down\n", "list.txt:2"), ("1.gif 0\n", "list.txt:1"), (
+        "\n", "list.txt"), ("no.mp4 0\nnone.mp4 1\n", "no.mp4"), ("", "list.txt")])
 def test_list_file_messages(tmp_path, lines, expected):
     put(tmp_path, {"list.txt": lines}, ["1.mp4"])
     assert expected in error_of(find_videos, str(tmp_path / "list.txt"))
