@@ -723,7 +723,7 @@ def _own_videos(path, root, split):
 
 def split_dir(path, split):
     """The directory of a split below path, in upper or lower case, or None."""
-    below = {d.name.lower(): d for d in Path(path).glob("*/")}              # none where path is a file
+    below = {d.name.lower(): d for d in Path(path).glob("*") if d.is_dir()}  # none where path is a file
     return next((below[name] for name in SPLIT_DIRS.get(split, ()) if name in below), None)
 
 
@@ -2486,8 +2486,11 @@ def digest(init):
     """SHA-256 of the weights that --init names, "" where it names none."""
     if not init:
         return ""
+    sha = hashlib.sha256()
     with open(weights_file(init), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(2**20):
+            sha.update(part)
+    return sha.hexdigest()
 
 
 def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler):
