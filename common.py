@@ -733,8 +733,8 @@ def _list_rows(path):
     that holds a comma or begins with a number and a space is in quotes.  Raises UserError with the line.
     """
     suffixes, number = "|".join(suffix[1:] for suffix in VIDEO_FILES), r"-?\d[\d.]*"
-    form = re.compile(rf""" "?(.+\.(?:{suffixes}))"?  (?:[\s,]+".*"(?=[\s,]))?  (?:[\s,]+{number}(?=\s*,|\s+-?\d+$))?
-                           (?:[\s,]+(".+"|(?!{number}\s)[^\s,"][^,]*))?""", re.I | re.X)
+    form = re.compile(rf""" "?(.+\.(?:{suffixes}))"?  (?:[\s,]+"[^"]*"(?=[\s,]))?  (?:[\s,]+{number}(?=\s*,|\s+-?\d+$))?
+                           (?:[\s,]+("[^"]+"|(?!{number}\s)[^\s,"][^,]*))?""", re.I | re.X)
     rows = []
     for n, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         if not (line := line.strip(" ,\t")):
