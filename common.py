@@ -593,7 +593,7 @@ def _ucf101(files, split, label, fold):
     classes = [name for _, name in sorted((int(number), name) for number, name in pairs)]
     ids = {name.lower(): i for i, name in enumerate(classes)}              # copies differ in HandstandPushups
     paths = [Path(line.split()[0]) for line in _lines(files[f"{split}list0{fold}.txt"])]
-    return [(path.stem.lower(), ids[path.parts[0].lower()]) for path in paths], classes
+    return [(path.stem.lower(), ids[path.parent.name.lower()]) for path in paths], classes
 
 
 def _hmdb51(files, split, label, fold):
@@ -622,13 +622,12 @@ def _k400(files, split, label, fold):
             raise ValueError(f"no labels in {path.name}")
         return [(Path(video).stem[:11], number) for video, number in rows], classes
     table = list(csv.DictReader(lines))
-    labels = [row["label"].replace('"', "").replace("_", " ") for row in table]
+    labels = [row["label"].replace('"', "").replace("_", " ").strip() for row in table]
     classes = sorted(set(labels))
     if len(classes) != 400:
-        print0(f"note: {path} names {len(classes)} classes; Kinetics-400 has 400, "
-               "ids are those of the sorted names")
+        print0(f"note: {path} names {len(classes)} classes; Kinetics-400 has 400, ids are those of the sorted names")
     ids = {name: i for i, name in enumerate(classes)}
-    return [(row["youtube_id"], ids[name]) for row, name in zip(table, labels)], classes
+    return [(row["youtube_id"].strip(), ids[name]) for row, name in zip(table, labels)], classes
 
 
 def _ssv2(files, split, label, fold):
@@ -741,15 +740,15 @@ def _list_rows(path):
     that holds a comma or begins with a number and a space is in quotes.  Raises UserError with the line.
     """
     suffixes, number = "|".join(suffix[1:] for suffix in VIDEO_FILES), r"-?\d[\d.]*"
-    form = re.compile(rf""" "?(.+\.(?:{suffixes}))"?  (?:[\s,]+".*"(?=[\s,]))?  (?:[\s,]+{number}(?=\s*,|\s+-?\d+$))?
-                           (?:[\s,]+(".+"|(?!{number}\s)[^\s,"][^,]*))?""", re.I | re.X)
+    form = re.compile(rf""" "?(.+\.(?:{suffixes}))"?  (?:[\s,]+"[^"]*"(?=[\s,]))?  (?:[\s,]+{number}(?=\s*,|\s+-?\d+$))?
+                           (?:[\s,]+("[^"]+"|(?!{number}\s)[^\s,"][^,]*))?""", re.I | re.X)
     rows = []
     for n, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         if not (line := line.strip(" ,\t")):
             continue
         if not (match := form.fullmatch(line)):
             raise UserError(f"{path}:{n}: expected `path`, `path label` or `path,label` (a video, not a directory of "
-                            f"frames; a label with a comma or behind a number in quotes), got {line[:80]!r}")
+                            f"frames; in quotes a label with a comma or a number in front), got {line[:80]!r}")
         video, label = match.groups()
         label = None if label in (None, "-1") else re.sub(r"^0+(?=\d+$)", "", label.strip('"'))
         if rows and (label is None) != (rows[0][1] is None):
