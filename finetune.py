@@ -820,7 +820,7 @@ def detect(model, test, cfg, env):
         scores.append((value.numpy() * (item.scores[:, None] if cfg.times_score else 1)).ravel())
     labels = np.tile(np.arange(1, 81), len(frames) // 80)
     found = dict(frame=frames, box=np.concatenate(boxes), label=labels, score=np.concatenate(scores))
-    if env.rank == 0:
+    if env.rank == 0 and cfg.out:
         np.savez(Path(cfg.out) / "scores.npz", **found)
     mean, ap = ava_mean_ap(found, test.ground_truth, test.class_ids, test.excluded)
     per_class = {test.classes[c - 1]: 100 * value for c, value in ap.items() if not math.isnan(value)}
@@ -1022,11 +1022,13 @@ def class_ids(test, classes, cfg):
         numbers = {str(i): i for i in range(len(own))}
         used = {names[i] for i in column.tolist()}
         unknown = sorted(used - place.keys() - numbers.keys())
+        if unknown and cfg.mode == "test":
+            raise UserError(f"--mode test: {cfg.init} knows the classes {own[:3]} ..., the data has {unknown[:3]}")
         if unknown:
-            raise UserError(f"--data {cfg.test_data or cfg.data}: {len(unknown)} of its classes are unknown to the "
-                            f"network, the first: {unknown[:3]}. It knows {len(own)}: {own[:3]} ...")
+            raise UserError(f"--data {cfg.data}: the test split has classes that the training split has not: "
+                            f"{unknown[:3]}")
         if used - place.keys():
-            print0(f"note: the numbers of classes in {cfg.test_data or cfg.data} are taken as places: 0 = {own[0]}")
+            print0(f"note: classes that are numbers are taken as places: 0 = {own[0]}")
         columns.append(torch.tensor([(numbers | place)[names[i]] for i in column.tolist()]))
     return columns[0] if len(columns) == 1 else torch.stack(columns, 1)
 
