@@ -225,7 +225,8 @@ class FAME(nn.Module):
             first = merge(first, mask, derangement(len(first), generator, clips.device))
         c = self.colour
         strengths = dict(brightness=0.4 * c, contrast=0.4 * c, saturation=0.4 * c, hue=0.1 * c, grey=0.2 * c)
-        return [normalize(blur(colour_jitter(x, generator, **strengths), generator)) for x in (first, second)]
+        views = [blur(colour_jitter(x, generator, **strengths), generator) for x in (first, second)]
+        return [normalize(x, self.encoder.config) for x in views]
 
     def forward(self, clips, generator=None):
         with torch.no_grad(), torch.autocast(clips.device.type, enabled=False):  # colours want fp32

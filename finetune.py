@@ -358,7 +358,8 @@ class Classifier(nn.Module):
 
     def scores(self, clips):
         """Clips (B, 3, T, H, W) uint8 -> probabilities per head, or with --average logits those (B, all classes)."""
-        logits = self.logits(normalize(clips), self.inside(clips) if self.cfg.focused else None)
+        inside = self.inside(clips) if self.cfg.focused else None
+        logits = self.logits(normalize(clips, self.network.config), inside)
         if self.cfg.average == "logits":
             return logits
         return torch.cat([part.softmax(1) for part in logits.split(self.sizes, 1)], 1)
@@ -374,7 +375,7 @@ class Classifier(nn.Module):
             inside = self.inside(clips) if c.focused else None
             if c.jitter or c.grey:
                 clips = colour_jitter(unit(clips), generator, hue=c.hue, p=c.jitter, grey=c.grey)
-            clips = normalize(clips)
+            clips = normalize(clips, self.network.config)
             clips = random_erasing(clips, generator, c.erasing) if c.erasing else clips
             if c.mixup or c.cutmix:
                 both = clips if inside is None else torch.cat([clips, inside.expand_as(clips[:, :1])], 1)
@@ -418,7 +419,7 @@ class Detector(nn.Module):
                 boxes = torch.where(flipped, mirrored, boxes)
             if self.cfg.jitter:
                 clips = colour_jitter(unit(clips), generator, 0.1, 0, 0.1, self.cfg.hue, self.cfg.jitter, grey=0)
-        logits = self.logits(normalize(clips), boxes, count)                   # (n, 80)
+        logits = self.logits(normalize(clips, self.network.config), boxes, count)              # (n, 80)
         if not len(logits):                                                    # nobody is in any crop
             return logits.sum(), dict(people=0.0)
         loss = F.binary_cross_entropy_with_logits(logits, batch["actions"].float())
@@ -453,16 +454,22 @@ def layer_decay_groups(network, lr, weight_decay, decay, vectors=0.0):
     return list(groups.values())
 
 
-def build_network(cfg, outputs=0):
-    """The network that --init describes, with its weights (unless --random-init) -> network, content of the file."""
+def build_network(cfg, outputs=0, classes=None):
+    """The network that --init describes, with its weights (unless --random-init) -> network, content of the file.
+
+    A network without a head has the norms of the file.  One that is trained takes the file's head only if that is for
+    the same classes, by name.
+    """
     if not cfg.init:
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
     if cfg.model not in BACKBONES:
         raise UserError(f"--model {cfg.model}: choose {', '.join(BACKBONES)}")
-    public = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
     content = load_file(cfg.init)
-    backbone = dict(content.get("backbone") or public if isinstance(content, dict) else public)
+    backbone = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
+    backbone = content["backbone"] if "image_size" in content["backbone"] else backbone | content["backbone"]
     backbone |= {key: value for key in ("image_size", "frames") if (value := getattr(cfg, key))}
+    backbone |= dict(norms=("norm",)) if cfg.data == "ava" else {}             # of the tokens: there is no mean
+    training = cfg.mode == "finetune" or cfg.mode == "linear" and outputs
     drop_path = cfg.drop_path if cfg.mode == "finetune" else 0.0
     network = make_backbone(**backbone, num_classes=outputs, drop_path=drop_path)
     if cfg.data == "ava":
@@ -476,10 +483,12 @@ def build_network(cfg, outputs=0):
             raise UserError("--focused is MOFO's head for a ViT; --no-focused trains the plain one")
         network.local_MCA = nn.ModuleList([MotionFocus(network.dim)])
     if not cfg.random_init:
-        trained = cfg.mode in ("test", "predict") or cfg.mode == "export" and outputs
-        report = load_weights(network, cfg.init, strict_backbone="all" if trained else True)
+        new = ("head.",) if training and content.get("classes") != classes else ()
+        report = load_weights(network, cfg.init, True if training else "all", new)
         print0(f"{cfg.init}: {len(report.loaded)} tensors loaded, new here {report.missing[:4]}, not used "
                f"{len(report.unexpected)} {report.unexpected[:3]}")
+        if classes and not training and "classes" not in content:
+            print0(f"{cfg.init} does not name its classes: they are taken to be the data's, in the same order")
     return network, content
 
 
@@ -768,8 +777,8 @@ def extract(network, items, cfg, env, views, what):
     """Features (N, views, dim) of listed videos, read (N,) bool, errors."""
     size, frames = network.config["image_size"], network.config["frames"]
     sample = partial(test_clips, cfg=cfg, size=cfg.test_size or size, frames=frames, views=views)
-    results, errors = sweep(lambda clips, n: network(normalize(clips)).float().cpu().unflatten(0, (n, -1)), items,
-                            sample, cfg, env, what)
+    results, errors = sweep(lambda clips, n: network(normalize(clips, network.config)).float().cpu()
+                            .unflatten(0, (n, -1)), items, sample, cfg, env, what)
     return *table(results, len(items)), errors
 
 
@@ -789,7 +798,7 @@ def detect(model, test, cfg, env):
     sample = partial(person_clip, cfg=cfg, size=config["image_size"], frames=config["frames"])
 
     def compute(batch, n):
-        scores = model.logits(normalize(batch["clips"]), batch["boxes"], batch["count"]).sigmoid()
+        scores = model.logits(normalize(batch["clips"], config), batch["boxes"], batch["count"]).sigmoid()
         return scores.cpu().split(batch["count"].tolist())
     results, errors = sweep(compute, test.items, sample, cfg, env, "testing")
     frames, boxes, scores = [], [], []
@@ -926,8 +935,7 @@ def inherit(cfg):
     """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise."""
     if cfg.mode not in ("test", "predict", "export") or not cfg.init:
         return
-    content = load_file(cfg.init)
-    made = content.get("config") if isinstance(content, dict) else None
+    made = load_file(cfg.init).get("config")
     if isinstance(made, dict) and made.get("mode") in ("finetune", "linear"):
         for name in set(TRAINED_WITH) - getattr(cfg, "given", set()):
             setattr(cfg, name, made.get(name, getattr(cfg, name)))
@@ -965,9 +973,9 @@ def main(cfg):
     with_head = cfg.mode in ("finetune", "test") or cfg.mode == "linear" and cfg.classifier == "trained"
     if len(sizes) > 1 and not with_head:
         raise UserError(f"--label {cfg.label}: --mode {cfg.mode} takes one label, verb, noun or action")
-    network, content = build_network(cfg, len(classes) if with_head and cfg.data != "ava" else 0)
+    network, content = build_network(cfg, len(classes) if with_head and cfg.data != "ava" else 0, classes)
     network.to(env.device)
-    if cfg.mode == "test" and isinstance(content, dict) and content.get("classes", classes) != classes:
+    if cfg.mode == "test" and content.get("classes", classes) != classes:
         raise UserError(f"--mode test: {cfg.init} knows the classes {content['classes'][:3]} ..., the data has "
                         f"{classes[:3]} ...")
     size, frames = cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]
@@ -1039,8 +1047,7 @@ def apply(cfg, env, out, views):
     """--mode predict: print the classes of any videos and write predictions.csv; extract: write features.npz."""
     toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
     items = find_videos(cfg.data, cfg.root, cfg.train_split if cfg.data in DATA_SETS else "all", toy=toy).items
-    content = load_file(cfg.init) if cfg.mode == "predict" and cfg.init else None
-    classes = content.get("classes") if isinstance(content, dict) else None
+    classes = load_file(cfg.init).get("classes") if cfg.mode == "predict" and cfg.init else None
     if cfg.mode == "predict" and cfg.init and not classes:
         raise UserError(f"--mode predict: {cfg.init} does not say its classes; it takes a checkpoint of finetune.py "
                         "or a Hugging Face folder of a classifier")
@@ -1081,11 +1088,11 @@ def apply(cfg, env, out, views):
 
 def export(cfg, out):
     """--mode export: write a folder that Hugging Face transformers loads."""
-    content = load_file(cfg.init) if cfg.init else {}
-    weights = content.get("model", {}) if isinstance(content, dict) else {}
-    head = weights.get("head.weight")
-    network, _ = build_network(cfg, 0 if head is None else len(head))
-    classes = content.get("classes") or [str(i) for i in range(0 if head is None else len(head))]
+    weights = load_file(cfg.init)["model"] if cfg.init else {}
+    head = re.compile(r"((module|backbone)\.)*(head|classifier)\.weight")
+    outputs = next((len(x) for name, x in weights.items() if head.fullmatch(name)), 0)
+    network, content = build_network(cfg, outputs)
+    classes = content.get("classes") or [str(i) for i in range(outputs)]
     if cfg.focused:
         raise UserError("--mode export: MOFO's motion-focused head has no counterpart in Hugging Face's VideoMAE")
     export_huggingface(network, classes, out)

@@ -209,7 +209,8 @@ class MoDist(nn.Module):
         c = self.colour
         strengths = dict(brightness=0.6 * c, contrast=0.6 * c, saturation=0.6 * c, hue=0.15 * c, grey=0.2 * c)
         rgb = [unit(x[:, :, :-1:self.rgb_step]) for x in (first, second)]
-        rgb = [normalize(blur(colour_jitter(x, generator, **strengths), generator)) for x in rgb]
+        rgb = [blur(colour_jitter(x, generator, **strengths), generator) for x in rgb]
+        rgb = [normalize(x, self.encoder.config) for x in rgb]
         if not hasattr(self, "motion"):
             return rgb, (None, None)
         maps = motion_maps(torch.cat([first, second]), self.flow, self.motion_input, self.edge_clip)
@@ -277,8 +278,8 @@ def preview(model, clips, path):
         rows.append(F.interpolate(maps[:, :, shown].abs().cpu(), (4, *tile)).transpose(1, 2))
         query, about = model.motion_head(model.motion(maps)), maps.abs().mean(2)
     else:
-        query, about = model.head(model.encoder(normalize(rgb[0]))), frames[:, 0]
-    found = F.normalize(keys["head"](keys["encoder"](normalize(rgb[1]))), dim=1)
+        query, about = model.head(model.encoder(normalize(rgb[0], model.encoder.config))), frames[:, 0]
+    found = F.normalize(keys["head"](keys["encoder"](normalize(rgb[1], model.encoder.config))), dim=1)
     best = (F.normalize(query, dim=1) @ found.T).argsort(1, descending=True)[:, :3].cpu()   # (B, 3)
     about = F.interpolate(about.cpu() / about.amax((1, 2, 3), keepdim=True).cpu().clamp(min=1e-6), tile)
     picture = rgb[1][:, :, rgb[1].shape[2] // 2].cpu()                                      # (B, 3, H, W)
