@@ -1710,8 +1710,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Video transformer with joint space-time attention (VideoMAE): normalised clips (B, 3, T, H, W) -> (B, dim), or
-    logits (B, num_classes).
+    """Joint space-time transformer (VideoMAE): normalised clips (B, 3, T, H, W) -> (B, dim) or (B, num_classes).
 
     norms says which there are of `norm`, of the tokens (pre-training), and `fc_norm`, of their mean.  With num_classes
     it is fc_norm alone, before `head`: VideoMAE fine-tunes so.  State-dict names are those of its checkpoints.
@@ -1731,7 +1730,8 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(dim, patch_size, tubelet_size)
         self.register_buffer("positions", sincos_positions(math.prod(self.grid), dim), persistent=False)
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
-        self.norm, self.fc_norm = (nn.LayerNorm(dim, eps=1e-6) if k in norms else nn.Identity() for k in ("norm", "fc_norm"))
+        for name in ("norm", "fc_norm"):
+            self.add_module(name, nn.LayerNorm(dim, eps=1e-6) if name in norms else nn.Identity())
         if num_classes:
             self.head = nn.Linear(dim, num_classes)
         for module in self.modules():
@@ -1795,9 +1795,7 @@ class ConvNet(nn.Module):
         """(B, 3, T, H, W) -> (B, dim): what the head gets."""
         return self.forward_map(clips).mean((2, 3, 4))
 
-    def forward(self, clips):
-        x = self.pooled(clips)
-        return self.head(x) if hasattr(self, "head") else x
+    forward = ViT.forward                                                          # pooled, and if there is one, head
 
 
 class Bottleneck(nn.Module):
@@ -1863,14 +1861,14 @@ BACKBONES = (*VITS, "r2plus1d_18", "r3d_18", "s3d", "slow_r50", "r2plus1d_50")
 
 
 def make_backbone(name="", image_size=224, frames=16, num_classes=0, drop_path=0.0, patch_size=16, tubelet_size=2,
-                  width=1.0, norms=("norm",), mean=MEAN, std=STD, **vit):
+                  width=1.0, mean=MEAN, std=STD, norms=("norm",), **vit):
     """A network by name, or from the `config` of one that exists: ViT, ResNet3D or one of torchvision's (18 layers:
     Tran et al. 2018; S3D: Xie et al. 2018).  All have .config, .dim and forward_map; with num_classes also a head."""
     if name in VITS:
         vit = dict(zip(("dim", "depth", "heads"), VITS[name]))
     if vit:
-        return ViT(image_size, frames, patch_size, tubelet_size, **vit, num_classes=num_classes, drop_path=drop_path,
-                   norms=norms, mean=mean, std=std)
+        vit |= dict(num_classes=num_classes, drop_path=drop_path, norms=norms, mean=mean, std=std)
+        return ViT(image_size, frames, patch_size, tubelet_size, **vit)
     if name not in BACKBONES:
         raise UserError(f"--backbone {name}: choose {', '.join(BACKBONES)}")
     if name in ("slow_r50", "r2plus1d_50"):
@@ -1984,9 +1982,10 @@ SIZES = dict(image_size="image_size", frames="num_frames", patch_size="patch_siz
 # What names of tensors tell of a network: its norms; torchvision's have seen Kinetics' colours, SlowFast's its own.
 HINTS = {r"(^|\.)fc_norm\.weight$": dict(norms=("fc_norm",)),
          r"^(?!.*decoder)(.*\.)?(layer)?norm\.weight$": dict(norms=("norm",)),
-         r"(^|\.)(stem\.0|features\.0\.0\.0)\.weight$": dict(mean=(0.43216, 0.394666, 0.37645),
-                                                             std=(0.22803, 0.22145, 0.216989)),
+         r"\b(stem|features\.0\.0)\.0\.w": dict(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989)),
          r"pathway0_": dict(mean=(0.45,) * 3, std=(0.225,) * 3)}
+# Stands for what is not torch's in a checkpoint, e.g. paths, Namespaces, numpy's numbers: takes all, keeps nothing.
+Unknown = type("Unknown", (), dict.fromkeys(("__init__", "__setstate__"), lambda *_: None))
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
 
@@ -2034,9 +2033,8 @@ def read_safetensors(path):
 
 
 def huggingface_config(path):
-    """dict(backbone=sizes of the ViT and statistics of its input, classes=names, where there are some) from Hugging
-    Face's config.json and preprocessor_config.json; {} if it is not VideoMAE's.  Their ViT-S says 16 heads; it was
-    trained with 6, and nothing in the weights would tell."""
+    """dict(backbone=sizes, mean and std, classes=names, where there are some) from Hugging Face's config.json and the
+    files beside it; {} if it is not VideoMAE's.  Their ViT-S says 16 heads; it was trained with 6."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.get("model_type") != "videomae":
@@ -2047,7 +2045,7 @@ def huggingface_config(path):
         classes = [names[str(i)] for i in range(len(names))]
         if (backbone["dim"], backbone["heads"]) == (384, 16):
             backbone["heads"] = VITS["vit_small"][2]
-        for path in path.parent.glob("*preprocessor_config.json"):
+        for path in path.parent.glob("*preprocessor_config.json"):                 # video_, too
             about = json.loads(path.read_text(encoding="utf-8"))
             asked, scale = about.get("do_normalize", True), 255 * about.get("rescale_factor", 1 / 255)
             for k, none in (("mean", 0), ("std", 1)):
@@ -2058,11 +2056,6 @@ def huggingface_config(path):
     return dict(backbone=backbone) | (dict(classes=classes) if classes and "LABEL_0" not in classes else {})
 
 
-class Unknown:
-    """Stands for what is not torch's in a checkpoint, e.g. paths, Namespaces, numpy's numbers: it holds nothing."""
-    __init__ = __setstate__ = lambda *_: None
-
-
 def load_file(path):
     """A checkpoint -> dict(model=its tensors by name, out of their wrapper, backbone=what is known of its network:
     norms, mean, std and perhaps the sizes, classes if it has them, and what else is there); no code of the file runs.
@@ -2070,8 +2063,7 @@ def load_file(path):
     Takes torch.save's files, of which only plain values and tensors are kept, and of Hugging Face model.safetensors,
     pytorch_model.bin or the folder that holds it.  Raises UserError.
     """
-    path = Path(path)
-    path = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()), path)
+    path = next((f for f in (Path(path, "model.safetensors"), Path(path, "pytorch_model.bin")) if f.exists()), Path(path))
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; of a directory, model.safetensors or pytorch_model.bin is read")
     if path.suffix == ".safetensors":
@@ -2095,8 +2087,8 @@ def load_file(path):
         about |= huggingface_config(config)
     for pattern, values in HINTS.items():
         backbone |= values if any(re.search(pattern, k) for k in state) else {}
-    if "image_size" in (about.get("backbone") or ()):                  # it says its network: then also its mean and std
-        backbone |= dict(mean=MEAN, std=STD) | about["backbone"]
+    if isinstance(said := about.get("backbone"), dict) and "image_size" in said:       # ours, or a Hugging Face folder
+        backbone |= dict(mean=MEAN, std=STD) | said
     return about | dict(model=state, backbone=backbone)
 
 
@@ -2120,8 +2112,7 @@ def translate(state, own):
         state = {rename(k, HUGGING_FACE).replace("videomae.", base): x for k, x in state.items()}
     elif any("pathway0_" in k for k in state):
         state = {rename(k, SLOWFAST): x for k, x in state.items()}
-    fc = re.compile(r"^((?:(?:module|backbone)\.)*)fc\.(weight|bias)$")
-    state = {fc.sub(r"\1head.\2", k): x for k, x in state.items()}
+    state = {re.sub(r"^((?:(?:module|backbone)\.)*)fc\.(weight|bias)$", r"\1head.\2", k): x for k, x in state.items()}
     tubelet = next((x.shape[2] for k, x in own.items() if k.endswith("patch_embed.proj.weight")), 0)
     for name, x in list(state.items()):
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
@@ -2148,10 +2139,8 @@ def inflate(state, own):
     if not first or not stem:
         return state
     add, out = stem.removesuffix("stem.conv1.weight"), {}
-    for name, x in state.items():
-        if not name.startswith(prefix):                          # MoCo's key encoder
-            continue
-        name = add + re.sub(r"^(conv1|bn1)\.", r"stem.\1.", name.removeprefix(prefix))
+    for old in [k for k in state if k.startswith(prefix)]:       # MoCo's key encoder is left out
+        x, name = state[old], add + re.sub(r"^(conv1|bn1)\.", r"stem.\1.", old.removeprefix(prefix))
         name = re.sub(r"^.*\bfc\.(\d)", r"heads.inter.\1", name)
         spatial, temporal = (name.replace("conv2.weight", f"conv2.{i}.weight") for i in (0, 1))
         if temporal != name and temporal in own:
@@ -2168,11 +2157,10 @@ def inflate(state, own):
 def load_weights(model, path, strict_backbone=True, new=()):
     """Load weights by name from our own files and those that `load_file` and `translate` tell of -> LoadReport.
 
-    Prefixes are tried in turn and the reading under which most tensors match in name and shape is taken.  Raises
-    UserError, naming the first tensors, if nothing matches or if a tensor of the backbone has no match: never train
-    on silently random weights.  The backbone is everything but norms after the last block, heads and decoders;
-    strict_backbone False drops the check, "all" extends it to everything.  Tensors whose names begin with one of
-    `new` stay as they are.  Mean and std of the input go with the weights, into the network's config.
+    Of all prefixes that one is taken under which most tensors match in name and shape.  Raises UserError, naming the
+    first tensors, if none matches or one of the backbone does not: never train on silently random weights.  The
+    backbone is all but the last norms, heads and decoders; strict_backbone False drops the check, "all" extends it to
+    everything.  What begins with one of `new` stays as it is.  Mean and std of the input go into the network's config.
     """
     content, readings = load_file(path), []
     own = {k: x for k, x in model.state_dict().items() if not k.startswith(new)}
@@ -2203,16 +2191,15 @@ def export_huggingface(network, classes, folder):
     """Write a ViT for Hugging Face transformers: config.json, preprocessor_config.json, model.safetensors in folder.
 
     With a head it is a VideoMAEForVideoClassification that knows the class names, without one a VideoMAEModel.  Its
-    input is (B, T, 3, H, W), normalised.  The biases of q and v are written under both of their names, because
-    releases differ in the one that they look for and leave the others 0 or random; 4.57, 5.0, 5.5, 5.12 and 5.23
-    load them (5.5 and 5.12 also report a new key bias, which softmax ignores).  Logits differ by about 1e-5, because
-    transformers fixes the epsilon of fc_norm at 1e-5 and ours is 1e-6.  Raises UserError.
+    input is (B, T, 3, H, W), normalised.  The biases of q and v are written under both of their names: releases look
+    for one of them and leave the other 0 or random; 4.57, 5.0, 5.5, 5.12 and 5.23 load them (5.5 and 5.12 report a
+    new key bias, which softmax ignores).  Logits differ by 1e-5, as the epsilons of fc_norm do.  Raises UserError.
     """
     if not isinstance(network, ViT):
-        raise UserError(f"only a ViT can be exported, Hugging Face's VideoMAE is one; this is a {type(network).__name__}")
+        raise UserError(f"only a ViT can be exported: Hugging Face's VideoMAE is one, not a {type(network).__name__}")
     head, c = hasattr(network, "head"), network.config
     if head != ("fc_norm" in c["norms"]):
-        raise UserError(f"Hugging Face's VideoMAE has fc_norm if it has a head; here there is {c['norms']}, head: {head}")
+        raise UserError(f"Hugging Face's VideoMAE has fc_norm just if it has a head; here: {c['norms']}, head {head}")
     if head and len(classes) != network.head.out_features:
         raise UserError(f"the head has {network.head.out_features} outputs and there are {len(classes)} class names")
     folder, pairs, tensors = Path(folder), [(ours, theirs) for theirs, ours in HUGGING_FACE], {}

@@ -456,17 +456,14 @@ def layer_decay_groups(network, lr, weight_decay, decay, vectors=0.0):
 
 def build_network(cfg, outputs=0, classes=None):
     """The network that --init describes, with its weights (unless --random-init) -> network, content of the file.
-
-    A network without a head has the norms of the file.  One that is trained takes the file's head only if that is for
-    the same classes, by name.
-    """
+    Without outputs it has the norms of the file.  One that is trained takes the head over only for the same classes."""
     if not cfg.init:
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
     if cfg.model not in BACKBONES:
         raise UserError(f"--model {cfg.model}: choose {', '.join(BACKBONES)}")
     content = load_file(cfg.init)
-    backbone = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
-    backbone = content["backbone"] if "image_size" in content["backbone"] else backbone | content["backbone"]
+    public = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
+    backbone = ({} if "image_size" in content["backbone"] else public) | content["backbone"]
     backbone |= {key: value for key in ("image_size", "frames") if (value := getattr(cfg, key))}
     backbone |= dict(norms=("norm",)) if cfg.data == "ava" else {}             # of the tokens: there is no mean
     training = cfg.mode == "finetune" or cfg.mode == "linear" and outputs
