@@ -2001,8 +2001,7 @@ def write_safetensors(path, tensors):
     for name, x in tensors.items():
         begin, end = end, end + x.nbytes
         header[name] = dict(dtype=names[x.dtype], shape=list(x.shape), data_offsets=[begin, end])
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
+    header = (text := json.dumps(header).encode()) + b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for x in tensors.values():
@@ -2063,7 +2062,8 @@ def load_file(path):
     Takes torch.save's files, of which only plain values and tensors are kept, and of Hugging Face model.safetensors,
     pytorch_model.bin or the folder that holds it.  Raises UserError.
     """
-    path = next((f for f in (Path(path, "model.safetensors"), Path(path, "pytorch_model.bin")) if f.exists()), Path(path))
+    files = Path(path, "model.safetensors"), Path(path, "pytorch_model.bin"), Path(path)
+    path = next((file for file in files if file.exists()), files[-1])
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; of a directory, model.safetensors or pytorch_model.bin is read")
     if path.suffix == ".safetensors":
