@@ -1495,8 +1495,8 @@ class FlowEstimator:
             self.raft.load_state_dict({k.removeprefix("module."): x for k, x in state.items()})
         except (Exception, UserError) as error:                  # network, file or names: each is for the user to mend
             what = f"--raft-weights {weights}" if weights else f"downloading torchvision's {name} weights"
-            raise UserError(f"{what} failed ({' '.join(str(error).split())[:200]}). Give torchvision's {name} as "
-                            "--raft-weights FILE, or use --flow tvl1, which needs no weights") from None
+            raise UserError(f"{what} failed ({' '.join(str(error).split())[:200] or _first_line(error)}). Give "
+                            f"torchvision's {name} as --raft-weights FILE, or --flow tvl1, which needs none") from None
         self.raft.to(self.device).eval().requires_grad_(False)
         for part in (self.raft.feature_encoder, self.raft.context_encoder, self.raft.update_block):
             if amp:
@@ -2056,11 +2056,10 @@ def huggingface_config(path):
 
 
 def load_file(path):
-    """A checkpoint -> dict(model=its tensors by name, out of their wrapper, backbone=what is known of its network:
-    norms, mean, std and perhaps the sizes, classes if it has them, and what else is there); no code of the file runs.
+    """A checkpoint -> dict(model=its tensors by name, backbone=what is known of its network: norms, mean, std, perhaps
+    sizes, classes if it has them, and what else is there); no code of the file runs.  Raises UserError.
 
-    Takes torch.save's files, of which only plain values and tensors are kept, and of Hugging Face model.safetensors,
-    pytorch_model.bin or the folder that holds it.  Raises UserError.
+    Takes torch.save's files and Hugging Face's model.safetensors, pytorch_model.bin or the folder that holds either.
     """
     files = Path(path, "model.safetensors"), Path(path, "pytorch_model.bin"), Path(path)
     path = next((file for file in files if file.exists()), files[-1])
@@ -2077,7 +2076,8 @@ def load_file(path):
             with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise UserError(f"{path}: cannot be read as a checkpoint ({_first_line(error)})") from None
+            why = str(error).rpartition("WeightsUnpickler error: ")[2].strip()      # without torch's advice to run code
+            raise UserError(f"{path}: cannot be read as a checkpoint ({_first_line(why or error)})") from None
     content = content if isinstance(content, dict) else {}
     weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
     state = {k: x for k, x in weights.items() if isinstance(x, torch.Tensor)}
