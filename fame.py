@@ -24,7 +24,8 @@ Differs from the paper and its released code, and why
     with the query; MoCo shuffles clips across GPUs against that, which one GPU cannot.  This costs nothing, the
     released shuffling gathers all clips.  On several GPUs the query encoder's batch norm is synchronised.
  5. The blur's width is drawn per clip (released: once per process).  Colour jitter is one affine map per clip,
-    colours are normalised with ImageNet's mean and deviation, or those of --init.  Both views go through the query encoder together.
+    colours are normalised with ImageNet's mean and deviation (released: Kinetics'), or those of --init.  Both views
+    go through the query encoder together.
  6. The schedule is a cosine (the released code's; the paper divides by 10 at epochs 120 and 180), per step instead
     of per epoch.  Videos shorter than a clip repeat their last frame.
  7. Unlike in a masked autoencoder, how a batch is spread matters: backgrounds come from clips of the same forward
