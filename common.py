@@ -27,6 +27,7 @@ import struct
 import sys
 import time
 import typing
+import zipfile
 from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -1255,15 +1256,15 @@ def constant(values, device):
     return torch.tensor(values, device=device)
 
 
-def normalize(clips):
-    """Clips (B, 3, T, H, W), uint8 or float in [0, 1] -> float32, ImageNet mean 0 and std 1 per colour."""
-    mean, std = (constant(v, clips.device).view(3, 1, 1, 1) for v in (MEAN, STD))
+def normalize(clips, config={}):
+    """Clips (B, 3, T, H, W), uint8 or float in [0, 1] -> float32, with the mean and std of a network's config."""
+    mean, std = (constant(config.get(k, v), clips.device).view(3, 1, 1, 1) for k, v in (("mean", MEAN), ("std", STD)))
     return (unit(clips) - mean) / std
 
 
-def unnormalize(clips):
+def unnormalize(clips, config={}):
     """Inverse of `normalize`, up to the factor 255: (..., 3, T, H, W) -> colours in [0, 1]."""
-    mean, std = (constant(v, clips.device).view(3, 1, 1, 1) for v in (MEAN, STD))
+    mean, std = (constant(config.get(k, v), clips.device).view(3, 1, 1, 1) for k, v in (("mean", MEAN), ("std", STD)))
     return clips * std + mean
 
 
@@ -1482,7 +1483,7 @@ class FlowEstimator:
 
     name     "raft_small", "raft_large": torchvision's RAFT (Teed and Deng 2020), `updates` refinement steps;
              "tvl1": TV-L1 (Zach et al. 2007) in pure torch, needs no weights
-    weights  a file with torchvision's RAFT state dict; None downloads torchvision's own
+    weights  a file with RAFT's weights under torchvision's names; None downloads torchvision's own
     size     side in pixels at which flow is computed; None = that of the clips (RAFT: a multiple of 8, at least 128)
     amp      autocast type of RAFT's convolutions; correlations and coordinates stay fp32 (TF32 where the GPU has it)
     compile  compile the parts that run many times
@@ -1504,16 +1505,13 @@ class FlowEstimator:
             return
         make, published = models[name]
         try:
-            if weights:
-                state = torch.load(weights, map_location="cpu", weights_only=True)
-            else:
-                state = published.DEFAULT.get_state_dict(progress=False, check_hash=True)
-            self.raft = make()
-            self.raft.load_state_dict(state)
-        except Exception as error:                               # network, file or keys: each is for the user to mend
+            self.raft, download = make(), published.DEFAULT.get_state_dict
+            state = load_file(weights)["model"] if weights else download(progress=False, check_hash=True)
+            self.raft.load_state_dict({k.removeprefix("module."): x for k, x in state.items()})
+        except (Exception, UserError) as error:                  # network, file or names: each is for the user to mend
             what = f"--raft-weights {weights}" if weights else f"downloading torchvision's {name} weights"
-            raise UserError(f"{what} failed ({_first_line(error)}). Give torchvision's state dict as --raft-weights "
-                            "FILE, or use --flow tvl1, which needs no weights") from None
+            raise UserError(f"{what} failed ({' '.join(str(error).split())[:200] or _first_line(error)}). Give "
+                            f"torchvision's {name} as --raft-weights FILE, or --flow tvl1, which needs none") from None
         self.raft.to(self.device).eval().requires_grad_(False)
         for part in (self.raft.feature_encoder, self.raft.context_encoder, self.raft.update_block):
             if amp:
@@ -1733,29 +1731,30 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Video transformer with joint space-time attention (VideoMAE): normalised clips (B, 3, T, H, W) -> (B, dim), or
-    logits (B, num_classes).
+    """Joint space-time transformer (VideoMAE): normalised clips (B, 3, T, H, W) -> (B, dim) or (B, num_classes).
 
-    With num_classes = 0 (pre-training, features): final `norm`, mean over tokens.  With classes: mean over tokens,
-    `fc_norm`, `head`, as VideoMAE fine-tunes.  State-dict names are those of the public VideoMAE fine-tuning
-    checkpoints.
+    norms says which there are of `norm`, of the tokens (pre-training), and `fc_norm`, of their mean.  With num_classes
+    it is fc_norm alone, before `head`: VideoMAE fine-tunes so.  State-dict names are those of its checkpoints.
     """
 
-    def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads, num_classes=0, drop_path=0.0):
+    def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads, num_classes=0, drop_path=0.0,
+                 norms=("norm",), mean=MEAN, std=STD):
         super().__init__()
         if image_size % patch_size or frames % tubelet_size or dim % heads:
             raise UserError(f"image_size {image_size} / patch_size {patch_size}, frames {frames} / tubelet_size "
                             f"{tubelet_size} and dim {dim} / heads {heads} must divide without rest")
+        norms = ("fc_norm",) if num_classes else tuple(norms)
         self.config = dict(image_size=image_size, frames=frames, patch_size=patch_size, tubelet_size=tubelet_size,
-                           dim=dim, depth=depth, heads=heads)
+                           dim=dim, depth=depth, heads=heads, norms=norms, mean=mean, std=std)
         self.dim, self.patch_size, self.tubelet_size = dim, patch_size, tubelet_size
         self.grid = (frames // tubelet_size, image_size // patch_size, image_size // patch_size)   # (T', H', W')
         self.patch_embed = PatchEmbed(dim, patch_size, tubelet_size)
         self.register_buffer("positions", sincos_positions(math.prod(self.grid), dim), persistent=False)
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
-        self.norm = nn.Identity() if num_classes else nn.LayerNorm(dim, eps=1e-6)
+        for name in ("norm", "fc_norm"):
+            self.add_module(name, nn.LayerNorm(dim, eps=1e-6) if name in norms else nn.Identity())
         if num_classes:
-            self.fc_norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)
+            self.head = nn.Linear(dim, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -1787,8 +1786,7 @@ class ViT(nn.Module):
 
     def pooled(self, clips):
         """(B, 3, T, H, W) -> (B, dim): what the head gets."""
-        x = self.forward_map(clips).flatten(2).mean(-1)
-        return self.fc_norm(x) if hasattr(self, "fc_norm") else x
+        return self.fc_norm(self.forward_map(clips).flatten(2).mean(-1))
 
     def forward(self, clips):
         x = self.pooled(clips)
@@ -1818,9 +1816,7 @@ class ConvNet(nn.Module):
         """(B, 3, T, H, W) -> (B, dim): what the head gets."""
         return self.forward_map(clips).mean((2, 3, 4))
 
-    def forward(self, clips):
-        x = self.pooled(clips)
-        return self.head(x) if hasattr(self, "head") else x
+    forward = ViT.forward                                                          # pooled, and if there is one, head
 
 
 class Bottleneck(nn.Module):
@@ -1886,13 +1882,14 @@ BACKBONES = (*VITS, "r2plus1d_18", "r3d_18", "s3d", "slow_r50", "r2plus1d_50")
 
 
 def make_backbone(name="", image_size=224, frames=16, num_classes=0, drop_path=0.0, patch_size=16, tubelet_size=2,
-                  width=1.0, **vit):
+                  width=1.0, mean=MEAN, std=STD, norms=("norm",), **vit):
     """A network by name, or from the `config` of one that exists: ViT, ResNet3D or one of torchvision's (18 layers:
     Tran et al. 2018; S3D: Xie et al. 2018).  All have .config, .dim and forward_map; with num_classes also a head."""
     if name in VITS:
         vit = dict(zip(("dim", "depth", "heads"), VITS[name]))
     if vit:
-        return ViT(image_size, frames, patch_size, tubelet_size, **vit, num_classes=num_classes, drop_path=drop_path)
+        vit |= dict(num_classes=num_classes, drop_path=drop_path, norms=norms, mean=mean, std=std)
+        return ViT(image_size, frames, patch_size, tubelet_size, **vit)
     if name not in BACKBONES:
         raise UserError(f"--backbone {name}: choose {', '.join(BACKBONES)}")
     if name in ("slow_r50", "r2plus1d_50"):
@@ -1902,6 +1899,7 @@ def make_backbone(name="", image_size=224, frames=16, num_classes=0, drop_path=0
         stages = {k: v for k, v in public.named_children() if k not in ("avgpool", "fc", "classifier")}
         config = dict(name=name, image_size=image_size, frames=frames)
         net = ConvNet(stages, 1024 if name == "s3d" else 512, config, num_classes)
+    net.config |= dict(mean=mean, std=std)
     try:                                                                          # on "meta" only shapes are computed
         copy.deepcopy(net).to("meta")(torch.empty(2, 3, frames, image_size, image_size, device="meta"))
     except RuntimeError as error:
@@ -1997,12 +1995,18 @@ SLOWFAST = (
     (".s1.pathway0_stem.conv.", ".stem.conv1."), (".s1.pathway0_stem.bn.", ".stem.bn1."),
     *((f".s{i + 1}.pathway0_res", f".layer{i}.") for i in (1, 2, 3, 4)),
     (".branch1.", ".downsample.0."), (".branch1_bn.", ".downsample.1."),
-    *((f".branch2.{c}.", f".conv{i}.") for i, c in enumerate("abc", 1)),
-    *((f".branch2.{c}_bn.", f".bn{i}.") for i, c in enumerate("abc", 1)))
+    *((f".branch2.{c}{a}.", f".{b}{i}.") for i, c in enumerate("abc", 1) for a, b in (("", "conv"), ("_bn", "bn"))))
 
 # What ViT.config and Hugging Face's config.json call the same sizes.
 SIZES = dict(image_size="image_size", frames="num_frames", patch_size="patch_size", tubelet_size="tubelet_size",
              dim="hidden_size", depth="num_hidden_layers", heads="num_attention_heads")
+# What names of tensors tell of a network: its norms; torchvision's have seen Kinetics' colours, SlowFast's its own.
+HINTS = {r"(^|\.)fc_norm\.weight$": dict(norms=("fc_norm",)),
+         r"^(?!.*decoder)(.*\.)?(layer)?norm\.weight$": dict(norms=("norm",)),
+         r"\b(stem|features\.0\.0)\.0\.w": dict(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989)),
+         r"pathway0_": dict(mean=(0.45,) * 3, std=(0.225,) * 3)}
+# Stands for what is not torch's in a checkpoint, e.g. paths, Namespaces, numpy's numbers: takes all, keeps nothing.
+Unknown = type("Unknown", (), dict.fromkeys(("__init__", "__setstate__"), lambda *_: None))
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
 
@@ -2018,8 +2022,7 @@ def write_safetensors(path, tensors):
     for name, x in tensors.items():
         begin, end = end, end + x.nbytes
         header[name] = dict(dtype=names[x.dtype], shape=list(x.shape), data_offsets=[begin, end])
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
+    header = (text := json.dumps(header).encode()) + b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for x in tensors.values():
@@ -2032,8 +2035,6 @@ def read_safetensors(path):
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             size = os.path.getsize(path) - 8 - length                              # of the tensors
-            if size < 0:
-                raise ValueError("it is too short for its header")
             header, tensors, total = json.loads(file.read(length)), {}, 0
             header.pop("__metadata__", None)
             for name, about in header.items():
@@ -2052,58 +2053,70 @@ def read_safetensors(path):
 
 
 def huggingface_config(path):
-    """dict(backbone=sizes of the ViT, classes=names, where there are some) from Hugging Face's config.json; {} if it
-    is not VideoMAE's.  Their ViT-S says 16 heads; it was trained with 6, and nothing in the weights would tell."""
+    """dict(backbone=sizes, mean and std, classes=names, where there are some) from Hugging Face's config.json and the
+    files beside it; {} if it is not VideoMAE's.  Their ViT-S says 16 heads; it was trained with 6."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.get("model_type") != "videomae":
             return {}
-        sizes, names = {ours: config[theirs] for ours, theirs in SIZES.items()}, config.get("id2label", {})
-        if not all(isinstance(size, int) for size in sizes.values()):
-            raise ValueError(f"sizes must be whole numbers: {sizes}")
+        backbone, names = {ours: config[theirs] for ours, theirs in SIZES.items()}, config.get("id2label", {})
+        if not all(isinstance(size, int) for size in backbone.values()):
+            raise ValueError(f"sizes must be whole numbers: {backbone}")
         classes = [names[str(i)] for i in range(len(names))]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        if (backbone["dim"], backbone["heads"]) == (384, 16):
+            backbone["heads"] = VITS["vit_small"][2]
+        for path in path.parent.glob("*preprocessor_config.json"):                 # video_, too
+            about = json.loads(path.read_text(encoding="utf-8"))
+            asked, scale = about.get("do_normalize", True), 255 * about.get("rescale_factor", 1 / 255)
+            for k, none in (("mean", 0), ("std", 1)):
+                backbone[k] = tuple(value / scale for value in (about["image_" + k] if asked else [none] * 3))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: does not describe a VideoMAE ({type(error).__name__}: {_first_line(error)}). Move "
                         "it away to name the network with --model") from None
-    if (sizes["dim"], sizes["heads"]) == (384, 16):
-        sizes["heads"] = VITS["vit_small"][2]
-    named = classes and not classes[0].startswith("LABEL_")
-    return dict(backbone=sizes, classes=classes) if named else dict(backbone=sizes)
+    return dict(backbone=backbone) | (dict(classes=classes) if classes and "LABEL_0" not in classes else {})
 
 
 def weights_file(path):
     """The file of a checkpoint: itself, or that in a Hugging Face folder.  Raises UserError if there is none."""
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
-        if not found:
-            raise UserError(f"{path}: is a directory without model.safetensors or pytorch_model.bin; name a file")
-        path = found[0]
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint")
+    files = Path(path, "model.safetensors"), Path(path, "pytorch_model.bin"), Path(path)
+    path = next((file for file in files if file.exists()), files[-1])
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; of a directory, model.safetensors or pytorch_model.bin is read")
     return path
 
 
 def load_file(path):
-    """The content of a checkpoint; no code from the file is run.  Raises UserError.
+    """A checkpoint -> dict(model=its tensors by name, backbone=what is known of its network: norms, mean, std, perhaps
+    sizes, classes if it has them, and what else is there); no code of the file runs.  Raises UserError.
 
-    torch.save's files may hold what VideoMAE and DeepSpeed store.  Of Hugging Face, model.safetensors,
-    pytorch_model.bin or the folder that holds it: dict(model=tensors, backbone=sizes), and classes if it has them.
+    Takes torch.save's files and Hugging Face's model.safetensors, pytorch_model.bin or the folder that holds either.
     """
     path = weights_file(path)
     if path.suffix == ".safetensors":
         content = read_safetensors(path)
     else:
-        number_types = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-        allowed = [argparse.Namespace, np.dtype, np._core.multiarray.scalar, *number_types]
         try:
-            with torch.serialization.safe_globals(allowed):
+            strange = ["argparse.Namespace", "numpy.core.multiarray.scalar", "numpy.dtype"]     # before torch 1.6
+            if zipfile.is_zipfile(path):
+                strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            stand_ins = {name: Unknown for name in strange} | {"collections.defaultdict": lambda *_: {}}
+            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise UserError(f"{path}: cannot be read as a checkpoint ({_first_line(error)})") from None
-    config = path.with_name("config.json")
-    about = path.suffix in (".safetensors", ".bin") and config.exists() and huggingface_config(config)
-    return dict(model=content, **about) if about else content
+            why = str(error).rpartition("WeightsUnpickler error: ")[2].strip()      # without torch's advice to run code
+            raise UserError(f"{path}: cannot be read as a checkpoint ({_first_line(why or error)})") from None
+    content = content if isinstance(content, dict) else {}
+    weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
+    state = {k: x for k, x in weights.items() if isinstance(x, torch.Tensor)}
+    about = {k: x for k, x in content.items() if not isinstance(x, torch.Tensor)}
+    config, backbone = path.with_name("config.json"), dict(norms=(), mean=MEAN, std=STD)
+    if path.suffix in (".safetensors", ".bin") and config.exists():
+        about |= huggingface_config(config)
+    for pattern, values in HINTS.items():
+        backbone |= values if any(re.search(pattern, k) for k in state) else {}
+    if isinstance(said := about.get("backbone"), dict) and "image_size" in said:       # ours, or a Hugging Face folder
+        backbone |= dict(mean=MEAN, std=STD) | said
+    return about | dict(model=state, backbone=backbone)
 
 
 def rename(name, pairs):
@@ -2126,8 +2139,7 @@ def translate(state, own):
         state = {rename(k, HUGGING_FACE).replace("videomae.", base): x for k, x in state.items()}
     elif any("pathway0_" in k for k in state):
         state = {rename(k, SLOWFAST): x for k, x in state.items()}
-    fc = re.compile(r"^((?:(?:module|backbone)\.)*)fc\.(weight|bias)$")
-    state = {fc.sub(r"\1head.\2", k): x for k, x in state.items()}
+    state = {re.sub(r"^((?:(?:module|backbone)\.)*)fc\.(weight|bias)$", r"\1head.\2", k): x for k, x in state.items()}
     tubelet = next((x.shape[2] for k, x in own.items() if k.endswith("patch_embed.proj.weight")), 0)
     for name, x in list(state.items()):
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
@@ -2154,10 +2166,8 @@ def inflate(state, own):
     if not first or not stem:
         return state
     add, out = stem.removesuffix("stem.conv1.weight"), {}
-    for name, x in state.items():
-        if not name.startswith(prefix):                          # MoCo's key encoder
-            continue
-        name = add + re.sub(r"^(conv1|bn1)\.", r"stem.\1.", name.removeprefix(prefix))
+    for old in [k for k in state if k.startswith(prefix)]:       # MoCo's key encoder is left out
+        x, name = state[old], add + re.sub(r"^(conv1|bn1)\.", r"stem.\1.", old.removeprefix(prefix))
         name = re.sub(r"^.*\bfc\.(\d)", r"heads.inter.\1", name)
         spatial, temporal = (name.replace("conv2.weight", f"conv2.{i}.weight") for i in (0, 1))
         if temporal != name and temporal in own:
@@ -2171,36 +2181,36 @@ def inflate(state, own):
     return out
 
 
-def load_weights(model, path, strict_backbone=True):
+def load_weights(model, path, strict_backbone=True, new=()):
     """Load weights by name from our own files and those that `load_file` and `translate` tell of -> LoadReport.
 
-    Prefixes are tried in turn and the reading under which most tensors match in name and shape is taken.  Raises
-    UserError, naming the first tensors, if nothing matches or if a tensor of the backbone has no match: never train
-    on silently random weights.  The backbone is everything but norms after the last block, heads and decoders;
-    strict_backbone False drops the check, "all" extends it to everything.
+    Of all prefixes that one is taken under which most tensors match in name and shape.  Raises UserError, naming the
+    first tensors, if none matches or one of the backbone does not: never train on silently random weights.  The
+    backbone is all but the last norms, heads and decoders; strict_backbone False drops the check, "all" extends it to
+    everything.  What begins with one of `new` stays as it is.  Mean and std of the input go into the network's config.
     """
-    content, state = load_file(path), {}
-    if isinstance(content, dict):
-        weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
-        state = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
-    own, readings = model.state_dict(), []
-    state = inflate(translate(state, own), own)
+    content, readings = load_file(path), []
+    own = {k: x for k, x in model.state_dict().items() if not k.startswith(new)}
+    state = inflate(translate(content["model"], own), own)
     for prefix in PREFIXES:
         for add in ("", "encoder."):                             # a bare encoder also fits into a masked autoencoder
-            names = {add + k[len(prefix):]: k for k in state if k.startswith(prefix)}   # in the model: in the file
-            names = {k: old for k, old in names.items() if k in own}
+            names = {name: k for k in state if k.startswith(prefix) and (name := add + k[len(prefix):]) in own}
             fits = {k: old for k, old in names.items() if own[k].shape == state[old].shape}
             readings.append((fits, names))
     best, names = max(readings, key=lambda reading: (len(reading[0]), len(reading[1])))
-    used = set(best.values())
-    missing, unexpected = [k for k in own if k not in best], [k for k in state if k not in used]
+    missing, unexpected = [k for k in model.state_dict() if k not in best], [k for k in state if k not in best.values()]
     needed = [k for k in missing if strict_backbone == "all" or not re.match(NOT_BACKBONE, k)]
-    if not best or (strict_backbone and needed):
-        shapes = [f"; shapes: {k} {tuple(state[names[k]].shape)} there, {tuple(own[k].shape)} here"
-                  for k in needed if k in names] or [""]
+    shapes = [f"; shapes: {k} {tuple(state[names[k]].shape)} there, {tuple(own[k].shape)} here"
+              for k in needed if k in names]
+    config, there = getattr(getattr(model, "encoder", model), "config", {}), content["backbone"]
+    sizes = [f"; {k} {there[k]} there, {config[k]} here" for k in list(SIZES)[2:]      # heads do not show in shapes
+             if k in config and there.get(k, config[k]) != config[k]]
+    if not best or strict_backbone and (needed or sizes):
         raise UserError(f"{path} does not fit: {len(best)} of {len(own)} tensors match; missing {needed[:3]}, "
-                        f"unexpected {unexpected[:3]}{shapes[0]}. Is it another model size or another backbone?")
+                        f"unexpected {unexpected[:3]}{''.join(shapes[:1] + sizes)}. Choose the file's network with "
+                        "--model or --backbone; sizes of a ViT that have no name there get one in VITS in common.py")
     model.load_state_dict({k: state[old] for k, old in best.items()}, strict=False)
+    config.update(mean=there["mean"], std=there["std"])
     return LoadReport(list(best), missing, unexpected)
 
 
@@ -2208,15 +2218,15 @@ def export_huggingface(network, classes, folder):
     """Write a ViT for Hugging Face transformers: config.json, preprocessor_config.json, model.safetensors in folder.
 
     With a head it is a VideoMAEForVideoClassification that knows the class names, without one a VideoMAEModel.  Its
-    input is (B, T, 3, H, W), normalised.  The biases of q and v are written under both of their names, because
-    releases differ in the one that they look for and leave the others 0 or random; 4.57, 5.0, 5.5, 5.12 and 5.23
-    load them (5.5 and 5.12 also report a new key bias, which softmax ignores).  Logits differ by about 1e-5, because
-    transformers fixes the epsilon of fc_norm at 1e-5 and ours is 1e-6.  Raises UserError.
+    input is (B, T, 3, H, W), normalised.  The biases of q and v are written under both of their names: releases look
+    for one of them and leave the other 0 or random; 4.57, 5.0, 5.5, 5.12 and 5.23 load them (5.5 and 5.12 report a
+    new key bias, which softmax ignores).  Logits differ by 1e-5, as the epsilons of fc_norm do.  Raises UserError.
     """
     if not isinstance(network, ViT):
-        raise UserError("only ViT networks can be exported: Hugging Face's VideoMAE is one, and this is a "
-                        f"{type(network).__name__}")
-    head = hasattr(network, "head")
+        raise UserError(f"only a ViT can be exported: Hugging Face's VideoMAE is one, not a {type(network).__name__}")
+    head, c = hasattr(network, "head"), network.config
+    if head != ("fc_norm" in c["norms"]):
+        raise UserError(f"Hugging Face's VideoMAE has fc_norm just if it has a head; here: {c['norms']}, head {head}")
     if head and len(classes) != network.head.out_features:
         raise UserError(f"the head has {network.head.out_features} outputs and there are {len(classes)} class names")
     folder, pairs, tensors = Path(folder), [(ours, theirs) for theirs, ours in HUGGING_FACE], {}
@@ -2229,18 +2239,17 @@ def export_huggingface(network, classes, folder):
             tensors[there] = x
         if name.endswith(("q_bias", "v_bias")):
             tensors[re.sub(r"(query|value)\.bias$", name[-6:], there)] = x
-    size = network.config["image_size"]
-    kind = "VideoMAEForVideoClassification" if head else "VideoMAEModel"
+    size, kind = c["image_size"], "VideoMAEForVideoClassification" if head else "VideoMAEModel"
     config = dict(model_type="videomae", architectures=[kind], num_channels=3,
-                  **{theirs: network.config[ours] for ours, theirs in SIZES.items()},
+                  **{theirs: c[ours] for ours, theirs in SIZES.items()},
                   intermediate_size=4 * network.dim, hidden_act="gelu", layer_norm_eps=1e-6,
                   hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02, qkv_bias=True,
-                  use_mean_pooling=head, norm_pix_loss=True)
+                  use_mean_pooling="norm" not in c["norms"], norm_pix_loss=True)
     if head:
         config |= dict(id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)})
     processor = dict(image_processor_type="VideoMAEImageProcessor", do_resize=True, size=dict(shortest_edge=size),
                      resample=2, do_center_crop=True, crop_size=dict(height=size, width=size), do_rescale=True,
-                     rescale_factor=1 / 255, do_normalize=True, image_mean=MEAN, image_std=STD)
+                     rescale_factor=1 / 255, do_normalize=True, image_mean=c["mean"], image_std=c["std"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / "model.safetensors", tensors)
@@ -2403,6 +2412,7 @@ def restore(checkpoint, init, model, optimizer, scaler):
     """Continue from a checkpoint of this run or, without one, start from the weights of `init` -> first step."""
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
+        getattr(model, "encoder", model).config.update({k: checkpoint["backbone"][k] for k in ("mean", "std")})
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         print0(f"continuing at step {checkpoint['step']}")

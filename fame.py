@@ -24,7 +24,8 @@ Differs from the paper and its released code, and why
     with the query; MoCo shuffles clips across GPUs against that, which one GPU cannot.  This costs nothing, the
     released shuffling gathers all clips.  On several GPUs the query encoder's batch norm is synchronised.
  5. The blur's width is drawn per clip (released: once per process).  Colour jitter is one affine map per clip,
-    colours are normalised with ImageNet's mean and deviation.  Both views go through the query encoder together.
+    colours are normalised with ImageNet's mean and deviation (released: Kinetics'), or those of --init.  Both views
+    go through the query encoder together.
  6. The schedule is a cosine (the released code's; the paper divides by 10 at epochs 120 and 180), per step instead
     of per epoch.  Videos shorter than a clip repeat their last frame.
  7. Unlike in a masked autoencoder, how a batch is spread matters: backgrounds come from clips of the same forward
@@ -225,7 +226,8 @@ class FAME(nn.Module):
             first = merge(first, mask, derangement(len(first), generator, clips.device))
         c = self.colour
         strengths = dict(brightness=0.4 * c, contrast=0.4 * c, saturation=0.4 * c, hue=0.1 * c, grey=0.2 * c)
-        return [normalize(blur(colour_jitter(x, generator, **strengths), generator)) for x in (first, second)]
+        return [normalize(blur(colour_jitter(x, generator, **strengths), generator), self.encoder.config)
+                for x in (first, second)]
 
     def forward(self, clips, generator=None):
         with torch.no_grad(), torch.autocast(clips.device.type, enabled=False):  # colours want fp32

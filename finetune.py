@@ -380,7 +380,8 @@ class Classifier(nn.Module):
 
     def scores(self, clips):
         """Clips (B, 3, T, H, W) uint8 -> probabilities per head, or with --average logits those (B, all classes)."""
-        logits = self.logits(normalize(clips), self.inside(clips) if self.cfg.focused else None)
+        inside = self.inside(clips) if self.cfg.focused else None
+        logits = self.logits(normalize(clips, self.network.config), inside)
         if self.cfg.average == "logits":
             return logits
         return torch.cat([part.softmax(1) for part in logits.split(self.sizes, 1)], 1)
@@ -396,7 +397,7 @@ class Classifier(nn.Module):
             inside = self.inside(clips) if c.focused else None
             if c.jitter or c.grey:
                 clips = colour_jitter(unit(clips), generator, hue=c.hue, p=c.jitter, grey=c.grey)
-            clips = normalize(clips)
+            clips = normalize(clips, self.network.config)
             clips = random_erasing(clips, generator, c.erasing) if c.erasing else clips
             if c.mixup or c.cutmix:
                 both = clips if inside is None else torch.cat([clips, inside.expand_as(clips[:, :1])], 1)
@@ -440,7 +441,7 @@ class Detector(nn.Module):
                 boxes = torch.where(flipped, mirrored, boxes)
             if self.cfg.jitter:
                 clips = colour_jitter(unit(clips), generator, 0.1, 0, 0.1, self.cfg.hue, self.cfg.jitter, grey=0)
-        logits = self.logits(normalize(clips), boxes, count)                   # (n, 80)
+        logits = self.logits(normalize(clips, self.network.config), boxes, count)              # (n, 80)
         if not len(logits):                                                    # nobody is in any crop
             return logits.sum(), dict(people=0.0)
         loss = F.binary_cross_entropy_with_logits(logits, batch["actions"].float())
@@ -475,14 +476,17 @@ def layer_decay_groups(network, lr, weight_decay, decay, vectors=0.0):
     return list(groups.values())
 
 
-def build_network(cfg, outputs=0):
-    """The network that --init describes, with its weights (unless --random-init) -> network, content of the file."""
+def build_network(cfg, outputs=0, classes=None):
+    """The network that --init describes, with its weights (unless --random-init) -> network, content of the file.
+    Without outputs it has the norms of the file.  One that is trained takes the head over only for the same classes."""
     if cfg.model not in BACKBONES:
         raise UserError(f"--model {cfg.model}: choose {', '.join(BACKBONES)}")
-    public = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
     content = load_file(cfg.init)
-    backbone = dict(content.get("backbone") or public if isinstance(content, dict) else public)
+    public = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
+    backbone = ({} if "image_size" in content["backbone"] else public) | content["backbone"]
     backbone |= {key: value for key in ("image_size", "frames") if (value := getattr(cfg, key))}
+    backbone |= dict(norms=("norm",)) if cfg.data == "ava" else {}             # of the tokens: there is no mean
+    training = cfg.mode == "finetune" or cfg.mode == "linear" and outputs
     drop_path = cfg.drop_path if cfg.mode == "finetune" else 0.0
     network = make_backbone(**backbone, num_classes=outputs, drop_path=drop_path)
     if cfg.data == "ava":
@@ -496,10 +500,12 @@ def build_network(cfg, outputs=0):
             raise UserError("--focused is MOFO's head for a ViT; --no-focused trains the plain one")
         network.local_MCA = nn.ModuleList([MotionFocus(network.dim)])
     if not cfg.random_init:
-        trained = cfg.mode in ("test", "predict") or cfg.mode == "export" and outputs
-        report = load_weights(network, cfg.init, strict_backbone="all" if trained else True)
+        new = ("head.",) if training and content.get("classes") != classes else ()
+        report = load_weights(network, cfg.init, True if training else "all", new)
         print0(f"{cfg.init}: {len(report.loaded)} tensors loaded, new here {report.missing[:4]}, not used "
                f"{len(report.unexpected)} {report.unexpected[:3]}")
+        if cfg.mode == "test" and outputs and not named_classes(cfg, content):
+            print0(f"{cfg.init} does not name its classes: they are taken to be the data's, in the same order")
     return network, content
 
 
@@ -788,8 +794,8 @@ def extract(network, items, cfg, env, views, what):
     """Features (N, views, dim) of listed videos, read (N,) bool, errors."""
     size, frames = network.config["image_size"], network.config["frames"]
     sample = partial(test_clips, cfg=cfg, size=cfg.test_size or size, frames=frames, views=views)
-    results, errors = sweep(lambda clips, n: network(normalize(clips)).float().cpu().unflatten(0, (n, -1)), items,
-                            sample, cfg, env, what)
+    results, errors = sweep(lambda clips, n: network(normalize(clips, network.config)).float().cpu()
+                            .unflatten(0, (n, -1)), items, sample, cfg, env, what)
     return *table(results, len(items)), errors
 
 
@@ -809,7 +815,7 @@ def detect(model, test, cfg, env):
     sample = partial(person_clip, cfg=cfg, size=config["image_size"], frames=config["frames"])
 
     def compute(batch, n):
-        scores = model.logits(normalize(batch["clips"]), batch["boxes"], batch["count"]).sigmoid()
+        scores = model.logits(normalize(batch["clips"], config), batch["boxes"], batch["count"]).sigmoid()
         return scores.cpu().split(batch["count"].tolist())
     results, errors = sweep(compute, test.items, sample, cfg, env, "testing")
     frames, boxes, scores = [], [], []
@@ -947,14 +953,16 @@ def check(cfg):
 
 
 def inherit(cfg):
-    """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise."""
+    """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise ->
+    content of the checkpoint, {} in the other modes."""
     if cfg.mode not in ("test", "predict", "export") or not cfg.init:
-        return
+        return {}
     content = load_file(cfg.init)
-    made = content.get("config") if isinstance(content, dict) else None
+    made = content.get("config")
     if isinstance(made, dict) and made.get("mode") in ("finetune", "linear"):
         for name in set(TRAINED_WITH) - getattr(cfg, "given", set()):
             setattr(cfg, name, made.get(name, getattr(cfg, name)))
+    return content
 
 
 def origin(init):
@@ -971,7 +979,7 @@ def named_classes(cfg, content):
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--classes {cfg.classes}: cannot be read ({error}); expected a text file with the name of "
                             "a class per line") from None
-    return content.get("classes") or None if isinstance(content, dict) else None
+    return content.get("classes") or None
 
 
 def find_splits(cfg, content):
@@ -991,7 +999,7 @@ def find_splits(cfg, content):
         return listing
     listing = None if cfg.mode == "test" else read(cfg.data, cfg.train_split)
     test = read(cfg.test_data or cfg.data, "test")
-    made = content.get("config") or {} if isinstance(content, dict) else {}
+    made = content["config"] if isinstance(content.get("config"), dict) else {}
     seen = os.path.abspath(made.get("data", "")) == os.path.abspath(cfg.data) and not made.get("test_data")
     known = {(item.path, item.start) for item in listing.items} if listing else set()
     shared = [item.path for item in test.items if (item.path, item.start) in known]
@@ -1034,21 +1042,20 @@ def class_ids(test, classes, cfg):
 
 
 def main(cfg):
-    inherit(cfg)
+    content = inherit(cfg)
     views, train_views = check(cfg)
     env = setup(cfg.seed)
     cfg.out = cfg.out or f"{run_directory(f'finetune-{cfg.mode}', cfg)}-{'random-' * cfg.random_init}{origin(cfg.init)}"
     out = Path(cfg.out)
     if cfg.mode == "export":
-        return export(cfg, out)
+        return export(cfg, out, content)
     if cfg.mode in ("predict", "extract"):
-        return apply(cfg, env, out, views)
+        return apply(cfg, env, out, views, content)
     if cfg.data == "ava":
         listing = ava_listing(cfg.root, "train") if cfg.mode == "finetune" else None
         test = ava_listing(cfg.root, "test", cfg.boxes, cfg.min_score)
         classes, sizes = test.classes, [80]
     else:
-        content = load_file(cfg.init) if cfg.mode == "test" else {}
         listing, test = find_splits(cfg, content)
         classes = listing.classes if listing else named_classes(cfg, content) or test.classes
         sizes, test_labels = head_sizes(classes), class_ids(test, classes, cfg)
@@ -1056,7 +1063,7 @@ def main(cfg):
     with_head = cfg.mode in ("finetune", "test") or cfg.mode == "linear" and cfg.classifier == "trained"
     if len(sizes) > 1 and not with_head:
         raise UserError(f"--label {cfg.label}: --mode {cfg.mode} takes one label, verb, noun or action")
-    network, content = build_network(cfg, len(classes) if with_head and cfg.data != "ava" else 0)
+    network, _ = build_network(cfg, len(classes) if with_head and cfg.data != "ava" else 0, classes)
     network.to(env.device)
     size, frames = cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]
     if with_head:
@@ -1141,13 +1148,12 @@ def save_scores(out, env, items, scores, read, labels, classes):
         save_image(1 - F.interpolate(share[None, None], scale_factor=max(1, 512 // n)), out / f"confusion{name}.png")
 
 
-def apply(cfg, env, out, views):
+def apply(cfg, env, out, views, content):
     """--mode predict: print the classes of any videos and write predictions.csv; extract: write features.npz."""
     toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
     part = cfg.part or ("test" if cfg.data in DATA_SETS else "all")
     listing = find_videos(cfg.data, cfg.root, part, cfg.label, toy, cfg.split)
-    items, content = listing.items, load_file(cfg.init) if cfg.mode == "predict" else None
-    classes = named_classes(cfg, content)
+    items, classes = listing.items, named_classes(cfg, content) if cfg.mode == "predict" else None
     if cfg.mode == "predict" and not classes:
         raise UserError(f"--mode predict: {cfg.init} does not say its classes; name them with --classes FILE")
     network, _ = build_network(cfg, len(classes or ()))
@@ -1187,13 +1193,12 @@ def apply(cfg, env, out, views):
     shutdown()
 
 
-def export(cfg, out):
+def export(cfg, out, content):
     """--mode export: write a folder that Hugging Face transformers loads."""
-    content = load_file(cfg.init) if cfg.init else {}
-    weights = content.get("model", {}) if isinstance(content, dict) else {}
-    head = weights.get("head.weight")
-    network, _ = build_network(cfg, 0 if head is None else len(head))
-    classes = named_classes(cfg, content) or [str(i) for i in range(0 if head is None else len(head))]
+    head = re.compile(r"((module|backbone)\.)*(head|classifier)\.weight")
+    outputs = next((len(x) for name, x in content["model"].items() if head.fullmatch(name)), 0)
+    network, _ = build_network(cfg, outputs)
+    classes = named_classes(cfg, content) or [str(i) for i in range(outputs)]
     if cfg.focused:
         raise UserError("--mode export: MOFO's motion-focused head has no counterpart in Hugging Face's VideoMAE")
     export_huggingface(network, classes, out)

@@ -339,7 +339,7 @@ class MCL(nn.Module):
         view = crop_resize(unit(clips).flatten(1, 2), box, side, flipped).unflatten(1, (3, T))
         c = self.colour
         view = colour_jitter(view, generator, 0.4 * c, 0.4 * c, 0.4 * c, 0.1 * c, grey=0.2 * c)
-        return normalize(blur(view, generator)), box, flipped
+        return normalize(blur(view, generator), self.encoder.config), box, flipped
 
     def query_motion(self, clips, box, flipped):
         """Flow of whole clips (B, 3, T + 1, H, W), cut and mirrored as the query was -> (B, T, 2, side, side)."""
@@ -443,7 +443,7 @@ def preview(model, batch, path):
             row[..., tile - 24 + 4 * j:tile - 21 + 4 * j, start:end] = torch.tensor(colour)[:, None, None]
         frame = F.interpolate(unit(clips[i, 0, :, :1]).transpose(0, 1).cpu(), (2 * H, 2 * W))
         frame = draw_box(draw_box(frame, 2 * hot[i]), 2 * box[i], "yellow")
-        ends = unnormalize(query[i, :, [0, -1]]).transpose(0, 1).cpu()
+        ends = unnormalize(query[i, :, [0, -1]], model.encoder.config).transpose(0, 1).cpu()
         second = [F.interpolate(x, (tile, tile)) for x in (frame, map_picture(maps[i, :1]), ends)]
         blocks.append([torch.cat(row.split(tile, 3)), torch.cat(second), map_picture(M[i, shown]),
                        map_picture(P[i, shown])])

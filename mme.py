@@ -257,11 +257,10 @@ class MaskedAutoencoder(nn.Module):
     VideoMAE pre-training checkpoints.
     """
 
-    def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads,
-                 decoder_dim, decoder_depth, decoder_heads, outputs):
+    def __init__(self, decoder_dim, decoder_depth, decoder_heads, outputs, **encoder):
         super().__init__()
-        self.encoder = ViT(image_size, frames, patch_size, tubelet_size, dim, depth, heads)
-        self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
+        self.encoder = ViT(**encoder)
+        self.encoder_to_decoder = nn.Linear(self.encoder.dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads)
         self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(decoder_dim, 512), nn.GELU(), nn.Linear(512, size))
@@ -362,19 +361,20 @@ class MME(MaskedAutoencoder):
                 displacement, valid, frames, starts = self.track(clips)
                 targets["position"], token_valid = position_target(displacement, valid)
             if self.target == "trajectory":
-                maps = hog(normalize(frames), cell=self.cell)                   # (B, 27, F', gh, gw)
+                maps = hog(normalize(frames, self.encoder.config), cell=self.cell)              # (B, 27, F', gh, gw)
                 targets["shape"] = shape_target(maps, displacement, starts, self.cell)
             elif self.target == "pixel":
                 targets["pixel"] = pixel_target(unit(self.seen(clips)), p, t)
             else:
-                maps = hog(normalize(self.seen(clips)[:, :, 1::t]), cell=self.cell)             # (B, 27, T', gh, gw)
+                frames = normalize(self.seen(clips)[:, :, 1::t], self.encoder.config)
+                maps = hog(frames, cell=self.cell)                                              # (B, 27, T', gh, gw)
                 targets["shape"] = to_tokens(maps.transpose(1, 2)).flatten(2)                   # (B, N, 108)
         return targets, token_valid, displacement
 
     def forward(self, clips, generator=None):
         targets, valid, _ = self.targets(clips)
         hidden = tube_mask(len(clips), self.encoder.grid, self.mask_ratio, generator, clips.device)
-        predictions, masked = self.predict(normalize(self.seen(clips)), hidden, self.count)
+        predictions, masked = self.predict(normalize(self.seen(clips), self.encoder.config), hidden, self.count)
         targets = {name: take(target, masked) for name, target in targets.items()}          # (B, N_hidden, size)
         terms, stats = {}, {}
         if "position" in targets:
@@ -415,7 +415,7 @@ def preview(model, clips, path):
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
     targets, _, displacement = model.targets(clips)
     hidden = tube_mask(len(clips), grid, model.mask_ratio, torch.Generator(clips.device).manual_seed(0), clips.device)
-    predictions, _ = model.predict(normalize(model.seen(clips)), hidden, model.count)
+    predictions, _ = model.predict(normalize(model.seen(clips), model.encoder.config), hidden, model.count)
     tile = clips.shape[-1] * max(1, 192 // clips.shape[-1])
     patches = patchify(unit(model.seen(clips)), p, t)                                       # (B, N, D)
     views = [unpatchify(x, grid, p, t)[:, :, ::t].transpose(1, 2).flatten(0, 1)             # (B T', 3, H, W)

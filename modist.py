@@ -23,7 +23,7 @@ from those is used; these are our choices, or differ from them, and why
     as in fame.py, instead of shuffling clips across GPUs.  On several GPUs the queries' batch norm is synchronised.
  5. Optimiser, schedule and crops are those that Feichtenhofer et al. (2021, https://arxiv.org/abs/2104.14558) use for
     MoCo on the same network; the momentum of the keys is constant.  Colour jitter is one affine map per clip.
- 6. RGB is normalised with ImageNet's mean and deviation (released: .45 and .225).
+ 6. RGB is normalised with ImageNet's mean and deviation or those of --init (released: .45 and .225).
 
 Run    python modist.py                                      # toy data; 2.6 minutes on 2 CPU cores
        torchrun --nproc_per_node=8 modist.py --data k400 --root DIR                              # not run by us
@@ -209,7 +209,7 @@ class MoDist(nn.Module):
         c = self.colour
         strengths = dict(brightness=0.6 * c, contrast=0.6 * c, saturation=0.6 * c, hue=0.15 * c, grey=0.2 * c)
         rgb = [unit(x[:, :, :-1:self.rgb_step]) for x in (first, second)]
-        rgb = [normalize(blur(colour_jitter(x, generator, **strengths), generator)) for x in rgb]
+        rgb = [normalize(blur(colour_jitter(x, generator, **strengths), generator), self.encoder.config) for x in rgb]
         if not hasattr(self, "motion"):
             return rgb, (None, None)
         maps = motion_maps(torch.cat([first, second]), self.flow, self.motion_input, self.edge_clip)
@@ -277,8 +277,8 @@ def preview(model, clips, path):
         rows.append(F.interpolate(maps[:, :, shown].abs().cpu(), (4, *tile)).transpose(1, 2))
         query, about = model.motion_head(model.motion(maps)), maps.abs().mean(2)
     else:
-        query, about = model.head(model.encoder(normalize(rgb[0]))), frames[:, 0]
-    found = F.normalize(keys["head"](keys["encoder"](normalize(rgb[1]))), dim=1)
+        query, about = model.head(model.encoder(normalize(rgb[0], model.encoder.config))), frames[:, 0]
+    found = F.normalize(keys["head"](keys["encoder"](normalize(rgb[1], model.encoder.config))), dim=1)
     best = (F.normalize(query, dim=1) @ found.T).argsort(1, descending=True)[:, :3].cpu()   # (B, 3)
     about = F.interpolate(about.cpu() / about.amax((1, 2, 3), keepdim=True).cpu().clamp(min=1e-6), tile)
     picture = rgb[1][:, :, rgb[1].shape[2] // 2].cpu()                                      # (B, 3, H, W)

@@ -222,13 +222,13 @@ class MaskedAutoencoder(nn.Module):
     State-dict names are those of the public VideoMAE pre-training checkpoints.
     """
 
-    def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads,
-                 decoder_dim, decoder_depth, decoder_heads):
+    def __init__(self, decoder_dim, decoder_depth, decoder_heads, **encoder):
         super().__init__()
-        self.encoder = ViT(image_size, frames, patch_size, tubelet_size, dim, depth, heads)
-        self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
+        self.encoder = ViT(**encoder)
+        self.encoder_to_decoder = nn.Linear(self.encoder.dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads, 3 * tubelet_size * patch_size**2)
+        values = self.encoder.patch_embed.proj.weight[0].numel()                # of a patch
+        self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads, values)
         positions = sincos_positions(math.prod(self.encoder.grid), decoder_dim)  # (1, N, decoder_dim)
         self.register_buffer("positions", positions, persistent=False)
         for module in [*self.encoder.modules(), *self.decoder.modules()]:       # not what is between them (VideoMAE)
@@ -252,7 +252,7 @@ class MaskedAutoencoder(nn.Module):
         z = torch.cat([self.encoder_to_decoder(z) + take(positions, visible),
                        self.mask_token + take(positions, masked)], 1)           # (B, N, decoder_dim)
         prediction = self.decoder(z, count)                                     # (B, N_hidden, D)
-        target = take(pixel_target(unnormalize(clips), p, t), masked)           # (B, N_hidden, D)
+        target = take(pixel_target(unnormalize(clips, self.encoder.config), p, t), masked)           # (B, N_hidden, D)
         return prediction, F.mse_loss(prediction.float(), target)
 
 
@@ -286,7 +286,7 @@ class MOFO(MaskedAutoencoder):
                                       self.encoder.patch_size)
         else:
             hidden, _, _, boxes, found = self.mask(clips, generator)
-        _, loss = super().forward(normalize(clips), hidden, self.count)
+        _, loss = super().forward(normalize(clips, self.encoder.config), hidden, self.count)
         area = (boxes[:, 2:] - boxes[:, :2]).prod(1) / math.prod(clips.shape[-2:])          # (B,), 0 without a box
         return loss, dict(with_box=found.float().mean(), box_area=area.sum() / found.sum().clamp(min=1))
 
@@ -303,7 +303,7 @@ def preview(model, clips, path):
     model.eval()
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
     hidden, flow, motion, boxes, found = model.mask(clips, torch.Generator(clips.device).manual_seed(0))
-    prediction, _ = MaskedAutoencoder.forward(model, normalize(clips), hidden)              # (B, N_hidden, D)
+    prediction, _ = MaskedAutoencoder.forward(model, normalize(clips, model.encoder.config), hidden)
     patches = patchify(unit(clips), p, t)                                                   # (B, N, D)
     _, mean, deviation = normalize_patches(patches)                                         # (B, N, 3, 1)
     seen, painted = patches.clone(), patches.clone()

@@ -499,7 +499,7 @@ def plain(monkeypatch):
     monkeypatch.setattr(fame, "flip", lambda clips, generator: (clips, None))
     monkeypatch.setattr(fame, "colour_jitter", lambda clips, generator, **_: clips)
     monkeypatch.setattr(fame, "blur", lambda clips, generator: clips)
-    monkeypatch.setattr(fame, "normalize", lambda clips: clips)
+    monkeypatch.setattr(fame, "normalize", lambda clips, config: clips)
 
 
 def test_only_the_first_view_is_merged(toys, monkeypatch):
@@ -880,7 +880,7 @@ def test_a_network_can_be_rebuilt_from_its_config_and_given_a_head(name):
         again, classifier = make_backbone(**net.config), make_backbone(**net.config, num_classes=5)
     shapes = {k: v.shape for k, v in net.state_dict().items()}
     assert {k: v.shape for k, v in again.state_dict().items()} == shapes and again.config == net.config and again.dim == net.dim
-    assert type(again) is type(net) and all(isinstance(v, (str, int, float)) for v in net.config.values())
+    assert type(again) is type(net) and all(isinstance(v, (str, int, float, tuple)) for v in net.config.values())
     extra = {k: tuple(v.shape) for k, v in classifier.state_dict().items() if k not in shapes}
     assert extra.pop("head.weight") == (5, net.dim) and extra.pop("head.bias") == (5,)
     assert all(k.startswith("fc_norm.") for k in extra)

@@ -1,10 +1,13 @@
 """Weights of other people's files and ours in theirs: safetensors, Hugging Face, SlowFast, torchvision, timm."""
+import collections
+import enum
 import json
 import os
 import re
 import struct
 import sys
-from pathlib import Path
+from argparse import Namespace
+from pathlib import Path, PosixPath
 
 import numpy as np
 import pytest
@@ -14,11 +17,21 @@ import torchvision
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import common
+import fame
+import finetune
+import mcl
+import mme
+import modist
+import mofo
 from common import (UserError, ViT, export_huggingface, load_file, load_weights, make_backbone, read_safetensors,
                     write_safetensors)
 from mofo import MaskedAutoencoder
 
 SIZES = dict(image_size=32, frames=4, patch_size=8, tubelet_size=2, dim=48, depth=2, heads=4)
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+KINETICS = dict(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989))
+SLOWFAST = dict(mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225))
+ODD = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 DECODER = dict(decoder_dim=24, decoder_depth=2, decoder_heads=2)
 NAMES = ["brush hair", "Kitchen: \"put\"", "zwölf"]
 WEIRD = {"half": torch.float16, "brain": torch.bfloat16, "double": torch.float64, "long": torch.int64, "int": torch.int32,
@@ -74,7 +87,7 @@ def test_safetensors_come_back_bit_for_bit(tmp_path):
     write_safetensors(tmp_path / "x.safetensors", tensors)
     back = read_safetensors(tmp_path / "x.safetensors")
     assert same(back, {k: tensors[k] for k in back}) and back.keys() == tensors.keys()
-    assert load_file(tmp_path / "x.safetensors").keys() == tensors.keys()
+    assert load_file(tmp_path / "x.safetensors")["model"].keys() == tensors.keys()
 
 
 def test_the_layout_of_safetensors(tmp_path):
@@ -198,7 +211,7 @@ def test_our_names_to_theirs_and_back_is_loss_free(tmp_path, classes, dtype):
     new = renamed({k: x for k, x in theirs.items() if k.endswith("_bias")})
     assert len(new) == 2 * SIZES["depth"] and same(content["model"], {k: (theirs | new)[k] for k in content["model"]})
     assert content["model"].keys() == (theirs | new).keys()
-    assert content["backbone"] == SIZES and content.get("classes", []) == NAMES[:classes]
+    assert content["backbone"] == vit.config and content.get("classes", []) == NAMES[:classes]
     again = common.translate(content["model"], vit.state_dict())
     assert again.keys() == vit.state_dict().keys() and same(again, {k: vit.state_dict()[k] for k in again})
 
@@ -251,7 +264,8 @@ def test_the_config_next_to_the_weights_tells_the_network(tmp_path, change, head
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | change | {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}))
     write_safetensors(tmp_path / "model.safetensors", {"w": torch.ones(1)})
     content = load_file(tmp_path / "model.safetensors")
-    assert content["backbone"] == SIZES | dict(dim=(CONFIG | change)["hidden_size"], heads=heads) and "classes" not in content
+    expected = SIZES | dict(dim=(CONFIG | change)["hidden_size"], heads=heads, norms=()) | IMAGENET
+    assert content["backbone"] == expected and "classes" not in content
 
 
 def test_classes_are_in_the_order_of_their_numbers(tmp_path):
@@ -274,7 +288,8 @@ def test_a_config_of_something_else_changes_nothing(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(dict(method="mofo", model="vit_base")))
     tensors = {"w": torch.ones(1)}
     write_safetensors(tmp_path / name, tensors) if name.endswith("safetensors") else torch.save(tensors, tmp_path / name)
-    assert same(load_file(tmp_path / name), tensors)
+    content = load_file(tmp_path / name)
+    assert same(content["model"], tensors) and content["backbone"] == dict(norms=(), **IMAGENET) and len(content) == 2
 
 
 @pytest.mark.parametrize("classes", [0, 3])
@@ -295,8 +310,8 @@ def test_what_is_written_next_to_the_weights(tmp_path, classes):
 
 def test_our_own_file_next_to_their_config_keeps_its_sizes(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    torch.save(dict(model={"w": torch.ones(1)}, backbone=dict(dim=96)), tmp_path / "last.pt")
-    assert load_file(tmp_path / "last.pt")["backbone"] == dict(dim=96)
+    torch.save(dict(model={"w": torch.ones(1)}, backbone=SIZES | dict(dim=96)), tmp_path / "last.pt")
+    assert load_file(tmp_path / "last.pt")["backbone"] == SIZES | dict(dim=96, norms=()) | IMAGENET
 
 
 def test_what_is_no_vit_or_has_other_classes_or_no_place_is_a_message(tmp_path):
@@ -387,7 +402,419 @@ def test_an_image_vit_computes_the_same_attention_and_embedding(tmp_path):
         torch.testing.assert_close(vit.patch_embed.proj(still)[:, :, 0], expected, atol=1e-5, rtol=1e-4)
 
 
-# ---- 5. transformers -------------------------------------------------------------------------------------------------
+# ---- 5. Norms --------------------------------------------------------------------------------------------------------
+
+def network_of(path, mode="extract", outputs=0, classes=None, **settings):
+    """What finetune.py makes of a file, and what the file says."""
+    network, content = finetune.build_network(finetune.Config(init=str(path), mode=mode, **settings), outputs, classes)
+    return network.eval(), content
+
+
+def tiny(classes=0, **settings):
+    """vit_tiny at 32 pixels: files that do not say their sizes can be named."""
+    return randomized(make_backbone("vit_tiny", 32, 4, classes, **settings))
+
+
+def save_ours(path, vit, **change):
+    torch.save(dict(model=vit.state_dict(), backbone=vit.config, classes=NAMES, config=dict(mode="finetune")) | change, path)
+
+
+def save_before(path, vit):
+    """Ours, as written when the config had only sizes."""
+    save_ours(path, vit, backbone={k: x for k, x in vit.config.items() if k not in ("norms", "mean", "std")})
+
+
+def save_pretrained(path, vit, wrap=lambda state: dict(model=state, args=Namespace(lr=1))):
+    """VideoMAE's pre-training: an encoder among other things that have norms, too."""
+    mae = {f"encoder.{k}": x for k, x in vit.state_dict().items()}
+    other = {f"decoder.{k}": torch.randn(24) for k in ("norm.weight", "norm.bias", "blocks.0.norm1.weight")}
+    torch.save(wrap(mae | other | {"mask_token": torch.randn(1, 1, 24)}), path)
+
+
+def save_moco(path, vit):
+    state = {f"module.encoder_q.{k}": x for k, x in vit.state_dict().items()}
+    keys = {f"module.encoder_k.{k}": torch.randn_like(x) for k, x in vit.state_dict().items()}
+    torch.save(dict(state_dict=state | keys | {"module.queue": torch.zeros(3, 4)}, arch="vit"), path)
+
+
+def save_huggingface(path, vit, prefix="videomae."):
+    """A folder of theirs, by hand."""
+    path.mkdir()
+    write_safetensors(path / "model.safetensors", huggingface_names(vit.state_dict(), prefix))
+    sizes = {theirs: vit.config[ours] for ours, theirs in common.SIZES.items()}
+    (path / "config.json").write_text(json.dumps(sizes | dict(model_type="videomae", use_mean_pooling="norm" not in vit.config["norms"])))
+
+
+KINDS = {   # norms of the network in the file, whether it has a head, how it is written
+    "ours": (("norm",), 0, save_ours), "ours, fine-tuned": (("fc_norm",), 3, save_ours),
+    "ours, from before": (("norm",), 0, save_before), "ours, fine-tuned, from before": (("fc_norm",), 3, save_before),
+    "ours, pre-training": (("norm",), 0, lambda path, vit: save_pretrained(path, vit, lambda state: dict(model=state, backbone=vit.config))),
+    "VideoMAE": (("norm",), 0, save_pretrained),
+    "VideoMAE, fine-tuned": (("fc_norm",), 3, lambda path, vit: torch.save(dict(module=vit.state_dict()), path)),
+    "MoCo": (("norm",), 0, save_moco), "without": ((), 0, lambda path, vit: torch.save(vit.state_dict(), path)),
+    "Hugging Face": (("norm",), 0, save_huggingface), "Hugging Face, classifier": (("fc_norm",), 3, save_huggingface),
+    "Hugging Face, mean pooling": ((), 0, lambda path, vit: save_huggingface(path, vit, "")),
+    "export": (("norm",), 0, lambda path, vit: export_huggingface(vit, [], path)),
+    "export, classifier": (("fc_norm",), 3, lambda path, vit: export_huggingface(vit, NAMES, path)),
+    "export, mean pooling": ((), 0, lambda path, vit: export_huggingface(vit, [], path)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["extract", "linear", "knn", "retrieval"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_are_what_the_head_of_the_file_gets(tmp_path, kind, mode):
+    norms, classes, save = KINDS[kind]
+    vit = tiny(classes, norms=norms)
+    save(tmp_path / "file", vit)
+    network, content = network_of(tmp_path / "file", mode, image_size=32, frames=4, model="vit_tiny")
+    assert set(network.config["norms"]) == set(norms) == set(content["backbone"]["norms"])
+    norm = {"norm": lambda x: vit.norm(x).mean(1), "fc_norm": lambda x: vit.fc_norm(x.mean(1)), "": lambda x: x.mean(1)}["".join(norms)]
+    x = common.patchify(clips(), 16, 2)
+    x = vit.patch_embed(x) + vit.positions
+    for block in vit.blocks:
+        x = block(x)
+    torch.testing.assert_close(network(clips()), norm(x), atol=1e-5, rtol=1e-4)
+    others = [x.mean(1), F.layer_norm(x.mean(1), (192,)), F.layer_norm(x, (192,)).mean(1)]     # none of them passes for another
+    assert sum((other - norm(x)).abs().mean() < 0.02 for other in others) == (not norms)
+
+
+def test_a_new_head_gets_a_new_norm_and_the_encoder_s_is_dropped(tmp_path):
+    vit = tiny()
+    save_pretrained(tmp_path / "file", vit)
+    for mode in ("finetune", "linear"):
+        network, _ = network_of(tmp_path / "file", mode, 3, NAMES, image_size=32, frames=4, model="vit_tiny")
+        assert isinstance(network.norm, torch.nn.Identity) and torch.equal(network.fc_norm.weight, torch.ones(192))
+        assert not any("norm.weight" == k for k in network.state_dict())
+    save_ours(tmp_path / "tuned", tuned := tiny(3))
+    for mode in ("finetune", "linear"):                                                     # what is there is kept
+        assert torch.equal(network_of(tmp_path / "tuned", mode, 3, NAMES)[0].fc_norm.weight, tuned.fc_norm.weight)
+
+
+def test_detection_has_the_norm_of_the_tokens(tmp_path):
+    save_ours(tmp_path / "file", vit := tiny())
+    network, _ = network_of(tmp_path / "file", "finetune", data="ava")
+    assert torch.equal(network.norm.weight, vit.norm.weight) and isinstance(network.fc_norm, torch.nn.Identity)
+    save_ours(tmp_path / "tuned", network)
+    again, _ = network_of(tmp_path / "tuned", "test", data="ava")
+    assert same(again.state_dict(), network.state_dict())
+    save_ours(tmp_path / "classifier", tiny(3))
+    network, _ = network_of(tmp_path / "classifier", "finetune", data="ava")                # new, and trained
+    assert torch.equal(network.norm.weight, torch.ones(192)) and isinstance(network.fc_norm, torch.nn.Identity)
+
+
+@pytest.mark.parametrize("mode", ["extract", "test", "export"])
+def test_a_norm_that_is_not_in_the_file_is_a_message(tmp_path, mode):
+    vit, outputs = tiny(3 * (mode != "extract")), 3 * (mode != "extract")
+    name = "fc_norm.weight" if outputs else "norm.weight"
+    save_ours(tmp_path / "file", vit, model={k: x for k, x in vit.state_dict().items() if k != name})
+    assert f"missing ['{name}']" in error_of(network_of, tmp_path / "file", mode, outputs, NAMES)
+
+
+def test_only_what_hugging_face_has_is_exported(tmp_path):
+    assert "fc_norm" in error_of(export_huggingface, tiny(norms=("fc_norm",)), [], tmp_path / "a") and not (tmp_path / "a").exists()
+
+
+def test_export_finds_the_head_under_every_name(tmp_path, monkeypatch):
+    vit = tiny(3)
+    monkeypatch.setattr(finetune, "export_huggingface", lambda network, classes, out: done.append((network, classes)))
+    for wrap in (lambda s: dict(module=s), lambda s: dict(state_dict={f"module.{k}": x for k, x in s.items()}), lambda s: s):
+        torch.save(wrap(vit.state_dict()), tmp_path / "file")
+        done = []
+        finetune.export(finetune.Config(init=str(tmp_path / "file"), mode="export", model="vit_tiny", image_size=32, frames=4), tmp_path)
+        assert same(done[0][0].state_dict(), vit.state_dict()) and done[0][1] == ["0", "1", "2"]
+    save_pretrained(tmp_path / "file", tiny(), lambda s: dict(model=s | {"decoder.head.weight": torch.ones(5, 24)}))
+    done = []
+    finetune.export(finetune.Config(init=str(tmp_path / "file"), mode="export", model="vit_tiny", image_size=32, frames=4), tmp_path)
+    assert not hasattr(done[0][0], "head")
+
+
+# ---- 6. Mean and std of the input ------------------------------------------------------------------------------------
+
+def statistics_of(network):
+    return {k: network.config[k] for k in ("mean", "std")}
+
+
+def prefixed(state, prefix):
+    return {prefix + k: x for k, x in state.items()}
+
+
+@pytest.mark.parametrize("name", ["r2plus1d_18", "r3d_18", "s3d"])
+@pytest.mark.parametrize("prefix", ["", "module.encoder_q."])
+def test_torchvision_s_files_have_seen_kinetics_colours(tmp_path, name, prefix):
+    public = prefixed(getattr(torchvision.models.video, name)().state_dict(), prefix)
+    torch.save(dict(state_dict=public) if prefix else public, tmp_path / "file")
+    assert statistics_of(network_of(tmp_path / "file", model=name, image_size=224)[0]) == KINETICS
+    network = make_backbone(name, 224, 16)                                                  # as the pre-training scripts do it
+    assert statistics_of(network) == IMAGENET
+    common.restore(None, str(tmp_path / "file"), network, None, None)
+    assert statistics_of(network) == KINETICS
+    for said, expected in (({}, IMAGENET), (ODD, ODD)):                                     # ours say what they have seen
+        backbone = {k: x for k, x in network.config.items() if k not in IMAGENET} | said
+        torch.save(dict(model=network.state_dict(), backbone=backbone), tmp_path / "ours")
+        assert statistics_of(network_of(tmp_path / "ours")[0]) == expected
+
+
+def test_slowfast_s_and_other_files_have_theirs(tmp_path):
+    network = make_backbone("slow_r50", 32, 8, width=0.125)
+    torch.save(dict(model_state={slowfast_name(k): x for k, x in network.state_dict().items()}), tmp_path / "maclr")
+    load_weights(network, tmp_path / "maclr")
+    assert statistics_of(network) == SLOWFAST
+    resnet = torchvision.models.resnet50()
+    torch.save(prefixed(resnet.state_dict(), "module.encoder_q."), tmp_path / "moco")
+    network = make_backbone("slow_r50", 32, 8)
+    load_weights(network, tmp_path / "moco")
+    assert statistics_of(network) == IMAGENET
+    save_pretrained(tmp_path / "videomae", tiny())
+    assert load_file(tmp_path / "videomae")["backbone"] == dict(norms=("norm",), **IMAGENET)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "video_preprocessor_config.json"])
+@pytest.mark.parametrize("about, expected", [
+    (dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]), ODD), (dict(do_normalize=False), dict(mean=(0, 0, 0), std=(1, 1, 1))),
+    (dict(image_mean=[0.2, 0.4, 0.6], image_std=[0.8, 1, 1.2], rescale_factor=2 / 255, do_normalize=True), ODD)])
+def test_a_hugging_face_folder_says_its_own(tmp_path, name, about, expected):
+    save_huggingface(tmp_path / "hf", tiny(3))
+    assert statistics_of(network_of(tmp_path / "hf")[0]) == IMAGENET
+    (tmp_path / "hf" / name).write_text(json.dumps(about))
+    got = statistics_of(network_of(tmp_path / "hf")[0])
+    assert {k: pytest.approx(x) for k, x in got.items()} == expected and all(type(x) is tuple for x in got.values())
+
+
+@pytest.mark.parametrize("text", ["{", json.dumps(dict(image_mean=0.5, image_std=0.5)), json.dumps(dict(do_normalize=True)), "[]"])
+def test_a_damaged_preprocessor_is_a_message(tmp_path, text):
+    save_huggingface(tmp_path / "hf", tiny(3))
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(text)
+    assert "preprocessor_config.json" in error_of(load_file, tmp_path / "hf")
+
+
+def test_statistics_are_exported(tmp_path):
+    export_huggingface(tiny(3, **ODD), NAMES, tmp_path)
+    processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == [0.1, 0.2, 0.3] and processor["image_std"] == [0.4, 0.5, 0.6]
+    assert load_file(tmp_path)["backbone"] == tiny(3, **ODD).config
+
+
+class Seen(torch.nn.Module):
+    """Stands before an encoder's first layer and keeps what comes."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.inputs = layer, []
+
+    def forward(self, x):
+        self.inputs.append(x.detach().clone())
+        return self.layer(x)
+
+
+def models(vit):
+    """Each method around a ViT with statistics of its own, on 4 frames of 32 pixels; clips (B, 3, T, H, W) that it takes."""
+    flow, sizes = common.FlowEstimator("tvl1"), {k: x for k, x in vit.config.items() if k != "norms"}
+    grey = torch.full((4, 3, 4, 32, 32), 51, dtype=torch.uint8)                             # 0.2 everywhere: no augmentation shows
+    both = torch.full((4, 3, 10, 32, 32), 51, dtype=torch.uint8)
+    return {"mofo": lambda: (mofo.MOFO(flow, 0.5, None, **sizes, **DECODER), grey),
+            "mme": lambda: (mme.MME(None, "pixel", 2, 1, 0.5, **sizes, **DECODER), grey),
+            "fame": lambda: (fame.FAME(make_backbone(**vit.config), queue=8), grey),
+            "mcl": lambda: (mcl.MCL(make_backbone(**vit.config), flow, 10, queue=8), both),
+            "modist": lambda: (modist.MoDist(make_backbone(**vit.config), None, None, queue=8), both)}
+
+
+@pytest.mark.parametrize("method", ["mofo", "mme"])
+def test_masked_autoencoders_see_their_statistics_and_paint_pixels(method):
+    model, grey = models(ViT(**SIZES, **ODD))[method]()
+    clips01 = torch.rand(4, 3, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.tensor(ODD["mean"]).view(3, 1, 1, 1), torch.tensor(ODD["std"]).view(3, 1, 1, 1)
+    expected = common.patchify((clips01 - x[0]) / x[1], 8, 2)
+    seen = model.encoder.patch_embed = Seen(model.encoder.patch_embed)
+    model(clips01, torch.Generator().manual_seed(0))
+    patches = seen.inputs[0]                                                                # (B, visible, P)
+    for b in range(4):
+        near = torch.cdist(patches[b].double(), expected[b].double())
+        assert near.amin(1).max() < 1e-4 and near.argmin(1).unique().numel() == len(patches[b])
+    if method == "mofo":                                                                    # the target knows no statistics
+        targets = []
+        real = mofo.pixel_target
+        mofo.pixel_target = lambda x, *sizes: targets.append(x) or real(x, *sizes)
+        try:
+            model(clips01, torch.Generator().manual_seed(0))
+        finally:
+            mofo.pixel_target = real
+        torch.testing.assert_close(targets[0], clips01, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_hog_of_mme_is_of_the_network_s_input():
+    sizes = SIZES | ODD
+    model = mme.MME(None, "hog", 2, 1, 0.5, **sizes, **DECODER)
+    clips01 = torch.rand(1, 3, 4, 32, 32)
+    plain = mme.MME(None, "hog", 2, 1, 0.5, **SIZES, **DECODER).targets(clips01)[0]["shape"].unflatten(-1, (3, 36))
+    ratio = torch.tensor(IMAGENET["std"]) / torch.tensor(ODD["std"])
+    torch.testing.assert_close(model.targets(clips01)[0]["shape"].unflatten(-1, (3, 36)), plain * ratio[:, None], atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["fame", "mcl", "modist"])
+def test_views_have_the_network_s_statistics(method, tmp_path, monkeypatch):
+    module = dict(fame=fame, mcl=mcl, modist=modist)[method]
+    for name in ("colour_jitter",):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, lambda clips, *_, **__: clips)
+    model, grey = models(ViT(**SIZES, **ODD))[method]()
+    expected = ((0.2 - torch.tensor(ODD["mean"])) / torch.tensor(ODD["std"])).view(3, 1, 1, 1)
+    if method == "mcl":
+        views = [model.view(common.unit(grey), None)[0]] if hasattr(model, "view") else []
+    else:
+        views = model.views(grey) if method == "fame" else model.inputs(grey)[0]
+    assert len(views)
+    for view in views:
+        torch.testing.assert_close(view, expected.expand_as(view), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_fine_tuning_and_testing_use_them(monkeypatch):
+    vit = tiny(3, **ODD)
+    seen, x = [], torch.full((2, 3, 4, 32, 32), 51, dtype=torch.uint8)
+    monkeypatch.setattr(vit, "pooled", lambda clips: seen.append(clips) or torch.zeros(len(clips), 192))
+    monkeypatch.setattr(vit, "forward_map", lambda clips: seen.append(clips) or torch.zeros(len(clips), 192, 2, 2, 2))
+    plain = dict(randaugment="none", erasing=0.0, mixup=0.0, cutmix=0.0)
+    model = finetune.Classifier(vit, [3], finetune.Config(**plain)).eval()
+    model(x, torch.tensor([0, 1]))
+    model.scores(x)
+    vit.head = torch.nn.Linear(192, 80)
+    detector = finetune.Detector(vit, finetune.Config(**plain))
+    detector(dict(clips=x, boxes=torch.tensor([[0, 0, 9, 9.0]]), actions=torch.ones(1, 80), count=torch.tensor([1, 0])), None)
+
+    def sweep(compute, items, *_):
+        compute(x, 2)
+        return {0: torch.zeros(1)}, []
+    monkeypatch.setattr(finetune, "sweep", sweep)
+    finetune.extract(vit, [0], finetune.Config(), None, (1, 1), "")
+    test = Namespace(items=[Namespace(boxes=torch.zeros(1, 4).numpy(), frame="a", scores=torch.ones(1).numpy())], classes=[""] * 80,
+                     ground_truth=dict(frame=["a"], box=np.zeros((1, 4)), label=np.ones(1)), class_ids=[1], excluded=())
+    monkeypatch.setattr(finetune, "sweep", lambda compute, *_: ({0: compute(dict(
+        clips=x, boxes=torch.tensor([[0, 0, 9, 9.0]]), count=torch.tensor([1, 0])), 2)[0]}, []))
+    finetune.detect(detector, test, finetune.Config(), None)
+    assert len(seen) == 5
+    expected = ((0.2 - torch.tensor(ODD["mean"])) / torch.tensor(ODD["std"])).view(3, 1, 1, 1)
+    for clips in seen:
+        torch.testing.assert_close(clips, expected.expand_as(clips), atol=1e-5, rtol=0)
+
+
+def test_a_run_that_goes_on_keeps_the_statistics_it_began_with(tmp_path):
+    model, _ = models(ViT(**SIZES, **ODD))["fame"]()
+    nothing = Namespace(load_state_dict=lambda _: None)
+    checkpoint = dict(model=model.state_dict(), backbone=model.encoder.config, optimizer={}, scaler={}, step=7)
+    torch.save(checkpoint, tmp_path / "last.pt")
+    again = fame.FAME(make_backbone(**SIZES), queue=8)                                      # as main makes it
+    assert common.restore(load_file(tmp_path / "last.pt"), "", again, nothing, nothing) == 7
+    assert statistics_of(again.encoder) == ODD
+    save_ours(tmp_path / "init", ViT(**SIZES, **ODD))
+    new = fame.FAME(make_backbone(**SIZES), queue=8)
+    assert common.restore(None, str(tmp_path / "init"), new, nothing, nothing) == 0 and statistics_of(new.encoder) == ODD
+
+
+# ---- 7. Heads, sizes, contents ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["finetune", "linear"])
+@pytest.mark.parametrize("classes, kept", [(NAMES, True), (["a", "b", "c"], False), (NAMES[::-1], False)])
+def test_a_head_is_kept_only_for_the_same_classes(tmp_path, mode, classes, kept, capsys):
+    save_ours(tmp_path / "file", vit := tiny(3))
+    network, _ = network_of(tmp_path / "file", mode, 3, classes)
+    assert torch.equal(network.head.weight, vit.head.weight) == torch.equal(network.head.bias, vit.head.bias) == kept
+    assert torch.equal(network.fc_norm.weight, vit.fc_norm.weight) and network.head.weight.abs().max() < 0.01 or kept
+    assert ("new here ['head.weight', 'head.bias']" in capsys.readouterr().out) != kept
+    torch.save(dict(module=vit.state_dict()), tmp_path / "public")                          # of classes without names
+    network, _ = network_of(tmp_path / "public", mode, 3, classes, image_size=32, frames=4, model="vit_tiny")
+    assert not torch.equal(network.head.weight, vit.head.weight)
+
+
+@pytest.mark.parametrize("mode", ["test", "predict", "export"])
+def test_testing_takes_every_head_and_says_so(tmp_path, mode, capsys):
+    torch.save(dict(module=(vit := tiny(3)).state_dict()), tmp_path / "public")
+    network, _ = network_of(tmp_path / "public", mode, 3, NAMES, image_size=32, frames=4, model="vit_tiny")
+    assert same(network.state_dict(), vit.state_dict()) and "does not name its classes" in capsys.readouterr().out
+    save_ours(tmp_path / "file", vit)
+    assert same(network_of(tmp_path / "file", mode, 3, NAMES)[0].state_dict(), vit.state_dict())
+    assert "does not name its classes" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, text", [(dict(heads=3), "heads 4 there, 3 here"), (dict(dim=96), "dim 48 there, 96 here"),
+                                          (dict(depth=1), "depth 2 there, 1 here"), (dict(patch_size=16), "patch_size 8 there, 16 here"),
+                                          (dict(tubelet_size=1), "tubelet_size 2 there, 1 here")])
+def test_a_network_of_other_sizes_than_the_file_says_is_refused(tmp_path, change, text):
+    for name, save in (("ours", save_ours), ("hf", save_huggingface)):
+        save(tmp_path / name, small_vit(0))
+        load_weights(ViT(**SIZES | dict(image_size=48, frames=8)), tmp_path / name)         # positions are not stored
+        for model in (ViT(**SIZES | change), mofo.MaskedAutoencoder(**SIZES | change, **DECODER)):
+            before = {k: x.clone() for k, x in model.state_dict().items()}
+            message = error_of(load_weights, model, tmp_path / name)
+            assert text in message and "--model" in message and same(model.state_dict(), before)
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+@pytest.mark.parametrize("thing", [
+    PosixPath("/a/b"), Namespace(out=PosixPath("/a"), betas=[0.9]), np.float64(3), np.int64(3), np.bool_(True), np.zeros(3),
+    np.dtype("f4"), collections.defaultdict(list, a=[1]), collections.OrderedDict(a=1), torch.Size([2]), Colour.RED,
+    torch.__version__, {PosixPath("/a"): 1}], ids=lambda x: type(x).__name__)
+def test_what_training_scripts_leave_in_their_files_does_no_harm(tmp_path, thing):
+    torch.save(dict(model={"w": torch.arange(3.0)}, args=thing, epoch=4), tmp_path / "file")
+    content = load_file(tmp_path / "file")
+    assert same(content["model"], {"w": torch.arange(3.0)}) and content["epoch"] == 4
+
+
+@pytest.mark.parametrize("name", ["pathlib WindowsPath", "pathlib._local PosixPath", "numpy.core.multiarray scalar", "omegaconf DictConfig"])
+def test_names_of_other_machines_and_versions_do_no_harm(tmp_path, name, monkeypatch):
+    torch.save(dict(model={"w": torch.arange(3.0)}, args=PosixPath("/a")), tmp_path / "file")
+    raw = (tmp_path / "file").read_bytes()
+    assert raw.count(b"cpathlib\nPosixPath\n") == 1
+    module, _, kind = name.partition(" ")
+    with __import__("zipfile").ZipFile(tmp_path / "file") as old, __import__("zipfile").ZipFile(tmp_path / "new", "w") as new:
+        for entry in old.namelist():
+            new.writestr(entry, old.read(entry).replace(b"cpathlib\nPosixPath\n", f"c{module}\n{kind}\n".encode()))
+    assert same(load_file(tmp_path / "new")["model"], {"w": torch.arange(3.0)})
+
+
+class Harmful:
+    def __init__(self, call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_no_function_of_a_file_is_called(tmp_path, legacy):
+    touch = (exec, (f"open({str(tmp_path / 'owned')!r}, 'w')",))
+    for call in (touch, (eval, (touch[1][0],)), (Path.touch, (tmp_path / "owned",)), (os.mkdir, (str(tmp_path / "owned"),))):
+        torch.save(dict(model={"w": torch.ones(1)}, args=Harmful(call)), tmp_path / "file", _use_new_zipfile_serialization=not legacy)
+        try:
+            load_file(tmp_path / "file")
+        except UserError as error:
+            assert "file: cannot be read" in str(error) and "weights_only" not in str(error)
+        assert not (tmp_path / "owned").exists()
+    torch.load(tmp_path / "file", weights_only=False)                                       # it does harm where it can
+    assert (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 1, "args": Namespace(a=PosixPath("a"))},
+                                  lambda s: prefixed(s, "module."), lambda s: {"state_dict": prefixed(s, "module.")}])
+def test_raft_s_weights_in_every_wrapper(tmp_path, wrap):
+    state = torchvision.models.optical_flow.raft_small().state_dict()
+    torch.save(wrap(state), tmp_path / "raft.pth")
+    assert same(common.FlowEstimator("raft_small", str(tmp_path / "raft.pth")).raft.state_dict(), state)
+
+
+def test_raft_s_weights_under_other_names_are_a_message(tmp_path):
+    torch.save({"module.fnet.conv1.weight": torch.ones(2)}, tmp_path / "raft.pth")         # as its authors publish them
+    message = error_of(common.FlowEstimator, "raft_small", str(tmp_path / "raft.pth"))
+    assert "raft.pth failed" in message and "Missing key(s) in state_dict: \"feature_encoder" in message
+    assert "torchvision's raft_small" in message and "--flow tvl1" in message
+
+
+# ---- 8. transformers -------------------------------------------------------------------------------------------------
 
 def huggingface_model(kind, **change):
     """A random VideoMAE of theirs, small; layer_norm_eps as it was trained."""

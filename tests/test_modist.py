@@ -550,7 +550,7 @@ def test_autocast_reaches_neither_the_inputs_nor_the_losses(monkeypatch):
         rounded.append((torch.is_autocast_enabled("cpu"), query.dtype, key.dtype))
         return info_nce(query, key, *rest)
     monkeypatch.setattr(modist, "info_nce", nce)
-    monkeypatch.setattr(modist, "normalize", lambda x: rgb.append(common.normalize(x)) or rgb[-1])
+    monkeypatch.setattr(modist, "normalize", lambda x, config: rgb.append(common.normalize(x, config)) or rgb[-1])
     monkeypatch.setattr(modist, "motion_maps", lambda *args: maps.append(motion_maps(*args)) or maps[-1])
     for enabled in (False, True):
         model = pixels_model(seed=3)
