@@ -929,8 +929,6 @@ TRAINED_WITH = ("label", "focused", "sampling", "stride", "fps", "frames", "imag
 
 def check(cfg):
     """Raise UserError for settings that make no sense -> views (T, S) of test and of training videos."""
-    if not cfg.init:
-        raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
     for name, options in CHOICES.items():
         if getattr(cfg, name) not in options:
             raise UserError(f"--{name} {getattr(cfg, name)}: choose {', '.join(options[:-1])} or {options[-1]}")
@@ -1044,6 +1042,8 @@ def class_ids(test, classes, cfg):
 def main(cfg):
     content = inherit(cfg)
     views, train_views = check(cfg)
+    if not cfg.init:
+        raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
     env = setup(cfg.seed)
     cfg.out = cfg.out or f"{run_directory(f'finetune-{cfg.mode}', cfg)}-{'random-' * cfg.random_init}{origin(cfg.init)}"
     out = Path(cfg.out)

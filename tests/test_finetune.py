@@ -1203,3 +1203,213 @@ def test_what_does_not_fit_is_named(tmp_path, place, pretrained, tune):
         for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "c")):
             put(tmp_path, {}, [f"data/{split}/{name}/1.mp4"])
         run("finetune", "--data", tmp_path / "data", *SHORT, "--init", pretrained("mofo"), "--out", tmp_path / "out")
+
+# ---- 11. Splits, classes, units ------------------------------------------------------------------------------------------
+
+# Published fine-tuning: videos, GPUs x videos per GPU x accumulation, clips of each, epochs, rate per 256 videos.
+PUBLISHED = {
+    ("k400", "videomae"): (240_436, 64 * 6, 2, 75, 5e-4), ("ssv2", "videomae"): (168_913, 64 * 8, 1, 50, 5e-4),
+    ("ucf101", "videomae"): (9_537, 8 * 16, 2, 100, 5e-4), ("ssv2", "mme"): (168_913, 16 * 28, 2, 30, 5e-4),
+    ("ucf101", "fame"): (9_537, 4 * 32, 1, 150, 0.05), ("ucf101", "mcl"): (9_537, 4 * 16 * 4, 1, 150, 0.01),
+    ("ucf101", "modist"): (9_537, 64, 1, 200, 0.04)}
+
+
+@pytest.mark.parametrize("data, recipe", PUBLISHED)
+@pytest.mark.parametrize("world", [1, 8])
+def test_steps_clips_and_rate_are_those_of_the_paper(data, recipe, world):
+    videos, batch, clips, epochs, rate = PUBLISHED[data, recipe]
+    cfg = config(data=data, recipe=recipe, mode="finetune", device_batch=4)
+    plan = common.plan_run(cfg, videos, common.Env(torch.device("cpu"), 0, world, None))
+    assert abs(plan.steps - epochs * videos // batch) <= 1                               # optimiser steps of the whole run
+    per_pass = next(iter(common.StepSampler(videos, plan, common.Env(torch.device("cpu"), 0, world, None), 0)))
+    assert len(per_pass) * cfg.repeats * plan.accum * world == batch * clips             # clips in each
+    assert cfg.lr * cfg.batch / 256 == pytest.approx(rate * batch / 256)
+    generator = plan.generator(common.Env(torch.device("cpu"), world - 1, world, None), 0, 0, plan.accum - 1)
+    assert (generator.first + len(per_pass) * cfg.repeats, generator.total) == (batch * clips,) * 2      # rows of the step
+
+
+def test_recipes_found_wrong_in_the_field():
+    fame_probe, mcl_probe = config(data="ucf101", recipe="fame", mode="linear"), config(data="k400", recipe="mcl", mode="linear")
+    assert (fame_probe.unit_features, fame_probe.epochs, fame_probe.drops) == (True, 100, "60,80")
+    assert all(config(data=data, recipe="mme", mode="finetune").min_lr == 1e-6 for data in ("ucf101", "hmdb51", "ssv2", "k400"))
+    seen, video = [], SimpleNamespace(info=common.VideoInfo(300, 25.0, 240, 320, 12.0), read=lambda i, size, boxes: (
+        seen.extend([size, boxes[0].tolist()]), np.zeros((len(i), *size, 3), np.uint8))[1])
+    finetune.test_clips(video, common.Item("x"), None, mcl_probe, 224, 32)               # 224 of a short side of 256
+    assert seen == [(224, 224), [55, 15, 265, 225]] and round(240 * 224 / 256) == 210
+
+
+@pytest.mark.parametrize("fps, seconds", [(30.0, 31 * 8 / 30), (12.0, 31 * 8 / 30), (25.0, 31 * 8 / 30), (59.94, 31 * 8 / 30)])
+def test_modist_s_stride_is_in_seconds(fps, seconds):
+    cfg, seen = config(data="ucf101", recipe="modist", mode="finetune"), []
+    frames = int(20 * fps)
+    video = SimpleNamespace(info=common.VideoInfo(frames, fps, 48, 64, 20.0), read=lambda i, size, boxes: (
+        seen.append(i), np.zeros((len(i), *size, 3), np.uint8))[1])
+    finetune.train_clips(video, common.Item("x"), np.random.default_rng(0), cfg, 8, 32)
+    finetune.test_clips(video, common.Item("x"), None, cfg, 8, 32, (3, 1))
+    for indices in (seen[0], *np.split(seen[1], 3)):
+        assert (indices[-1] - indices[0]) / fps == pytest.approx(seconds, abs=1 / fps) and (np.diff(indices) > 0).all()
+    assert seen[1][0] == 0 and seen[1][-1] == frames - 1                                 # from the start to the end
+    own_rate = config(data="ucf101", recipe="mcl", mode="finetune")                      # others count the video's own frames
+    finetune.train_clips(video, common.Item("x"), np.random.default_rng(0), own_rate, 8, 32)
+    assert (np.diff(seen[2]) == 2).all()
+
+
+def test_rates_of_modist_lie_on_the_cosine_over_all_epochs(tune):
+    flags = "--lr 0.32 --epochs 5 --batch 2 --device-batch 2 --steps 0 --frames 4 --warmup-epochs 1 --warmup-start 0.1".split()
+    _, out = tune(*flags, recipe="modist", name="cosine")                                # 8 videos: 4 steps an epoch
+    peak, rates = 0.32 * 2 / 256, [line["lr"] for line in lines(out)]
+    cosine = [peak * 0.5 * (1 + math.cos(math.pi * i / 20)) for i in range(20)]
+    start = [0.1 * peak + (cosine[4] - 0.1 * peak) * i / 4 for i in range(4)]
+    assert rates == pytest.approx([*start, *cosine[4:]], abs=1e-9)
+    cfg = config(data="hmdb51", recipe="modist", mode="finetune")
+    assert cfg.whole_cosine and cfg.warmup_start * cfg.lr * cfg.batch / 256 == pytest.approx(1e-3)
+
+
+@pytest.fixture(scope="session")
+def lists(place):
+    """A list file of 24 videos of two classes, directories of them, and a list of three others of one of the classes."""
+    root = place / "lists"
+    common.make_toy(place / "many/32px", "train", 32, size=32)
+    for i in range(30):
+        name = "jump" if i % 2 and i < 24 else "run" if i < 24 else "other"
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / f"{i}.mp4").write_bytes((place / f"many/32px/train/{i:06d}.mp4").read_bytes())
+    rows = sorted(f"{p.parent.name}/{p.name} {p.parent.name}" for p in root.glob("*/*.mp4"))
+    put(root, {"all.txt": "\n".join(r for r in rows if "other" not in r), "few.txt": "\n".join(
+        r.replace(" other", " run") for r in rows if "other" in r)})
+    put(root, {"numbers.txt": (root / "few.txt").read_text().replace(" run", " 1"),
+               "unknown.txt": (root / "few.txt").read_text().replace(" run", " swim"),
+               "overlap.txt": (root / "few.txt").read_text() + "\n" + rows[0]})
+    return root
+
+
+def scored(out):
+    return dict(np.load(out / "scores.npz"))
+
+
+@pytest.mark.parametrize("mode", ["finetune", "knn"])
+@pytest.mark.parametrize("how", ["list", "same list twice", "directory", "split all"])
+def test_nothing_is_tested_on_its_own_training_videos(mode, how, lists, tune, monkeypatch, capsys):
+    """The same split in every mode, whatever the way in which the data come without one."""
+    seen, clips = [], finetune.Clips
+    monkeypatch.setattr(finetune, "Clips", lambda items, *args, **kwargs: (seen.append({i.path for i in items}),
+                                                                          clips(items, *args, **kwargs))[1])
+    data = dict([("directory", lists), ("split all", lists)]).get(how, lists / "all.txt")
+    flags = ["--train-split", "all"] if how == "split all" else ["--test-data", data] if "twice" in how else []
+    if "twice" in how:
+        with pytest.raises(UserError, match="24 of the 24 test videos are training videos, too; the first: .*--test-data"):
+            tune("--data", data, "--mode", mode, *flags, name=f"split-{mode}")
+        return
+    results, out = tune("--data", data, "--mode", mode, *flags, "--views", "1x1", name=f"split-{mode}-{how[:4]}")
+    train, test = (seen if mode == "finetune" else seen[::-1])
+    assert results["videos"] == len(test) == (4 if how == "list" else 5) and not train & test
+    assert len(train | test) == (24 if how == "list" else 30) and set(scored(out)["names"]) == test
+    assert f"{results['videos']} of its videos are held out to test" in capsys.readouterr().out or how != "list"
+    if mode == "finetune" and how != "split all":                                        # and the same when tested again
+        again, there = tune("--data", data, "--mode", "test", init=out / "last.pt")
+        assert again["acc1_1x1"] == results["acc1_1x1"] and set(scored(there)["names"]) == test
+
+
+def test_test_data_are_read_whole_and_must_be_others(lists, tune):
+    flags = ["--data", lists / "all.txt", "--views", "1x1"]
+    results, out = tune(*flags, "--test-data", lists / "few.txt")
+    assert results["videos"] == 6 and len(scored(out)["names"]) == 6
+    assert load_file(out / "last.pt")["config"]["videos"] == 24                          # and all of the list is trained on
+    with pytest.raises(UserError, match="1 of the 7 test videos are training videos, too; the first: .*jump/1.mp4"):
+        tune(*flags, "--test-data", lists / "overlap.txt")
+
+
+def test_testing_needs_no_training_videos_and_not_every_class(lists, tune, tmp_path, capsys):
+    _, out = tune("--data", lists, "--views", "1x1", name="three")                       # classes jump, other, run
+    for data, label in (("few.txt", "run"), ("numbers.txt", "1")):                       # number 1 = other
+        results, there = tune("--data", lists / data, "--mode", "test", init=out / "last.pt")
+        assert results["videos"] == 6 and scored(there)["classes"].tolist() == ["jump", "other", "run"]
+        assert set(scored(there)["labels"]) == {dict(run=2).get(label, 1)} and scored(there)["scores"].shape == (6, 3)
+        assert ("taken as places: 0 = jump" in capsys.readouterr().out) == (label == "1")
+    with pytest.raises(UserError, match=r"knows the classes \['jump', 'other', 'run'\] ..., the data has \['swim'\]"):
+        tune("--data", lists / "unknown.txt", "--mode", "test", init=out / "last.pt")
+    (tmp_path / "val/run").mkdir(parents=True)                                           # nothing to train on, one class
+    (tmp_path / "val/run/a.mp4").write_bytes((lists / "run/0.mp4").read_bytes())
+    results, there = tune("--data", tmp_path, "--mode", "test", init=out / "last.pt")
+    assert results["videos"] == 1 and scored(there)["labels"].tolist() == [2]
+
+
+@pytest.mark.parametrize("data", ["k400", "ssv2", "ucf101", "epic"])
+def test_published_layouts_are_tested_without_their_training_videos(data, layouts, tune, tmp_path):
+    flags = ["--data", data, "--views", "1x1", *["--label", "verb"] * (data == "epic")]
+    results, out = tune(*flags, "--root", layouts(data))
+    for source in layouts(data).rglob("*"):
+        kept = source.is_file() and not re.search(r"train", source.name) and not any(
+            word in source.name for word in ("aB_cd", "IjKl", "RsTu", "g00", "g01", "g02", "P00", "P01", "P02"))
+        if kept and not (data == "ssv2" and source.name in ("0.webm", "1.webm", "2.webm")):
+            put(tmp_path, {}, [source.relative_to(layouts(data))])
+            (tmp_path / source.relative_to(layouts(data))).write_bytes(source.read_bytes())
+    again, there = tune(*flags, "--root", tmp_path, "--mode", "test", init=out / "last.pt")
+    assert again["acc1_1x1"] == results["acc1_1x1"] and again["videos"] == 2
+    assert np.allclose(scored(there)["scores"], scored(out)["scores"], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["finetune", "knn"])
+def test_scores_and_the_confusion_of_every_video_are_kept(mode, lists, tune):
+    results, out = tune("--data", lists, "--views", "1x1", "--mode", mode)
+    found = scored(out)
+    assert found["scores"].shape == (5, 3) and found["read"].all() and found["labels"].shape == (5,)
+    right = found["scores"].argmax(1) == found["labels"]
+    assert 100 * right.mean() == pytest.approx(results["acc1_1x1"])
+    with av.open(str(out / "confusion.png")) as file:
+        picture = next(file.decode(video=0)).to_ndarray(format="rgb24")[..., 0]
+    counts = np.zeros((3, 3))
+    for own, guess in zip(found["labels"], found["scores"].argmax(1)):
+        counts[own, guess] += 1
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    cell = 512 // 3
+    assert picture.shape == (3 * cell, 3 * cell)
+    assert np.abs(picture[cell // 2::cell, cell // 2::cell].astype(float) - 255 * (1 - share)).max() <= 1
+
+
+def test_a_file_of_class_names(lists, tune, tmp_path, pretrained):
+    _, out = tune("--data", lists, "--views", "1x1")
+    content = load_file(out / "last.pt")
+    torch.save(dict(model=content["model"], backbone=content["backbone"]), tmp_path / "public.pt")
+    put(tmp_path, {"names.txt": "walk\nsit\nclimb\n", "two.txt": "walk\nsit\n"})
+    flags = ["--mode", "predict", "--data", lists / "run", "--init", tmp_path / "public.pt", *SHORT]
+    run("finetune", *flags, "--classes", tmp_path / "names.txt", "--out", tmp_path / "out")
+    rows = list(csv.DictReader(open(tmp_path / "out/predictions.csv")))
+    assert len(rows) == 12 and all(sorted(row["top5"].split(";")) == ["climb", "sit", "walk"] for row in rows)
+    for file, message in (("two.txt", "shapes: .*3.* there, .*2.* here"), ("gone.txt", "--classes .*gone.txt: cannot be read")):
+        with pytest.raises(UserError, match=message):
+            run("finetune", *flags, "--classes", tmp_path / file, "--out", tmp_path / "out")
+
+
+def test_extract_keeps_views_and_labels_and_part_says_what_is_read(lists, place, pretrained, tmp_path):
+    flags = ["--mode", "extract", "--init", pretrained("mofo"), *SHORT]
+    run("finetune", *flags, "--data", lists, "--views", "2x3", "--out", tmp_path)
+    found = dict(np.load(tmp_path / "features.npz"))
+    assert found["views"].shape == (30, 6, 192) and np.allclose(found["views"].mean(1), found["features"], atol=1e-5)
+    assert [found["classes"][k] for k in found["labels"]] == [Path(name).parent.name for name in found["names"]]
+    for part, count in (("train", 8), ("test", 6), ("", 6)):
+        run("finetune", *flags, *TOY(place), *(["--part", part] if part else []), "--train-split", "train", "--out", tmp_path)
+        assert len(np.load(tmp_path / "features.npz")["names"]) == count
+    with pytest.raises(UserError, match="--part all: toy has train, test, train_biased"):
+        run("finetune", *flags, *TOY(place), "--part", "all", "--out", tmp_path)
+
+
+def test_checkpoints_have_directories_of_their_own(tune, place, pretrained, tmp_path, monkeypatch):
+    """Without --out two checkpoints do not meet; with the same one the second is refused."""
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "videomae.pth"
+    content = load_file(pretrained("mofo"))
+    content["model"]["encoder.norm.weight"] += 1
+    torch.save(content, other)
+    for init in (pretrained("mofo"), other):
+        run("finetune", *TOY(place), *SHORT, "--mode", "knn", "--init", init)
+        run("finetune", *TOY(place), *SHORT, "--init", init)
+    run("finetune", *TOY(place), *SHORT, "--mode", "knn", "--init", other, "--random-init")
+    names = {p.name for p in (tmp_path / "runs").iterdir()}
+    assert names == {f"finetune-{mode}-toy-{init}" for mode in ("knn", "finetune") for init in ("mofo", "videomae")} | {
+        "finetune-knn-toy-random-videomae"}
+    with pytest.raises(UserError, match="init: weights of .*mofo/last.pt there, of .*videomae.pth now"):
+        run("finetune", *TOY(place), *SHORT, "--init", other, "--out", "runs/finetune-finetune-toy-mofo")
+    assert json.loads(Path("runs/finetune-finetune-toy-mofo/config.json").read_text())["init"].endswith("mofo/last.pt")
+    with pytest.raises(UserError, match="recipe: videomae there, mme now"):
+        run("finetune", *TOY(place), *SHORT, "--init", other, "--recipe", "mme", "--out", "runs/finetune-finetune-toy-videomae")
