@@ -886,6 +886,23 @@ def test_we_compute_their_logits(tmp_path, safe):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind, pooling", [("VideoMAEModel", True), ("VideoMAEModel", False), ("VideoMAEForVideoClassification", True)])
+def test_our_features_are_theirs_and_go_back(tmp_path, kind, pooling):
+    model = huggingface_model(kind, use_mean_pooling=pooling)
+    model.save_pretrained(tmp_path / "theirs")
+    x = clips().transpose(1, 2)
+    expected = getattr(model, "videomae", model)(x).last_hidden_state.mean(1)
+    expected = model.fc_norm(expected) if hasattr(model, "fc_norm") else expected
+    network, content = network_of(tmp_path / "theirs")
+    torch.testing.assert_close(network(clips()), expected, atol=1e-4, rtol=0)
+    if kind == "VideoMAEModel":
+        export_huggingface(network, [], tmp_path / "ours")
+        again = loaded(kind, tmp_path / "ours")
+        assert again.config.use_mean_pooling == pooling
+        torch.testing.assert_close(again(x).last_hidden_state.mean(1), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_we_compute_their_tokens_and_their_reconstruction(tmp_path):
     model = huggingface_model("VideoMAEForPreTraining", use_mean_pooling=False)
     model.save_pretrained(tmp_path)
