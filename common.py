@@ -2103,7 +2103,7 @@ def load_file(path):
             with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            why = str(error).rpartition("WeightsUnpickler error: ")[2].strip()      # without torch's advice to run code
+            why = re.sub(r"(?s)^Weights only load failed.*?(Unpickler error: |\n{3})", "", str(error))      # and advice
             raise UserError(f"{path}: cannot be read as a checkpoint ({_first_line(why or error)})") from None
     content = content if isinstance(content, dict) else {}
     weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)

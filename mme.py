@@ -257,10 +257,11 @@ class MaskedAutoencoder(nn.Module):
     VideoMAE pre-training checkpoints.
     """
 
-    def __init__(self, decoder_dim, decoder_depth, decoder_heads, outputs, **encoder):
+    def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads,
+                 decoder_dim, decoder_depth, decoder_heads, outputs, **more):
         super().__init__()
-        self.encoder = ViT(**encoder)
-        self.encoder_to_decoder = nn.Linear(self.encoder.dim, decoder_dim, bias=False)
+        self.encoder = ViT(image_size, frames, patch_size, tubelet_size, dim, depth, heads, **more)
+        self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads)
         self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(decoder_dim, 512), nn.GELU(), nn.Linear(512, size))

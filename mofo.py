@@ -222,13 +222,13 @@ class MaskedAutoencoder(nn.Module):
     State-dict names are those of the public VideoMAE pre-training checkpoints.
     """
 
-    def __init__(self, decoder_dim, decoder_depth, decoder_heads, **encoder):
+    def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads,
+                 decoder_dim, decoder_depth, decoder_heads, **more):
         super().__init__()
-        self.encoder = ViT(**encoder)
-        self.encoder_to_decoder = nn.Linear(self.encoder.dim, decoder_dim, bias=False)
+        self.encoder = ViT(image_size, frames, patch_size, tubelet_size, dim, depth, heads, **more)
+        self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        values = self.encoder.patch_embed.proj.weight[0].numel()                # of a patch
-        self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads, values)
+        self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads, 3 * tubelet_size * patch_size**2)
         positions = sincos_positions(math.prod(self.encoder.grid), decoder_dim)  # (1, N, decoder_dim)
         self.register_buffer("positions", positions, persistent=False)
         for module in [*self.encoder.modules(), *self.decoder.modules()]:       # not what is between them (VideoMAE)

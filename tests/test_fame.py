@@ -1111,7 +1111,8 @@ def test_continuing_takes_everything_from_the_checkpoint():
     optimizers = [make_optimizer("sgd", m, 0.1, 0, CPU) for m in (source, model)]
     source(clips_uint8(), seeded())[0].backward()
     optimizers[0].step()
-    content = dict(model=source.state_dict(), optimizer=optimizers[0].state_dict(), scaler=scaler.state_dict(), step=7)
+    content = dict(model=source.state_dict(), optimizer=optimizers[0].state_dict(), scaler=scaler.state_dict(), step=7,
+                   backbone=source.encoder.config)
     assert restore(content, "not read", model, optimizers[1], scaler) == 7
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
     buffers = [[o.state[p]["momentum_buffer"] for p in o.param_groups[0]["params"]] for o in optimizers]

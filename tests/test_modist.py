@@ -73,6 +73,7 @@ class Eye(nn.Identity):
 
 class Blocks(nn.Module):
     """Clips (B, 3, T, H, W) -> (B, dim), place and time matter."""
+    config = {}
 
     def __init__(self, inputs, dim=32, norm=False):
         super().__init__()
