@@ -1026,14 +1026,13 @@ def class_ids(test, classes, cfg):
     for column, own, names in zip(labels.T, of_heads(classes), of_heads(test.classes)):
         place = {name: i for i, name in enumerate(own)}
         numbers = {str(i): i for i in range(len(own))}
-        used = {names[i] for i in column.tolist()}
-        unknown = sorted(used - place.keys() - numbers.keys())
+        unknown = sorted(set(names) - place.keys() - numbers.keys())
         if unknown and cfg.mode == "test":
             raise UserError(f"--mode test: {cfg.init} knows the classes {own[:3]} ..., the data has {unknown[:3]}")
         if unknown:
             raise UserError(f"--data {cfg.data}: the test split has classes that the training split has not: "
                             f"{unknown[:3]}")
-        if used - place.keys():
+        if set(names) - place.keys():
             print0(f"note: classes that are numbers are taken as places: 0 = {own[0]}")
         columns.append(torch.tensor([(numbers | place)[names[i]] for i in column.tolist()]))
     return columns[0] if len(columns) == 1 else torch.stack(columns, 1)
@@ -1152,7 +1151,7 @@ def apply(cfg, env, out, views, content):
     """--mode predict: print the classes of any videos and write predictions.csv; extract: write features.npz."""
     toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
     part = cfg.part or ("test" if cfg.data in DATA_SETS else "all")
-    listing = find_videos(cfg.data, cfg.root, part, cfg.label, toy, cfg.split)
+    listing = find_videos(cfg.data, cfg.root, part, cfg.label * (cfg.mode == "extract"), toy, cfg.split)
     items, classes = listing.items, named_classes(cfg, content) if cfg.mode == "predict" else None
     if cfg.mode == "predict" and not classes:
         raise UserError(f"--mode predict: {cfg.init} does not say its classes; name them with --classes FILE")
