@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -209,6 +211,74 @@ def test_a_mistake_gets_one_line(script, argv, message):
         vit = ["--backbone", "vit_tiny"] if script in CONTRASTIVE else []
         run(script, *TINY, "--out", "runs/mistake", "--steps", 1, *vit, *argv)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_belongs_to_the_weights_that_it_started_from(script, reference, tmp_path):
+    reference(script)
+    content = torch.load(f"runs/reference-{script}/last.pt", weights_only=True)
+    torch.save(content, tmp_path / "a.pt")
+    name = next(name for name, x in content["model"].items() if x.is_floating_point())
+    torch.save(dict(content, model=content["model"] | {name: content["model"][name] + 1}), tmp_path / "b.pt")
+    shutil.copy(tmp_path / "a.pt", tmp_path / "moved.pt")
+    argv = [*TINY, *EXACT.get(script, []), "--workers", 0, "--steps", 1, "--out", tmp_path / "out"]
+    run(script, *argv, "--init", tmp_path / "a.pt")
+    for other, words in ((["--init", tmp_path / "b.pt"], "of .*a.pt there, of .*b.pt now"), ([], "of .*a.pt there, of none now")):
+        with pytest.raises(UserError, match=f"init: weights {words}.*--fresh"):
+            run(script, *argv, *other)
+    run(script, *argv, "--init", tmp_path / "moved.pt")                  # the path does not matter, the content does
+    (tmp_path / "a.pt").unlink()
+    run(script, *argv, "--init", tmp_path / "a.pt")                      # nor that the file is still there
+    shutil.copy(tmp_path / "b.pt", tmp_path / "a.pt")
+    with pytest.raises(UserError, match="init: weights of"):
+        run(script, *argv, "--init", tmp_path / "a.pt")
+
+
+def nodes(script, *argv):
+    """One process on each of two nodes that share no disk -> exit codes, outputs."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = []
+    for rank in (0, 1):
+        Path(f"node{rank}").mkdir(exist_ok=True)
+        env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0",
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        processes.append(subprocess.Popen([sys.executable, REPO / f"{script}.py", *map(str, argv)], cwd=f"node{rank}", env=env,
+                                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    texts = [process.communicate(timeout=120)[0] for process in processes]
+    return [process.returncode for process in processes], texts
+
+
+def test_nodes_without_a_shared_disk_agree_on_the_step_or_stop(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = "--toy-train 8 --toy-test 4 --batch 4 --workers 0 --steps 2 --save-every 1 --log-every 1 --mask-ratio 0.5".split()
+    codes, texts = nodes("mofo", *argv)
+    assert codes == [0, 0], texts                                        # each has written its toy data and its directory
+    assert all(len(list(Path(f"node{k}/data/toy/64px/train").glob("*.mp4"))) == 8 for k in (0, 1))
+    assert Path("node1/runs/mofo-toy").is_dir() and not Path("node1/runs/mofo-toy/last.pt").exists()
+    codes, texts = nodes("mofo", *argv)                                  # one would go on at step 2, one start over
+    assert 0 not in codes and "is at step 2 for process 0 and at step 0 for process 1" in texts[0], texts
+    shutil.copy("node0/runs/mofo-toy/last.pt", "node1/runs/mofo-toy/last.pt")
+    codes, texts = nodes("mofo", *argv)
+    assert codes == [0, 0] and "continuing at step 2" in texts[0], texts
+    codes, texts = nodes("mofo", *argv, "--fresh")
+    assert codes == [0, 0] and "continuing" not in texts[0] and Path("node1/runs/mofo-toy/last.pt.old").exists(), texts
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "finetune"])
+def test_a_warm_up_longer_than_the_run_is_said(script, capsys):
+    module = importlib.import_module(script)
+    cfg = parse_config(module.Config, module.RECIPES, "--steps 3 --batch 8 --warmup-epochs 2 --frames 8".split())
+    env = common.Env(torch.device("cpu"), 0, 1, None)
+    assert common.plan_run(cfg, 16, env).steps == 3
+    assert "--warmup-epochs 2, of 2 steps each, are longer than the run of 3 steps" in capsys.readouterr().out
+    common.plan_run(cfg, 12, env)
+    assert not capsys.readouterr().out
+    for data in ("my_videos", "toy"):                                    # what a user starts with reaches its peak
+        cfg = parse_config(module.Config, module.RECIPES, ["--data", data, "--frames", "8"])
+        common.plan_run(cfg, 300, env)
+        assert not capsys.readouterr().out and cfg.warmup_epochs <= cfg.epochs / 4
 
 
 def test_all_scripts_have_the_same_loop():
