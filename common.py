@@ -212,75 +212,112 @@ def rand(rows, *shape, generator=None, device="cpu"):
 
 # ---- 3. Video ------------------------------------------------------------------------------------------------------
 
-# Frame n is the n-th frame that decoding the whole file yields.  mp4 and mov list their packets in the header, so
-# only the groups (a key packet up to the next one) that hold wanted frames are read, whatever the length.  webm, mkv
-# and ts do not: all their packets are read, though not decoded.  Long films are better copied once:
-# `ffmpeg -i a.mkv -c copy a.mp4`.
+# Frame n is the n-th frame that decoding the whole file yields.  Two ways lead there.  The fast one decodes from the
+# key packet before a wanted frame on and trusts the packets, as long as all that it sees is as it should be: one frame
+# per packet, time stamps in the order of display, frames of key packets that need no other.  Anything odd, and codecs
+# that are not known, take the sure one: decode from the start and count.
+#
+# mp4 and mov list their packets in the header, so only the groups (a key packet up to the next one) that hold wanted
+# frames are read, whatever the length.  webm, mkv, ts and avi do not, or not all that is needed: all their packets are
+# read, though not decoded.  Long films are better copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
 
-# Codecs whose frames have the time stamps of their packets.  With others (MPEG-4, its packed B-frames) that is not
-# certain, and frames are counted from the first one.
-BY_TIME = {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1"}
+ONE_BY_ONE = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4"}        # codecs with a frame for each packet, usually
 
 
 class VideoError(ValueError):
     """The file cannot be read as a video; the message begins with its path."""
 
 
-class _Untimed(Exception):
-    """Time stamps do not tell which frame is which: count them."""
+class _Odd(Exception):
+    """The packets do not tell which frame is which: count the frames."""
 
 
 class VideoInfo(NamedTuple):
     frames: int
     fps: float          # mean frame rate
-    height: int         # as displayed: after the rotation in the metadata
+    height: int         # as displayed, of the first frame
     width: int
     seconds: float
 
 
 class Video(contextlib.AbstractContextManager):
-    """A video file, opened once; use it in `with`.  A broken file raises VideoError, now or in read()."""
+    """A video file, opened once; use it in `with`.  A broken file raises VideoError, now or in read().
+
+    info: VideoInfo.  counted: whether it takes the sure way, which decodes the file up to three times.
+    """
 
     def __init__(self, path):
-        self.path, self.file = os.fspath(path), None
-        self._open()
+        self.path, self.file, self.counted = os.fspath(path), None, False
+        try:
+            self._either_way(self._find_groups)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *_):
         if self.file is not None:
             self.file.close()
 
-    @contextlib.contextmanager
-    def _guard(self):
+    def _either_way(self, job):
+        """The result of job() on the fast way or, if that fails, on the sure one; whatever fails there, the file did."""
+        if not self.counted:
+            with contextlib.suppress(Exception):
+                return job()
         try:
-            yield
-        except av.error.FFmpegError as error:
-            raise VideoError(f"{self.path}: {error.strerror}") from error
-
-    def _open(self, count=False):
-        """Opens the file and finds its groups; count=True labels frames by counting them, whatever the codec."""
-        self.__exit__()
-        try:
-            with self._guard():
-                self.file = av.open(self.path, metadata_errors="ignore")
-                self._find_groups(count)
-        except BaseException:
-            self.__exit__()
+            if not self.counted:
+                self._count()
+            return job()
+        except VideoError:
             raise
+        except Exception as error:
+            raise VideoError(f"{self.path}: {getattr(error, 'strerror', None) or _first_line(error)}") from error
 
-    def _find_groups(self, count):
-        stream = self.stream = next(iter(self.file.streams.video), None)
-        if stream is None or stream.codec_context is None:
+    def _open(self):
+        self.__exit__()
+        self.file = av.open(f"file:{self.path}", metadata_errors="ignore")      # without file:, "a:b.mp4" is a protocol
+        cover = av.stream.Disposition.attached_pic
+        streams = [s for s in self.file.streams.video if s.codec_context is not None and not s.disposition & cover]
+        if not streams:
             raise VideoError(f"{self.path}: no video stream, or none that can be decoded")
-        self.codec, self.packets, index = stream.codec_context, None, stream.index_entries
+        self.stream, self.codec = streams[0], streams[0].codec_context
         self.codec.thread_count, self.codec.thread_type = 1, "NONE"         # clips run in parallel, at less cost
-        packets = (p for p in self.file.demux(stream) if p.size)
-        head = next(packets, None)
-        if head is None:
+
+    def _describe(self, frame, total, times):
+        """Sets info and times: sorted pts of the frames, None if unknown."""
+        height, width = _upright(frame)[:2]
+        stream, fps, self.times = self.stream, float(self.stream.average_rate or self.stream.guessed_rate or 25), times
+        if self.counted and times[-1] > times[0]:                           # the header counts packets
+            fps = float((total - 1) / ((times[-1] - times[0]) * stream.time_base))
+        seconds = max(0, (stream.duration or 0) * stream.time_base) or max(0, self.file.duration or 0) / 1e6
+        self.info = VideoInfo(total, fps, height, width, float(seconds or total / fps))
+
+    def _count(self):
+        self._open()
+        times, first = [], None
+        for frame in self.file.decode(self.stream):
+            first = first or frame
+            times.append(frame.pts)
+        if not times:
             raise VideoError(f"{self.path}: no frames")
-        self.counted = count or self.codec.name not in BY_TIME or head.pts is None
-        self.start = stream.start_time or 0
-        # A file cut at an open group has frames below head.pts, never shown: it needs the list of all packets.
-        if not self.counted and 0 < stream.frames == len(index) and head.is_keyframe and head.pts <= self.start:
+        self.counted = True
+        if None in times:
+            rate = (self.stream.average_rate or 25) * self.stream.time_base
+            times = [int(n / rate) for n in range(len(times))]
+        self._describe(first, len(times), sorted(times))
+
+    def _find_groups(self):
+        if self.counted:
+            return
+        self._open()
+        packets, index = (p for p in self.file.demux(self.stream) if p.size), self.stream.index_entries
+        head, self.packets, times = next(packets), None, None
+        # Some decoders need the file's first packet: it has the build of x264 or Xvid, whose faults they then imitate.
+        first, *_ = [f for p in (av.Packet(bytes(head)), None) for f in self.codec.decode(p)]
+        self.codec.flush_buffers()
+        # A file cut at an open group has frames below head.pts, never shown.
+        if self.codec.name not in ONE_BY_ONE or not head.is_keyframe or not _sound(first, True):
+            raise _Odd
+        if self.codec.name != "mpeg4" and 0 < self.stream.frames == len(index) and head.pts <= self.stream.start_time:
             keys = [0]                                                      # films have 100,000s of packets: use keys
             while (k := index.search_timestamp(index[keys[-1]].timestamp + 1, backward=False)) > 0:
                 keys.append(k)
@@ -290,71 +327,60 @@ class Video(contextlib.AbstractContextManager):
                 sizes[j] -= sum(entry.is_discard for entry in index[self.keys[j]:self.keys[j + 1]])
         else:
             self.packets = [head, *packets]
-            self.counted |= any(p.pts is None for p in self.packets)
-            keys = [i for i, p in enumerate(self.packets) if p.is_keyframe] or [0]
-            self.start = self.packets[keys[0]].pts
-            self.keys = [*sorted({0, *keys}), len(self.packets)]
-            sizes = [sum(map(self._shown, self.packets[a:b])) for a, b in pairwise(self.keys)]
+            times = sorted(p.dts if p.pts is None else p.pts for p in self.packets if not p.is_discard)
+            if self.codec.name == "mpeg4":
+                self.packets = _mpeg4_pictures(self.packets)
+                if not self.codec.has_b_frames and any(b.pts < a.pts for a, b in pairwise(self.packets)):
+                    raise _Odd                                              # the decoder does not expect B-frames
+            shown = {p.pts for p in self.packets if not p.is_discard}
+            if min(shown) < self.packets[0].pts or len(shown) < len(times):
+                raise _Odd
+            self.keys = [*(i for i, p in enumerate(self.packets) if p.is_keyframe), len(self.packets)]
+            sizes = [sum(not p.is_discard for p in self.packets[a:b]) for a, b in pairwise(self.keys)]
         self.first = [0, *accumulate(sizes)]                                # display ordinal of each group; the total
-        if not self.first[-1]:
-            raise VideoError(f"{self.path}: no frames")
-
-    def _shown(self, packet):
-        hidden = self.codec.name == "vp8" and not bytes(packet)[0] & 16     # VP8 alt-ref: a packet only to refer to
-        return not (packet.is_discard or hidden or not self.counted and packet.pts < self.start)
-
-    @functools.cached_property
-    def info(self):
-        """VideoInfo; decodes the first frame, the only place that tells the rotation."""
-        height, width = self.read([0]).shape[1:3]
-        frames, stream = self.first[-1], self.stream
-        fps = float(stream.average_rate or stream.guessed_rate or 25)
-        seconds = float((stream.duration or 0) * stream.time_base) or (self.file.duration or 0) / 1e6 or frames / fps
-        return VideoInfo(frames, fps, height, width, seconds)
+        self._describe(first, self.first[-1], times)
 
     def _group(self, j):
-        """Group j -> [(packet, display ordinal or None)] in decode order; _Untimed if it does not fit the index."""
+        """Group j -> [(packet, display ordinal or None)] in decode order; _Odd if it does not fit the index."""
         a, b = self.keys[j], self.keys[j + 1]
         if self.packets is not None:
             packets = self.packets[a:b]
         else:
             times = [entry.timestamp for entry in self.stream.index_entries[a:b]]
             self.file.seek(times[0], stream=self.stream)
-            packets = list(islice(dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream)), b - a))
-            if [p.dts for p in packets] != times or None in [p.pts for p in packets]:
-                raise _Untimed
+            packets = list(islice(dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream)), b - a + 1))
+            follower = packets.pop()                                        # key flags of packets are parsed, in part
+            if [p.dts for p in packets] != times or not (packets[0].is_keyframe and follower.is_keyframe | (not follower.size)):
+                raise _Odd
         # What is decoded before a key packet is shown before everything from that packet on, in open groups too.
-        ordinal = {pts: n for n, pts in enumerate(sorted({p.pts for p in packets if self._shown(p)}), self.first[j])}
-        if len(ordinal) != self.first[j + 1] - self.first[j]:
-            raise _Untimed
-        return [(p, ordinal[p.pts] if self._shown(p) else None) for p in packets]
+        shown = sorted({p.pts for p in packets if not p.is_discard})
+        if len(shown) != self.first[j + 1] - self.first[j]:
+            raise _Odd
+        ordinal = dict(zip(shown, range(self.first[j], self.first[j + 1])))
+        return [(p, None if p.is_discard else ordinal[p.pts]) for p in packets]
 
     def index_at(self, seconds):
         """Ordinal of the frame on display `seconds` after the first one appears, clamped to the video."""
+        return self._either_way(partial(self._index_at, seconds))
+
+    def _index_at(self, seconds):
         ticks = int((seconds + 5e-4) / self.stream.time_base)               # some containers round to milliseconds
-        if self.packets is None:
-            index, now = self.stream.index_entries, self.start + ticks
-            with self._guard(), contextlib.suppress(_Untimed):
-                # pts >= dts: the frame is in the last group whose key packet has dts <= now, or in one before it.
-                for j in range(bisect_right(self.keys[1:-1], now, key=lambda k: index[k].timestamp), -1, -1):
-                    known = [n for p, n in self._group(j) if n is not None and p.pts <= now]
-                    if known or j == 0:
-                        return max(known, default=0)
-            self._open(count=True)
-        times = [p.dts if p.pts is None else p.pts for p in self.packets if self._shown(p)]
-        times = sorted(t for t in times if t is not None) or [0]
-        return max(bisect_right(times, times[0] + ticks) - 1, 0)
+        if self.times is not None:
+            return max(bisect_right(self.times, self.times[0] + ticks) - 1, 0)
+        index, now = self.stream.index_entries, self.stream.start_time + ticks
+        # pts >= dts: the frame is in the last group whose key packet has dts <= now, or in one before it.
+        for j in range(bisect_right(self.keys[1:-1], now, key=lambda k: index[k].timestamp), -1, -1):
+            known = [n for p, n in self._group(j) if n is not None and p.pts <= now]
+            if known or j == 0:
+                return max(known, default=0)
 
     def _frames(self, wanted):
-        """Set of ordinals -> yields (ordinal, frame), each once; _Untimed if one does not come out."""
-        decode = self.codec.decode                                          # decode(None) drains the decoder
+        """Set of ordinals -> yields (ordinal, frame), each once."""
         if self.counted:
-            for n, frame in enumerate(frame for p in [*self.packets, None] for frame in decode(p)):
-                if n in wanted:
-                    yield n, frame
-                if n == max(wanted):
-                    return self.codec.flush_buffers()
-            raise _Untimed
+            self._open()                                                    # a flush would leave some state behind
+            frames = enumerate(islice(self.file.decode(self.stream), max(wanted) + 1))
+            yield from ((n, frame) for n, frame in frames if n in wanted)
+            return
         runs, last = [], None                                               # each decoded from a key packet on
         for j in sorted({bisect_right(self.first, n) - 1 for n in wanted}):
             group = self._group(j)
@@ -366,76 +392,134 @@ class Video(contextlib.AbstractContextManager):
                 runs.append(self._group(j - 1) + group)
             last = j
         for run in runs:
-            end = max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
-            key, n = run[0]
-            label = {p.pts: n for p, n in run[:end] if n in wanted} | ({} if n is None else {key.pts: n})
-            for p, n in [*run[:end], (None, None)]:
-                if self.codec.name == "h264":       # NONREF drops frames that no other refers to: stays exact
-                    self.codec.skip_frame = "DEFAULT" if n in wanted else "NONREF"
-                for frame in decode(p):
-                    n = label.pop(frame.pts, None)
-                    if n in wanted:
-                        yield n, frame
+            yield from self._decode(run, wanted)
             self.codec.flush_buffers()
-            if label:           # no frame from the key packet either means intra refresh: the next ones are not exact
-                raise _Untimed
+
+    def _decode(self, run, wanted):
+        key = run[0][0]
+        ordinals = {p.pts: n for p, n in run if n is not None and p.pts >= key.pts}
+        stop, last = max(wanted & {*ordinals.values()}), min(ordinals.values()) - 1
+        end = max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
+        # Time stamps that go back are those of display.  Then frames that no other refers to may be skipped, and so
+        # may what follows the last wanted packet.  Without that proof, every frame up to the next one is compared.
+        rising = all(a.pts < b.pts for (a, _), (b, _) in pairwise(run[:end]))
+        strict = rising or not key.is_discard
+        for p, n in [*(run if rising else run[:end]), (None, None)]:        # None drains the decoder
+            if self.codec.name in ("h264", "mpeg4"):
+                self.codec.skip_frame = "DEFAULT" if rising or n in wanted else "NONREF"
+            for frame in self.codec.decode(p):
+                if strict and frame.pts < key.pts:                          # refers to frames before the key packet
+                    continue
+                n = ordinals.get(frame.pts, -1)
+                if n <= last or strict and n > last + 1 or not _sound(frame, frame.pts == key.pts):
+                    raise _Odd
+                last, strict = n, rising
+                if n in wanted:
+                    yield n, frame
+            if last >= stop + rising:
+                return
 
     def read(self, indices, size=None, crop=None):
         """Frames `indices` (any order, repeats allowed) -> (len(indices), H, W, 3) uint8.
 
         size (H, W) of the output or None; crop (x1, y1, x2, y2) in displayed pixels, x2 and y2 exclusive, or one box
-        per index.  An index or box outside the video is a ValueError.
+        per index; of a frame whose size is not info's, the same share is cut.  An index or box outside the video is a
+        ValueError.
         """
-        indices, total = [int(i) for i in indices], self.first[-1]
+        indices, (total, _, height, width, _) = [int(i) for i in indices], self.info
         if not indices or min(indices) < 0 or max(indices) >= total:
             raise ValueError(f"{self.path}: indices {indices} do not fit its {total} frames")
-        boxes = [None] * len(indices) if crop is None else np.broadcast_to(crop, (len(indices), 4)).tolist()
+        boxes = np.broadcast_to((0, 0, width, height) if crop is None else crop, (len(indices), 4)).tolist()
         rows = {}                                                           # ordinal -> box -> rows of the output
-        for row, (n, box) in enumerate(zip(indices, boxes)):
-            box = None if box is None else tuple(box)
-            rows.setdefault(n, {}).setdefault(box, []).append(row)
-        out, crops = None, {}
-        try:
-            with self._guard():
-                for n, frame in self._frames(set(rows)):
-                    for box, where in rows[n].items():
-                        image = self._picture(frame, box, size, crops)
-                        out = np.empty((len(indices), *image.shape), np.uint8) if out is None else out
-                        if image.shape != out.shape[1:]:
-                            raise ValueError(f"{self.path}: pictures of different sizes; give size")
-                        out[where] = image
-            return out
-        except _Untimed:
-            if self.counted:
-                raise VideoError(f"{self.path}: not all of its {total} frames can be decoded") from None
-        self._open(count=True)                                              # slow, but exact
-        if max(indices) >= self.first[-1]:
-            raise VideoError(f"{self.path}: damaged, holds {self.first[-1]} of {total} frames")
-        return self.read(indices, size, crop)
+        for row, (n, (x1, y1, x2, y2)) in enumerate(zip(indices, boxes)):
+            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+                raise ValueError(f"{self.path}: box {x1, y1, x2, y2} does not fit its {width} x {height} pixels")
+            rows.setdefault(n, {}).setdefault((x1, y1, x2, y2), []).append(row)
+        return self._either_way(partial(self._read, rows, len(indices), size))
 
-    def _picture(self, frame, box, size, crops):
-        """Decoded frame -> (H, W, 3) uint8, upright; crops keeps the filter graphs from frame to frame."""
-        turns = round(frame.rotation / 90) % 4                              # counter-clockwise quarter turns
-        height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-        x1, y1, x2, y2 = box or (0, 0, width, height)
-        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-            raise ValueError(f"{self.path}: box {box} does not fit its {width} x {height} pixels")
+    def _read(self, rows, count, size):
+        out, graphs, left = None, {}, set(rows)
+        if max(rows) >= self.info.frames:
+            raise VideoError(f"{self.path}: damaged, holds {self.info.frames} frames, fewer than it says")
+        for n, frame in self._frames(set(rows)):
+            left.remove(n)
+            for box, where in rows[n].items():
+                image = self._picture(frame, box, size, graphs)
+                out = np.empty((count, *image.shape), np.uint8) if out is None else out
+                if image.shape != out.shape[1:]:
+                    raise VideoError(f"{self.path}: pictures of different sizes; give size")
+                out[where] = image
+        if left:
+            raise _Odd(f"frame {min(left)} cannot be decoded")
+        return out
+
+    def _picture(self, frame, box, size, graphs):
+        """Decoded frame -> (H, W, 3) uint8, upright; graphs keeps the filters from frame to frame."""
+        height, width, swap, down, right = _upright(frame)
+        (x1, y1, x2, y2), (_, _, full_height, full_width, _) = box, self.info
+        x1, x2 = x1 * width // full_width, -(-x2 * width // full_width)     # the picture's size may change on the way
+        y1, y2 = y1 * height // full_height, -(-y2 * height // full_height)
         if size is None:
-            return np.rot90(frame.to_ndarray(format="rgb24", threads=1), turns)[y1:y2, x1:x2]
-        for _ in range(turns):                                              # undo one turn of the box at a time
-            x1, y1, x2, y2, height, width = height - y2, x1, height - y1, x2, width, height
-        if (x2 - x1, y2 - y1) != (width, height):                           # the filter only moves pointers
-            key = x1, y1, x2, y2, width, height, frame.format.name
-            if key not in crops:
-                graph = crops[key] = av.filter.Graph()
-                source = graph.add_buffer(None, width, height, frame.format, time_base=self.stream.time_base)
+            image = frame.to_ndarray(format="rgb24", threads=1)
+            return (image.swapaxes(0, 1) if swap else image)[::down, ::right][y1:y2, x1:x2]
+        x1, x2 = (x1, x2) if right > 0 else (width - x2, width - x1)        # the box in the coded picture
+        y1, y2 = (y1, y2) if down > 0 else (height - y2, height - y1)
+        if swap:
+            x1, y1, x2, y2, size = y1, x1, y2, x2, size[::-1]
+        if (x2 - x1, y2 - y1) != (frame.width, frame.height):               # the filter only moves pointers, which is
+            parts = frame.format.components                                 # wrong where samples are not single bytes
+            if any(c.bits != 8 for c in parts) or len({c.plane for c in parts}) < len(parts):
+                frame = frame.reformat(format="rgb24", threads=1)
+            key = x1, y1, x2, y2, frame.width, frame.height, frame.format.name
+            if key not in graphs:
+                graph = graphs[key] = av.filter.Graph()
+                source = graph.add_buffer(None, *key[4:6], frame.format, time_base=self.stream.time_base)
                 cut = graph.add("crop", f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1")
                 graph.link_nodes(source, cut, graph.add("buffersink")).configure()
-            crops[key].vpush(frame)
-            frame = crops[key].vpull()
-        height, width = size[::-1] if turns % 2 else size
-        frame = frame.reformat(width, height, "rgb24", interpolation="BILINEAR", threads=1)   # antialiases
-        return np.rot90(frame.to_ndarray(threads=1), turns)
+            graphs[key].vpush(frame)
+            frame = graphs[key].vpull()
+        frame = frame.reformat(*size[::-1], "rgb24", interpolation="BILINEAR", threads=1)     # antialiases
+        image = frame.to_ndarray(threads=1)
+        return (image.swapaxes(0, 1) if swap else image)[::down, ::right]
+
+
+def _upright(frame):
+    """Height and width as displayed; how to get there: transpose if `swap`, then step by `down` and `right`, 1 or -1."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
+    swap = abs(b) > abs(a)                                                  # x' = a x + c y, y' = b x + d y
+    right, down = (c, b) if swap else (a, d)
+    sides = (frame.width, frame.height) if swap else (frame.height, frame.width)
+    return *sides, swap, -1 if down < 0 else 1, -1 if right < 0 else 1
+
+
+def _sound(frame, key):
+    """Whether a frame, of a key packet or not, is as the fast way expects; interlaced ones may take two packets."""
+    return not frame.is_corrupt and not frame.interlaced_frame and (frame.key_frame or not key)
+
+
+def _mpeg4_pictures(packets):
+    """Packets of MPEG-4 Part 2 -> packets with one picture (VOP) each and pts that number them in display order.
+
+    AVI knows no pts, and DivX packs two pictures into a packet: the second one belongs into the next packet, and so
+    on up to a tiny one that only keeps a place.  _Odd for anything else, such as pictures that are left out.
+    """
+    pictures, kept = [], b""
+    for packet in packets:
+        head, *parts = re.split(rb"(?=\x00\x00\x01\xb6)", bytes(packet))
+        if kept:
+            parts = [kept, *parts[:-1 if len(parts[-1]) < 20 else None]]
+        if len(parts) not in (1, 2) or len(min(parts, key=len)) < 20 or parts[1:] and parts[1][4] >> 6 != 2 or kept and head:
+            raise _Odd
+        data, kept = (*parts, b"")[:2]
+        if len(head + data) != packet.size:
+            key, packet = packet.is_keyframe, av.Packet(head + data)
+            packet.is_keyframe = key
+        pictures.append((packet, data[4] >> 6 == 2))
+    behind = 0                                                              # a B-frame is shown at once, others once
+    for i, (packet, b) in reversed([*enumerate(pictures)]):                 # the B-frames behind them have been
+        packet.pts, behind = (i - 1, behind + 1) if b else (i + behind, 0)
+    return [packet for packet, _ in pictures]
 
 
 def probe(path):
