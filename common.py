@@ -212,16 +212,15 @@ def rand(rows, *shape, generator=None, device="cpu"):
 
 # ---- 3. Video ------------------------------------------------------------------------------------------------------
 
-# Frame n is the n-th frame that decoding the whole file yields.  Two ways lead there.  The fast one decodes from the
-# key packet before a wanted frame on and trusts the packets, as long as all that it sees is as it should be: one frame
-# per packet, time stamps in the order of display, frames of key packets that need no other.  Anything odd, and codecs
-# that are not known, take the sure one: decode from the start and count.
+# Frame n is the n-th frame that decoding the whole file yields.  Two ways lead there.  The fast one trusts the packets
+# and decodes from the key packet before a wanted frame on, as long as all that it meets is as it should be.  Whatever
+# is odd takes the sure one: decode from the start and count.
 #
 # mp4 and mov list their packets in the header, so only the groups (a key packet up to the next one) that hold wanted
-# frames are read, whatever the length.  webm, mkv, ts and avi do not, or not all that is needed: all their packets are
-# read, though not decoded.  Long films are better copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
+# frames are read, whatever the length.  Of other files all packets are read, though not decoded.  Long films are better
+# copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
 
-ONE_BY_ONE = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4"}        # codecs with a frame for each packet, usually
+FAST = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4"}             # codecs in which a packet is a frame, as a rule
 
 
 class VideoError(ValueError):
@@ -235,89 +234,91 @@ class _Odd(Exception):
 class VideoInfo(NamedTuple):
     frames: int
     fps: float          # mean frame rate
-    height: int         # as displayed, of the first frame
+    height: int         # of the first frame as displayed: after the rotation in the metadata
     width: int
     seconds: float
 
 
-class Video(contextlib.AbstractContextManager):
-    """A video file, opened once; use it in `with`.  A broken file raises VideoError, now or in read().
+def _either_way(job):
+    """A method of Video that takes the fast way and, if anything fails there, the sure one; what fails then is the
+    file's fault."""
+    @functools.wraps(job)
+    def run(self, *args):
+        if not self.counted:
+            with contextlib.suppress(Exception):
+                return job(self, *args)
+        try:
+            self.counted or self._count()
+            return job(self, *args)
+        except Exception as error:
+            self.__exit__()
+            if isinstance(error, VideoError):
+                raise
+            raise VideoError(f"{self.path}: {getattr(error, 'strerror', None) or _first_line(error)}") from error
+    return run
 
-    info: VideoInfo.  counted: whether it takes the sure way, which decodes the file up to three times.
+
+class Video(contextlib.AbstractContextManager):
+    """A video file, opened once; use it in `with`.  A broken file raises VideoError, now or later.
+
+    info is its VideoInfo; counted says that it takes the sure way, which first decodes all of it.
     """
 
     def __init__(self, path):
         self.path, self.file, self.counted = os.fspath(path), None, False
-        try:
-            self._either_way(self._find_groups)
-        except BaseException:
-            self.__exit__()
-            raise
+        self._find_groups()
 
     def __exit__(self, *_):
         if self.file is not None:
             self.file.close()
 
-    def _either_way(self, job):
-        """The result of job() on the fast way or, if that fails, on the sure one; whatever fails there, the file did."""
-        if not self.counted:
-            with contextlib.suppress(Exception):
-                return job()
-        try:
-            if not self.counted:
-                self._count()
-            return job()
-        except VideoError:
-            raise
-        except Exception as error:
-            raise VideoError(f"{self.path}: {getattr(error, 'strerror', None) or _first_line(error)}") from error
-
     def _open(self):
         self.__exit__()
-        self.file = av.open(f"file:{self.path}", metadata_errors="ignore")      # without file:, "a:b.mp4" is a protocol
+        self.file = av.open(f"file:{self.path}", metadata_errors="ignore")      # "a:b.mp4" alone names a protocol a
         cover = av.stream.Disposition.attached_pic
-        streams = [s for s in self.file.streams.video if s.codec_context is not None and not s.disposition & cover]
-        if not streams:
+        self.stream = next((s for s in self.file.streams.video if s.codec_context and not s.disposition & cover), None)
+        if self.stream is None:
             raise VideoError(f"{self.path}: no video stream, or none that can be decoded")
-        self.stream, self.codec = streams[0], streams[0].codec_context
+        self.codec, self.rate = self.stream.codec_context, self.stream.average_rate or self.stream.guessed_rate or 25
         self.codec.thread_count, self.codec.thread_type = 1, "NONE"         # clips run in parallel, at less cost
 
-    def _describe(self, frame, total, times):
-        """Sets info and times: sorted pts of the frames, None if unknown."""
-        height, width = _upright(frame)[:2]
-        stream, fps, self.times = self.stream, float(self.stream.average_rate or self.stream.guessed_rate or 25), times
-        if self.counted and times[-1] > times[0]:                           # the header counts packets
-            fps = float((total - 1) / ((times[-1] - times[0]) * stream.time_base))
-        seconds = max(0, (stream.duration or 0) * stream.time_base) or max(0, self.file.duration or 0) / 1e6
-        self.info = VideoInfo(total, fps, height, width, float(seconds or total / fps))
+    def _describe(self, frame, total, times, rate):
+        """Sets times, sorted pts of all frames or None, and info."""
+        duration = max(0, self.stream.duration or 0) * self.stream.time_base or max(0, self.file.duration or 0) / 1e6
+        self.info = VideoInfo(total, float(rate), *_upright(frame)[:2], float(duration or total / rate))
+        self.times = times
 
     def _count(self):
         self._open()
-        times, first = [], None
+        first, times = None, []
         for frame in self.file.decode(self.stream):
             first = first or frame
             times.append(frame.pts)
-        if not times:
+        if first is None:
             raise VideoError(f"{self.path}: no frames")
-        self.counted = True
         if None in times:
-            rate = (self.stream.average_rate or 25) * self.stream.time_base
-            times = [int(n / rate) for n in range(len(times))]
-        self._describe(first, len(times), sorted(times))
+            times = [int(n / self.rate / self.stream.time_base) for n in range(len(times))]
+        times.sort()
+        span = (times[-1] - times[0]) * self.stream.time_base               # the header's rate may be that of packets
+        self._describe(first, len(times), times, (len(times) - 1) / span if span else self.rate)
+        self.counted = True
 
+    @_either_way
     def _find_groups(self):
         if self.counted:
             return
         self._open()
-        packets, index = (p for p in self.file.demux(self.stream) if p.size), self.stream.index_entries
-        head, self.packets, times = next(packets), None, None
-        # Some decoders need the file's first packet: it has the build of x264 or Xvid, whose faults they then imitate.
-        first, *_ = [f for p in (av.Packet(bytes(head)), None) for f in self.codec.decode(p)]
-        self.codec.flush_buffers()
-        # A file cut at an open group has frames below head.pts, never shown.
-        if self.codec.name not in ONE_BY_ONE or not head.is_keyframe or not _sound(first, True):
+        stream, codec, index, self.packets, self.packed = self.stream, self.codec, self.stream.index_entries, None, False
+        packets = (p for p in self.file.demux(stream) if p.size)
+        head, times = next(packets), None
+        # Decodes the first packet, since some things are told there only: x264's build, whose faults are imitated.
+        shown = av.Packet(head.size)                                        # a copy without the mark "not shown"
+        shown.update(bytes(head))
+        first = [frame for p in (shown, None) for frame in codec.decode(p)][0]
+        codec.flush_buffers()
+        if codec.name not in FAST or not head.is_keyframe or not _sound(first, True):
             raise _Odd
-        if self.codec.name != "mpeg4" and 0 < self.stream.frames == len(index) and head.pts <= self.stream.start_time:
+        if codec.name != "mpeg4" and 0 < stream.frames == len(index) and head.pts <= stream.start_time:
             keys = [0]                                                      # films have 100,000s of packets: use keys
             while (k := index.search_timestamp(index[keys[-1]].timestamp + 1, backward=False)) > 0:
                 keys.append(k)
@@ -328,17 +329,16 @@ class Video(contextlib.AbstractContextManager):
         else:
             self.packets = [head, *packets]
             times = sorted(p.dts if p.pts is None else p.pts for p in self.packets if not p.is_discard)
-            if self.codec.name == "mpeg4":
-                self.packets = _mpeg4_pictures(self.packets)
-                if not self.codec.has_b_frames and any(b.pts < a.pts for a, b in pairwise(self.packets)):
-                    raise _Odd                                              # the decoder does not expect B-frames
-            shown = {p.pts for p in self.packets if not p.is_discard}
-            if min(shown) < self.packets[0].pts or len(shown) < len(times):
+            if codec.name == "mpeg4":
+                self.packed = _number_pictures(self.packets, codec.has_b_frames)
+            if len({p.pts for p in self.packets}) < len(self.packets) or head.pts > min(
+                    p.pts for p in self.packets if not p.is_discard):       # the latter are not shown, or garbage
                 raise _Odd
-            self.keys = [*(i for i, p in enumerate(self.packets) if p.is_keyframe), len(self.packets)]
+            keys = [i for i, p in enumerate(self.packets) if p.is_keyframe]
+            self.keys = [*keys[:1 if self.packed else None], len(self.packets)]
             sizes = [sum(not p.is_discard for p in self.packets[a:b]) for a, b in pairwise(self.keys)]
         self.first = [0, *accumulate(sizes)]                                # display ordinal of each group; the total
-        self._describe(first, self.first[-1], times)
+        self._describe(first, self.first[-1], times, self.rate)
 
     def _group(self, j):
         """Group j -> [(packet, display ordinal or None)] in decode order; _Odd if it does not fit the index."""
@@ -348,22 +348,16 @@ class Video(contextlib.AbstractContextManager):
         else:
             times = [entry.timestamp for entry in self.stream.index_entries[a:b]]
             self.file.seek(times[0], stream=self.stream)
-            packets = list(islice(dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream)), b - a + 1))
-            follower = packets.pop()                                        # key flags of packets are parsed, in part
-            if [p.dts for p in packets] != times or not (packets[0].is_keyframe and follower.is_keyframe | (not follower.size)):
+            *packets, after = islice(dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream)), b - a + 1)
+            if [p.dts for p in packets] != times or not packets[0].is_keyframe or after.size and not after.is_keyframe:
                 raise _Odd
         # What is decoded before a key packet is shown before everything from that packet on, in open groups too.
-        shown = sorted({p.pts for p in packets if not p.is_discard})
-        if len(shown) != self.first[j + 1] - self.first[j]:
-            raise _Odd
-        ordinal = dict(zip(shown, range(self.first[j], self.first[j + 1])))
+        ordinal = dict(zip(sorted(p.pts for p in packets if not p.is_discard), range(self.first[j], self.first[j + 1])))
         return [(p, None if p.is_discard else ordinal[p.pts]) for p in packets]
 
+    @_either_way
     def index_at(self, seconds):
         """Ordinal of the frame on display `seconds` after the first one appears, clamped to the video."""
-        return self._either_way(partial(self._index_at, seconds))
-
-    def _index_at(self, seconds):
         ticks = int((seconds + 5e-4) / self.stream.time_base)               # some containers round to milliseconds
         if self.times is not None:
             return max(bisect_right(self.times, self.times[0] + ticks) - 1, 0)
@@ -377,53 +371,53 @@ class Video(contextlib.AbstractContextManager):
     def _frames(self, wanted):
         """Set of ordinals -> yields (ordinal, frame), each once."""
         if self.counted:
-            self._open()                                                    # a flush would leave some state behind
+            self._open()                                                    # flushing would leave some state behind
             frames = enumerate(islice(self.file.decode(self.stream), max(wanted) + 1))
             yield from ((n, frame) for n, frame in frames if n in wanted)
             return
         runs, last = [], None                                               # each decoded from a key packet on
         for j in sorted({bisect_right(self.first, n) - 1 for n in wanted}):
             group = self._group(j)
-            if not any(n in wanted and p.pts < group[0][0].pts for p, n in group):
-                runs.append(group)
-            elif last == j - 1:                                             # open group: its first frames on display
+            opens = any(n in wanted and p.pts < group[0][0].pts for p, n in group)
+            if opens and last == j - 1:                                     # open group: its first frames on display
                 runs[-1] += group                                           # refer to the group before it
             else:
-                runs.append(self._group(j - 1) + group)
+                runs.append(self._group(j - 1) + group if opens else group)
             last = j
         for run in runs:
             yield from self._decode(run, wanted)
             self.codec.flush_buffers()
 
     def _decode(self, run, wanted):
+        """Yields the wanted frames of one or several groups; _Odd if a frame is not the expected one."""
         key = run[0][0]
         ordinals = {p.pts: n for p, n in run if n is not None and p.pts >= key.pts}
         stop, last = max(wanted & {*ordinals.values()}), min(ordinals.values()) - 1
         end = max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
-        # Time stamps that go back are those of display.  Then frames that no other refers to may be skipped, and so
-        # may what follows the last wanted packet.  Without that proof, every frame up to the next one is compared.
-        rising = all(a.pts < b.pts for (a, _), (b, _) in pairwise(run[:end]))
-        strict = rising or not key.is_discard
-        for p, n in [*(run if rising else run[:end]), (None, None)]:        # None drains the decoder
+        # Time stamps that go back are those of display.  Then frames that no other refers to can be left out, as can
+        # what follows the last wanted packet.  Without that proof, every frame up to the next one is compared.
+        unsure = self.packed or all(a.pts < b.pts for (a, _), (b, _) in pairwise(run[:end]))
+        strict = unsure or not key.is_discard
+        for p, n in [*(run if unsure else run[:end]), (None, None)]:        # None drains the decoder
             if self.codec.name in ("h264", "mpeg4"):
-                self.codec.skip_frame = "DEFAULT" if rising or n in wanted else "NONREF"
+                self.codec.skip_frame = "DEFAULT" if unsure or n in wanted else "NONREF"
             for frame in self.codec.decode(p):
-                if strict and frame.pts < key.pts:                          # refers to frames before the key packet
+                if strict and frame.pts < key.pts:                          # it refers to what is before the key packet
                     continue
                 n = ordinals.get(frame.pts, -1)
                 if n <= last or strict and n > last + 1 or not _sound(frame, frame.pts == key.pts):
                     raise _Odd
-                last, strict = n, rising
+                last, strict = n, unsure
                 if n in wanted:
                     yield n, frame
-            if last >= stop + rising:
+            if last >= stop + unsure:
                 return
 
     def read(self, indices, size=None, crop=None):
         """Frames `indices` (any order, repeats allowed) -> (len(indices), H, W, 3) uint8.
 
         size (H, W) of the output or None; crop (x1, y1, x2, y2) in displayed pixels, x2 and y2 exclusive, or one box
-        per index; of a frame whose size is not info's, the same share is cut.  An index or box outside the video is a
+        per index; the same share of frames that are not of info's size.  An index or box outside the video is a
         ValueError.
         """
         indices, (total, _, height, width, _) = [int(i) for i in indices], self.info
@@ -435,91 +429,89 @@ class Video(contextlib.AbstractContextManager):
             if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
                 raise ValueError(f"{self.path}: box {x1, y1, x2, y2} does not fit its {width} x {height} pixels")
             rows.setdefault(n, {}).setdefault((x1, y1, x2, y2), []).append(row)
-        return self._either_way(partial(self._read, rows, len(indices), size))
+        return self._read(rows, len(indices), size)
 
+    @_either_way
     def _read(self, rows, count, size):
-        out, graphs, left = None, {}, set(rows)
-        if max(rows) >= self.info.frames:
-            raise VideoError(f"{self.path}: damaged, holds {self.info.frames} frames, fewer than it says")
+        out, graphs, missing = None, {}, set(rows)
         for n, frame in self._frames(set(rows)):
-            left.remove(n)
+            missing.remove(n)
             for box, where in rows[n].items():
                 image = self._picture(frame, box, size, graphs)
                 out = np.empty((count, *image.shape), np.uint8) if out is None else out
                 if image.shape != out.shape[1:]:
                     raise VideoError(f"{self.path}: pictures of different sizes; give size")
                 out[where] = image
-        if left:
-            raise _Odd(f"frame {min(left)} cannot be decoded")
+        if missing:
+            raise _Odd(f"damaged, frame {min(missing)} cannot be decoded")
         return out
 
     def _picture(self, frame, box, size, graphs):
         """Decoded frame -> (H, W, 3) uint8, upright; graphs keeps the filters from frame to frame."""
         height, width, swap, down, right = _upright(frame)
-        (x1, y1, x2, y2), (_, _, full_height, full_width, _) = box, self.info
+        (x1, y1, x2, y2), (full_height, full_width) = box, self.info[2:4]
         x1, x2 = x1 * width // full_width, -(-x2 * width // full_width)     # the picture's size may change on the way
         y1, y2 = y1 * height // full_height, -(-y2 * height // full_height)
-        if size is None:
-            image = frame.to_ndarray(format="rgb24", threads=1)
-            return (image.swapaxes(0, 1) if swap else image)[::down, ::right][y1:y2, x1:x2]
-        x1, x2 = (x1, x2) if right > 0 else (width - x2, width - x1)        # the box in the coded picture
-        y1, y2 = (y1, y2) if down > 0 else (height - y2, height - y1)
-        if swap:
-            x1, y1, x2, y2, size = y1, x1, y2, x2, size[::-1]
-        if (x2 - x1, y2 - y1) != (frame.width, frame.height):               # the filter only moves pointers, which is
-            parts = frame.format.components                                 # wrong where samples are not single bytes
-            if any(c.bits != 8 for c in parts) or len({c.plane for c in parts}) < len(parts):
-                frame = frame.reformat(format="rgb24", threads=1)
-            key = x1, y1, x2, y2, frame.width, frame.height, frame.format.name
-            if key not in graphs:
-                graph = graphs[key] = av.filter.Graph()
-                source = graph.add_buffer(None, *key[4:6], frame.format, time_base=self.stream.time_base)
-                cut = graph.add("crop", f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1")
-                graph.link_nodes(source, cut, graph.add("buffersink")).configure()
-            graphs[key].vpush(frame)
-            frame = graphs[key].vpull()
-        frame = frame.reformat(*size[::-1], "rgb24", interpolation="BILINEAR", threads=1)     # antialiases
-        image = frame.to_ndarray(threads=1)
-        return (image.swapaxes(0, 1) if swap else image)[::down, ::right]
+        part = slice(y1, y2), slice(x1, x2)
+        if size is not None:
+            x1, x2 = (x1, x2) if right > 0 else (width - x2, width - x1)    # the box in the coded picture
+            y1, y2 = (y1, y2) if down > 0 else (height - y2, height - y1)
+            if swap:
+                x1, y1, x2, y2, size = y1, x1, y2, x2, size[::-1]
+            if (x2 - x1, y2 - y1) != (frame.width, frame.height):
+                planes = [c.plane for c in frame.format.components if c.bits == 8]
+                if len({*planes}) < len(frame.format.components):           # the filter moves pointers, by the byte
+                    frame = frame.reformat(format="rgb24", threads=1)
+                key = x1, y1, x2, y2, frame.width, frame.height, frame.format.name
+                if key not in graphs:
+                    graph = graphs[key] = av.filter.Graph()
+                    source = graph.add_buffer(None, *key[4:6], frame.format, time_base=self.stream.time_base)
+                    cut = graph.add("crop", f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1")
+                    graph.link_nodes(source, cut, graph.add("buffersink")).configure()
+                graphs[key].vpush(frame)
+                frame = graphs[key].vpull()
+            frame = frame.reformat(*size[::-1], "rgb24", interpolation="BILINEAR", threads=1)     # antialiases
+            part = ...
+        image = frame.to_ndarray(format="rgb24", threads=1)
+        return (image.swapaxes(0, 1) if swap else image)[::down, ::right][part]
 
 
 def _upright(frame):
-    """Height and width as displayed; how to get there: transpose if `swap`, then step by `down` and `right`, 1 or -1."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    """Height and width as displayed, and how to get there: transpose if `swap`, then steps `down` and `right` of +-1."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")                           # x' = a x + c y, y' = b x + d y
     a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
-    swap = abs(b) > abs(a)                                                  # x' = a x + c y, y' = b x + d y
-    right, down = (c, b) if swap else (a, d)
-    sides = (frame.width, frame.height) if swap else (frame.height, frame.width)
+    swap = abs(b) > abs(a)
+    (down, right), sides = ((b, c), (frame.width, frame.height)) if swap else ((d, a), (frame.height, frame.width))
     return *sides, swap, -1 if down < 0 else 1, -1 if right < 0 else 1
 
 
 def _sound(frame, key):
-    """Whether a frame, of a key packet or not, is as the fast way expects; interlaced ones may take two packets."""
-    return not frame.is_corrupt and not frame.interlaced_frame and (frame.key_frame or not key)
+    """Whether a frame, of a key packet or another, is whole; interlaced ones may take two packets."""
+    return not (frame.is_corrupt or frame.interlaced_frame) and (frame.key_frame or not key)
 
 
-def _mpeg4_pictures(packets):
-    """Packets of MPEG-4 Part 2 -> packets with one picture (VOP) each and pts that number them in display order.
+def _number_pictures(packets, b_frames):
+    """Gives packets of MPEG-4 Part 2 pts that number them in display order, which AVI does not tell -> packed?
 
-    AVI knows no pts, and DivX packs two pictures into a packet: the second one belongs into the next packet, and so
-    on up to a tiny one that only keeps a place.  _Odd for anything else, such as pictures that are left out.
+    In a packed stream pictures (VOPs) wait for the next packet's turn, up to a tiny one that only keeps a place.  _Odd
+    for anything else, such as pictures that are left out, or B-frames that the decoder does not know of.
     """
-    pictures, kept = [], b""
+    kinds, waiting, packed = [], [], False                                  # kind 2 is a B-frame
     for packet in packets:
-        head, *parts = re.split(rb"(?=\x00\x00\x01\xb6)", bytes(packet))
-        if kept:
-            parts = [kept, *parts[:-1 if len(parts[-1]) < 20 else None]]
-        if len(parts) not in (1, 2) or len(min(parts, key=len)) < 20 or parts[1:] and parts[1][4] >> 6 != 2 or kept and head:
+        found = [kind[0] >> 6 for kind in re.findall(rb"\x00\x00\x01\xb6(.)", bytes(packet), re.S)]
+        if not found or packet.size < 20 and not waiting:
             raise _Odd
-        data, kept = (*parts, b"")[:2]
-        if len(head + data) != packet.size:
-            key, packet = packet.is_keyframe, av.Packet(head + data)
-            packet.is_keyframe = key
-        pictures.append((packet, data[4] >> 6 == 2))
-    behind = 0                                                              # a B-frame is shown at once, others once
-    for i, (packet, b) in reversed([*enumerate(pictures)]):                 # the B-frames behind them have been
-        packet.pts, behind = (i - 1, behind + 1) if b else (i + behind, 0)
-    return [packet for packet, _ in pictures]
+        waiting += found if packet.size >= 20 else []
+        kinds.append(waiting.pop(0))
+        if waiting not in ([], [2]):
+            raise _Odd
+        packed |= waiting == [2]
+    if 2 in kinds and not b_frames:
+        raise _Odd
+    behind = 0                                                              # a B-frame is shown at once, any other
+    for i, packet in reversed([*enumerate(packets)]):                       # after the B-frames that follow it
+        packet.pts, behind = (i - 1, behind + 1) if kinds[i] == 2 else (i + behind, 0)
+    return packed
 
 
 def probe(path):
