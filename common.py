@@ -212,13 +212,11 @@ def rand(rows, *shape, generator=None, device="cpu"):
 
 # ---- 3. Video ------------------------------------------------------------------------------------------------------
 
-# Frame n is the n-th frame that decoding the whole file yields.  Two ways lead there.  The fast one trusts the packets
-# and decodes from the key packet before a wanted frame on, as long as all that it meets is as it should be.  Whatever
-# is odd takes the sure one: decode from the start and count.
-#
-# mp4 and mov list their packets in the header, so only the groups (a key packet up to the next one) that hold wanted
-# frames are read, whatever the length.  Of other files all packets are read, though not decoded.  Long films are better
-# copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
+# Frame n is the n-th frame that decoding the whole file yields.  The fast way trusts the packets and decodes from the
+# key packet before a wanted frame on, as long as all is as it should be.  What is odd takes the sure way: decode from
+# the start and count.  mp4 and mov list their packets in the header, so only the groups (a key packet up to the next
+# one) that hold wanted frames are read, whatever the length.  Of other files all packets are read, though not decoded.
+# Long films are better copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
 
 FAST = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4"}             # codecs in which a packet is a frame, as a rule
 
@@ -228,7 +226,7 @@ class VideoError(ValueError):
 
 
 class _Odd(Exception):
-    """The packets do not tell which frame is which: count the frames."""
+    """The fast way does not know which frame is which, or the sure one fails: then this becomes a VideoError."""
 
 
 class VideoInfo(NamedTuple):
@@ -240,8 +238,7 @@ class VideoInfo(NamedTuple):
 
 
 def _either_way(job):
-    """A method of Video that takes the fast way and, if anything fails there, the sure one; what fails then is the
-    file's fault."""
+    """Makes a method of Video go the fast way and, if anything fails there, the sure one; then the file is at fault."""
     @functools.wraps(job)
     def run(self, *args):
         if not self.counted:
@@ -252,25 +249,19 @@ def _either_way(job):
             return job(self, *args)
         except Exception as error:
             self.__exit__()
-            if isinstance(error, VideoError):
-                raise
             raise VideoError(f"{self.path}: {getattr(error, 'strerror', None) or _first_line(error)}") from error
     return run
 
 
 class Video(contextlib.AbstractContextManager):
-    """A video file, opened once; use it in `with`.  A broken file raises VideoError, now or later.
-
-    info is its VideoInfo; counted says that it takes the sure way, which first decodes all of it.
-    """
+    """A video file, opened once; use it in `with`.  A broken file raises VideoError, now or later."""
 
     def __init__(self, path):
-        self.path, self.file, self.counted = os.fspath(path), None, False
+        self.path, self.file, self.counted = os.fspath(path), None, False   # counted: it takes the sure way
         self._find_groups()
 
     def __exit__(self, *_):
-        if self.file is not None:
-            self.file.close()
+        self.file and self.file.close()
 
     def _open(self):
         self.__exit__()
@@ -278,71 +269,66 @@ class Video(contextlib.AbstractContextManager):
         cover = av.stream.Disposition.attached_pic
         self.stream = next((s for s in self.file.streams.video if s.codec_context and not s.disposition & cover), None)
         if self.stream is None:
-            raise VideoError(f"{self.path}: no video stream, or none that can be decoded")
+            raise _Odd("no video stream, or none that can be decoded")
         self.codec, self.rate = self.stream.codec_context, self.stream.average_rate or self.stream.guessed_rate or 25
         self.codec.thread_count, self.codec.thread_type = 1, "NONE"         # clips run in parallel, at less cost
 
-    def _describe(self, frame, total, times, rate):
-        """Sets times, sorted pts of all frames or None, and info."""
-        duration = max(0, self.stream.duration or 0) * self.stream.time_base or max(0, self.file.duration or 0) / 1e6
-        self.info = VideoInfo(total, float(rate), *_upright(frame)[:2], float(duration or total / rate))
-        self.times = times
-
     def _count(self):
         self._open()
-        first, times = None, []
+        times, tick = [], self.stream.time_base
         for frame in self.file.decode(self.stream):
-            first = first or frame
+            self.sides = _upright(frame)[:2] if not times else self.sides
             times.append(frame.pts)
-        if first is None:
-            raise VideoError(f"{self.path}: no frames")
-        if None in times:
-            times = [int(n / self.rate / self.stream.time_base) for n in range(len(times))]
-        times.sort()
-        span = (times[-1] - times[0]) * self.stream.time_base               # the header's rate may be that of packets
-        self._describe(first, len(times), times, (len(times) - 1) / span if span else self.rate)
-        self.counted = True
+        if not times:
+            raise _Odd("no frames")
+        self.times = sorted(int(n / self.rate / tick) if None in times else t for n, t in enumerate(times))
+        if self.times[-1] > self.times[0]:                                  # the header's rate may be that of packets
+            self.rate = (len(times) - 1) / ((self.times[-1] - self.times[0]) * tick)
+        self.keys, self.counted = [0, len(times)], True
 
     @_either_way
     def _find_groups(self):
         if self.counted:
             return
         self._open()
-        stream, codec, index, self.packets, self.packed = self.stream, self.codec, self.stream.index_entries, None, False
-        packets = (p for p in self.file.demux(stream) if p.size)
-        head, times = next(packets), None
-        # Decodes the first packet, since some things are told there only: x264's build, whose faults are imitated.
-        shown = av.Packet(head.size)                                        # a copy without the mark "not shown"
-        shown.update(bytes(head))
-        first = [frame for p in (shown, None) for frame in codec.decode(p)][0]
+        codec, index, self.packets, self.times, self.packed = self.codec, self.stream.index_entries, None, None, False
+        packets = (p for p in self.file.demux(self.stream) if p.size)
+        head = next(packets)
+        # Only the first packet tells some things, such as x264's build, whose faults are imitated.
+        frame = [frame for p in (head, None) for frame in codec.decode(p)][0]
         codec.flush_buffers()
-        if codec.name not in FAST or not head.is_keyframe or not _sound(first, True):
+        self.sides = _upright(frame)[:2]
+        if codec.name not in FAST or not head.is_keyframe or _faulty(frame, True):
             raise _Odd
-        if codec.name != "mpeg4" and 0 < stream.frames == len(index) and head.pts <= stream.start_time:
+        if codec.name != "mpeg4" and 0 < self.stream.frames == len(index) and head.pts <= self.stream.start_time:
             keys = [0]                                                      # films have 100,000s of packets: use keys
             while (k := index.search_timestamp(index[keys[-1]].timestamp + 1, backward=False)) > 0:
                 keys.append(k)
-            self.keys = [*keys, len(index)]                                 # where each group begins, in decode order
-            sizes = [b - a for a, b in pairwise(self.keys)]
-            for j in {0, len(sizes) - 1}:                                   # where usual edit lists hide frames
-                sizes[j] -= sum(entry.is_discard for entry in index[self.keys[j]:self.keys[j + 1]])
+            self.keys, total = keys, len(index)
+            if any(e.is_discard for e in (*index[:(*keys, total)[1]], *index[keys[-1]:total])):     # by an edit list
+                raise _Odd
         else:
             self.packets = [head, *packets]
-            times = sorted(p.dts if p.pts is None else p.pts for p in self.packets if not p.is_discard)
-            if codec.name == "mpeg4":
-                self.packed = _number_pictures(self.packets, codec.has_b_frames)
-            if len({p.pts for p in self.packets}) < len(self.packets) or head.pts > min(
-                    p.pts for p in self.packets if not p.is_discard):       # the latter are not shown, or garbage
-                raise _Odd
-            keys = [i for i, p in enumerate(self.packets) if p.is_keyframe]
-            self.keys = [*keys[:1 if self.packed else None], len(self.packets)]
-            sizes = [sum(not p.is_discard for p in self.packets[a:b]) for a, b in pairwise(self.keys)]
-        self.first = [0, *accumulate(sizes)]                                # display ordinal of each group; the total
-        self._describe(first, self.first[-1], times, self.rate)
+            self.times = sorted(p.dts if p.pts is None else p.pts for p in self.packets)
+            self.packed = codec.name == "mpeg4" and _number_pictures(self.packets)
+            pts, total = [p.pts for p in self.packets], len(self.packets)
+            back = pts != sorted(pts)
+            if any(p.is_discard for p in self.packets) or len({*pts}) < total or min(pts) < head.pts or (
+                    back != codec.has_b_frames and (back or codec.name != "mpeg4")):
+                raise _Odd                  # it begins in an open group, or time stamps are not those of display
+            self.keys = [i for i, p in enumerate(self.packets) if p.is_keyframe and not (self.packed and i)]
+        self.keys.append(total)                                             # where each group begins; total
+
+    @property
+    def info(self):
+        """VideoInfo."""
+        ticks, frames = self.stream.duration or 0, self.keys[-1]
+        seconds = max(0, ticks * self.stream.time_base) or max(0, self.file.duration or 0) / 1e6 or frames / self.rate
+        return VideoInfo(frames, float(self.rate), *self.sides, float(seconds))
 
     def _group(self, j):
-        """Group j -> [(packet, display ordinal or None)] in decode order; _Odd if it does not fit the index."""
-        a, b = self.keys[j], self.keys[j + 1]
+        """Group j -> [(packet, display ordinal)] in decode order; fails if it does not fit the index."""
+        a, b = self.keys[j:j + 2]
         if self.packets is not None:
             packets = self.packets[a:b]
         else:
@@ -352,8 +338,9 @@ class Video(contextlib.AbstractContextManager):
             if [p.dts for p in packets] != times or not packets[0].is_keyframe or after.size and not after.is_keyframe:
                 raise _Odd
         # What is decoded before a key packet is shown before everything from that packet on, in open groups too.
-        ordinal = dict(zip(sorted(p.pts for p in packets if not p.is_discard), range(self.first[j], self.first[j + 1])))
-        return [(p, None if p.is_discard else ordinal[p.pts]) for p in packets]
+        shown = sorted({p.pts for p in packets if not p.is_discard})
+        ordinal = dict(zip(shown, range(a, b), strict=True))
+        return [(p, ordinal[p.pts]) for p in packets]
 
     @_either_way
     def index_at(self, seconds):
@@ -364,7 +351,7 @@ class Video(contextlib.AbstractContextManager):
         index, now = self.stream.index_entries, self.stream.start_time + ticks
         # pts >= dts: the frame is in the last group whose key packet has dts <= now, or in one before it.
         for j in range(bisect_right(self.keys[1:-1], now, key=lambda k: index[k].timestamp), -1, -1):
-            known = [n for p, n in self._group(j) if n is not None and p.pts <= now]
+            known = [n for p, n in self._group(j) if p.pts <= now]
             if known or j == 0:
                 return max(known, default=0)
 
@@ -376,13 +363,11 @@ class Video(contextlib.AbstractContextManager):
             yield from ((n, frame) for n, frame in frames if n in wanted)
             return
         runs, last = [], None                                               # each decoded from a key packet on
-        for j in sorted({bisect_right(self.first, n) - 1 for n in wanted}):
-            group = self._group(j)
-            opens = any(n in wanted and p.pts < group[0][0].pts for p, n in group)
-            if opens and last == j - 1:                                     # open group: its first frames on display
-                runs[-1] += group                                           # refer to the group before it
-            else:
-                runs.append(self._group(j - 1) + group if opens else group)
+        for j in sorted({bisect_right(self.keys, n) - 1 for n in wanted}):
+            run = self._group(j)
+            if any(n in wanted and p.pts < run[0][0].pts for p, n in run):  # open group: its first frames on display
+                run = (runs.pop() if last == j - 1 else self._group(j - 1)) + run     # refer to the group before it
+            runs.append(run)
             last = j
         for run in runs:
             yield from self._decode(run, wanted)
@@ -390,42 +375,40 @@ class Video(contextlib.AbstractContextManager):
 
     def _decode(self, run, wanted):
         """Yields the wanted frames of one or several groups; _Odd if a frame is not the expected one."""
-        key = run[0][0]
-        ordinals = {p.pts: n for p, n in run if n is not None and p.pts >= key.pts}
-        stop, last = max(wanted & {*ordinals.values()}), min(ordinals.values()) - 1
-        end = max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
+        key, last = run[0][0].pts, None
+        ordinals = {p.pts: n for p, n in run if p.pts >= key}
+        stop, end = max(wanted & {*ordinals.values()}), max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
         # Time stamps that go back are those of display.  Then frames that no other refers to can be left out, as can
         # what follows the last wanted packet.  Without that proof, every frame up to the next one is compared.
         unsure = self.packed or all(a.pts < b.pts for (a, _), (b, _) in pairwise(run[:end]))
-        strict = unsure or not key.is_discard
         for p, n in [*(run if unsure else run[:end]), (None, None)]:        # None drains the decoder
             if self.codec.name in ("h264", "mpeg4"):
                 self.codec.skip_frame = "DEFAULT" if unsure or n in wanted else "NONREF"
             for frame in self.codec.decode(p):
-                if strict and frame.pts < key.pts:                          # it refers to what is before the key packet
+                if last is None and frame.pts < key:                        # it refers to what is before the key packet
                     continue
-                n = ordinals.get(frame.pts, -1)
-                if n <= last or strict and n > last + 1 or not _sound(frame, frame.pts == key.pts):
+                n = ordinals[frame.pts]
+                fits = frame.pts == key if last is None else n == last + 1 if unsure else n > last
+                if not fits or _faulty(frame, frame.pts == key):
                     raise _Odd
-                last, strict = n, unsure
+                last = n
                 if n in wanted:
                     yield n, frame
-            if last >= stop + unsure:
+            if last is not None and last >= stop + unsure:
                 return
 
     def read(self, indices, size=None, crop=None):
         """Frames `indices` (any order, repeats allowed) -> (len(indices), H, W, 3) uint8.
 
         size (H, W) of the output or None; crop (x1, y1, x2, y2) in displayed pixels, x2 and y2 exclusive, or one box
-        per index; the same share of frames that are not of info's size.  An index or box outside the video is a
+        per index; of a frame whose size is not info's the same share.  An index or box outside the video is a
         ValueError.
         """
         indices, (total, _, height, width, _) = [int(i) for i in indices], self.info
         if not indices or min(indices) < 0 or max(indices) >= total:
             raise ValueError(f"{self.path}: indices {indices} do not fit its {total} frames")
-        boxes = np.broadcast_to((0, 0, width, height) if crop is None else crop, (len(indices), 4)).tolist()
-        rows = {}                                                           # ordinal -> box -> rows of the output
-        for row, (n, (x1, y1, x2, y2)) in enumerate(zip(indices, boxes)):
+        rows, boxes = {}, np.broadcast_to((0, 0, width, height) if crop is None else crop, (len(indices), 4)).tolist()
+        for row, (n, (x1, y1, x2, y2)) in enumerate(zip(indices, boxes)):   # ordinal -> box -> rows of the output
             if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
                 raise ValueError(f"{self.path}: box {x1, y1, x2, y2} does not fit its {width} x {height} pixels")
             rows.setdefault(n, {}).setdefault((x1, y1, x2, y2), []).append(row)
@@ -440,7 +423,7 @@ class Video(contextlib.AbstractContextManager):
                 image = self._picture(frame, box, size, graphs)
                 out = np.empty((count, *image.shape), np.uint8) if out is None else out
                 if image.shape != out.shape[1:]:
-                    raise VideoError(f"{self.path}: pictures of different sizes; give size")
+                    raise _Odd("pictures of different sizes; give size")
                 out[where] = image
         if missing:
             raise _Odd(f"damaged, frame {min(missing)} cannot be decoded")
@@ -449,18 +432,16 @@ class Video(contextlib.AbstractContextManager):
     def _picture(self, frame, box, size, graphs):
         """Decoded frame -> (H, W, 3) uint8, upright; graphs keeps the filters from frame to frame."""
         height, width, swap, down, right = _upright(frame)
-        (x1, y1, x2, y2), (full_height, full_width) = box, self.info[2:4]
-        x1, x2 = x1 * width // full_width, -(-x2 * width // full_width)     # the picture's size may change on the way
-        y1, y2 = y1 * height // full_height, -(-y2 * height // full_height)
-        part = slice(y1, y2), slice(x1, x2)
-        if size is not None:
-            x1, x2 = (x1, x2) if right > 0 else (width - x2, width - x1)    # the box in the coded picture
+        x1, x2 = box[0] * width // self.sides[1], -(-box[2] * width // self.sides[1])     # sides change in some files
+        y1, y2 = box[1] * height // self.sides[0], -(-box[3] * height // self.sides[0])
+        part = np.s_[y1:y2, x1:x2] if size is None else np.s_[:]
+        if size is not None:                                                # the box and size in the coded picture
+            x1, x2 = (x1, x2) if right > 0 else (width - x2, width - x1)
             y1, y2 = (y1, y2) if down > 0 else (height - y2, height - y1)
-            if swap:
-                x1, y1, x2, y2, size = y1, x1, y2, x2, size[::-1]
+            x1, y1, x2, y2, *size = (y1, x1, y2, x2, *size) if swap else (x1, y1, x2, y2, *size[::-1])
             if (x2 - x1, y2 - y1) != (frame.width, frame.height):
-                planes = [c.plane for c in frame.format.components if c.bits == 8]
-                if len({*planes}) < len(frame.format.components):           # the filter moves pointers, by the byte
+                planes = {c.plane for c in frame.format.components if c.bits == 8}
+                if len(planes) < len(frame.format.components):              # the filter moves pointers: bytes only
                     frame = frame.reformat(format="rgb24", threads=1)
                 key = x1, y1, x2, y2, frame.width, frame.height, frame.format.name
                 if key not in graphs:
@@ -470,47 +451,43 @@ class Video(contextlib.AbstractContextManager):
                     graph.link_nodes(source, cut, graph.add("buffersink")).configure()
                 graphs[key].vpush(frame)
                 frame = graphs[key].vpull()
-            frame = frame.reformat(*size[::-1], "rgb24", interpolation="BILINEAR", threads=1)     # antialiases
-            part = ...
+            frame = frame.reformat(*size, "rgb24", interpolation="BILINEAR", threads=1)     # antialiases
         image = frame.to_ndarray(format="rgb24", threads=1)
         return (image.swapaxes(0, 1) if swap else image)[::down, ::right][part]
 
 
 def _upright(frame):
-    """Height and width as displayed, and how to get there: transpose if `swap`, then steps `down` and `right` of +-1."""
+    """Height and width as displayed, and the way there: transpose if `swap`, then steps `down` and `right`, 1 or -1."""
     matrix = frame.side_data.get("DISPLAYMATRIX")                           # x' = a x + c y, y' = b x + d y
     a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
     swap = abs(b) > abs(a)
-    (down, right), sides = ((b, c), (frame.width, frame.height)) if swap else ((d, a), (frame.height, frame.width))
+    down, right = (b, c) if swap else (d, a)
+    sides = (frame.width, frame.height) if swap else (frame.height, frame.width)
     return *sides, swap, -1 if down < 0 else 1, -1 if right < 0 else 1
 
 
-def _sound(frame, key):
-    """Whether a frame, of a key packet or another, is whole; interlaced ones may take two packets."""
-    return not (frame.is_corrupt or frame.interlaced_frame) and (frame.key_frame or not key)
+def _faulty(frame, key):
+    """Whether the fast way does not allow for a frame, of a key packet or another: fields may have a packet each."""
+    return frame.is_corrupt or frame.interlaced_frame or key and not frame.key_frame
 
 
-def _number_pictures(packets, b_frames):
+def _number_pictures(packets):
     """Gives packets of MPEG-4 Part 2 pts that number them in display order, which AVI does not tell -> packed?
 
-    In a packed stream pictures (VOPs) wait for the next packet's turn, up to a tiny one that only keeps a place.  _Odd
-    for anything else, such as pictures that are left out, or B-frames that the decoder does not know of.
+    In packed streams pictures wait for the next packet's turn, up to a tiny one that only keeps a place.  _Odd for
+    anything else, such as pictures that are left out.
     """
     kinds, waiting, packed = [], [], False                                  # kind 2 is a B-frame
-    for packet in packets:
-        found = [kind[0] >> 6 for kind in re.findall(rb"\x00\x00\x01\xb6(.)", bytes(packet), re.S)]
-        if not found or packet.size < 20 and not waiting:
-            raise _Odd
-        waiting += found if packet.size >= 20 else []
-        kinds.append(waiting.pop(0))
+    for p in packets:
+        found = [kind[0] >> 6 for kind in re.findall(rb"\x00\x00\x01\xb6(.)", bytes(p), re.S)]
+        kind, *waiting = waiting + found * (p.size >= 20)
         if waiting not in ([], [2]):
             raise _Odd
-        packed |= waiting == [2]
-    if 2 in kinds and not b_frames:
-        raise _Odd
+        kinds.append(kind)
+        packed |= bool(waiting)
     behind = 0                                                              # a B-frame is shown at once, any other
-    for i, packet in reversed([*enumerate(packets)]):                       # after the B-frames that follow it
-        packet.pts, behind = (i - 1, behind + 1) if kinds[i] == 2 else (i + behind, 0)
+    for i, p in reversed([*enumerate(packets)]):                            # after the B-frames that follow it
+        p.pts, behind = (i - 1, behind + 1) if kinds[i] == 2 else (i + behind, 0)
     return packed
 
 
