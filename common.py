@@ -225,10 +225,6 @@ class VideoError(ValueError):
     """The file cannot be read as a video; the message begins with its path."""
 
 
-class _Odd(Exception):
-    """The fast way does not know which frame is which, or the sure one fails: then this becomes a VideoError."""
-
-
 class VideoInfo(NamedTuple):
     frames: int
     fps: float          # mean frame rate
@@ -237,31 +233,27 @@ class VideoInfo(NamedTuple):
     seconds: float
 
 
-def _either_way(job):
-    """Makes a method of Video go the fast way and, if anything fails there, the sure one; then the file is at fault."""
-    @functools.wraps(job)
-    def run(self, *args):
-        if not self.counted:
-            with contextlib.suppress(Exception):
-                return job(self, *args)
-        try:
-            self.counted or self._count()
-            return job(self, *args)
-        except Exception as error:
-            self.__exit__()
-            raise VideoError(f"{self.path}: {getattr(error, 'strerror', None) or _first_line(error)}") from error
-    return run
-
-
 class Video(contextlib.AbstractContextManager):
     """A video file, opened once; use it in `with`.  A broken file raises VideoError, now or later."""
 
     def __init__(self, path):
         self.path, self.file, self.counted = os.fspath(path), None, False   # counted: it takes the sure way
-        self._find_groups()
+        self._either_way(lambda: self.counted or self._find_groups())
 
     def __exit__(self, *_):
         self.file and self.file.close()
+
+    def _either_way(self, job, *args):
+        """job(*args) the fast way or, if anything fails there, the sure one, where the file is at fault."""
+        if not self.counted:
+            with contextlib.suppress(Exception):
+                return job(*args)
+        try:
+            self.counted or self._count()
+            return job(*args)
+        except Exception as error:
+            self.__exit__()
+            raise VideoError(f"{self.path}: {getattr(error, 'strerror', None) or _first_line(error)}") from error
 
     def _open(self):
         self.__exit__()
@@ -269,27 +261,22 @@ class Video(contextlib.AbstractContextManager):
         cover = av.stream.Disposition.attached_pic
         self.stream = next((s for s in self.file.streams.video if s.codec_context and not s.disposition & cover), None)
         if self.stream is None:
-            raise _Odd("no video stream, or none that can be decoded")
+            raise VideoError("no video stream, or none that can be decoded")
         self.codec, self.rate = self.stream.codec_context, self.stream.average_rate or self.stream.guessed_rate or 25
         self.codec.thread_count, self.codec.thread_type = 1, "NONE"         # clips run in parallel, at less cost
 
     def _count(self):
         self._open()
-        times, tick = [], self.stream.time_base
-        for frame in self.file.decode(self.stream):
-            self.sides = _upright(frame)[:2] if not times else self.sides
-            times.append(frame.pts)
-        if not times:
-            raise _Odd("no frames")
+        tick, frames = self.stream.time_base, [(f.pts, _upright(f)[:2]) for f in self.file.decode(self.stream)]
+        if not frames:
+            raise VideoError("no frames")
+        times, self.sides = [pts for pts, _ in frames], frames[0][1]
         self.times = sorted(int(n / self.rate / tick) if None in times else t for n, t in enumerate(times))
         if self.times[-1] > self.times[0]:                                  # the header's rate may be that of packets
             self.rate = (len(times) - 1) / ((self.times[-1] - self.times[0]) * tick)
         self.keys, self.counted = [0, len(times)], True
 
-    @_either_way
     def _find_groups(self):
-        if self.counted:
-            return
         self._open()
         codec, index, self.packets, self.times, self.packed = self.codec, self.stream.index_entries, None, None, False
         packets = (p for p in self.file.demux(self.stream) if p.size)
@@ -298,30 +285,28 @@ class Video(contextlib.AbstractContextManager):
         frame = [frame for p in (head, None) for frame in codec.decode(p)][0]
         codec.flush_buffers()
         self.sides = _upright(frame)[:2]
-        if codec.name not in FAST or not head.is_keyframe or _faulty(frame, True):
-            raise _Odd
+        fast = codec.name in FAST and head.is_keyframe and frame.key_frame and not frame.interlaced_frame
         if codec.name != "mpeg4" and 0 < self.stream.frames == len(index) and head.pts <= self.stream.start_time:
             keys = [0]                                                      # films have 100,000s of packets: use keys
             while (k := index.search_timestamp(index[keys[-1]].timestamp + 1, backward=False)) > 0:
                 keys.append(k)
-            self.keys, total = keys, len(index)
-            if any(e.is_discard for e in (*index[:(*keys, total)[1]], *index[keys[-1]:total])):     # by an edit list
-                raise _Odd
+            self.keys = [*keys, len(index)]                                 # where each group begins; the total
+            fast &= not any(e.is_discard for e in (*index[:self.keys[1]], *index[keys[-1]:len(index)]))   # edit lists
         else:
             self.packets = [head, *packets]
             self.times = sorted(p.dts if p.pts is None else p.pts for p in self.packets)
             self.packed = codec.name == "mpeg4" and _number_pictures(self.packets)
-            pts, total = [p.pts for p in self.packets], len(self.packets)
-            back = pts != sorted(pts)
-            if any(p.is_discard for p in self.packets) or len({*pts}) < total or min(pts) < head.pts or (
-                    back != codec.has_b_frames and (back or codec.name != "mpeg4")):
-                raise _Odd                  # it begins in an open group, or time stamps are not those of display
-            self.keys = [i for i, p in enumerate(self.packets) if p.is_keyframe and not (self.packed and i)]
-        self.keys.append(total)                                             # where each group begins; total
+            pts = [p.pts for p in self.packets]
+            fast &= pts[0] == min(pts) and len({*pts}) == len(pts) and not any(p.is_discard for p in self.packets)
+            back = pts != sorted(pts)                                       # time stamps are those of display
+            fast &= back == codec.has_b_frames or codec.name == "mpeg4" and not back
+            keys = [i for i, p in enumerate(self.packets) if p.is_keyframe and not (self.packed and i)]
+            self.keys = [*keys, len(pts)]
+        if not fast:
+            raise VideoError
 
     @property
     def info(self):
-        """VideoInfo."""
         ticks, frames = self.stream.duration or 0, self.keys[-1]
         seconds = max(0, ticks * self.stream.time_base) or max(0, self.file.duration or 0) / 1e6 or frames / self.rate
         return VideoInfo(frames, float(self.rate), *self.sides, float(seconds))
@@ -336,15 +321,17 @@ class Video(contextlib.AbstractContextManager):
             self.file.seek(times[0], stream=self.stream)
             *packets, after = islice(dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream)), b - a + 1)
             if [p.dts for p in packets] != times or not packets[0].is_keyframe or after.size and not after.is_keyframe:
-                raise _Odd
+                raise VideoError
         # What is decoded before a key packet is shown before everything from that packet on, in open groups too.
         shown = sorted({p.pts for p in packets if not p.is_discard})
         ordinal = dict(zip(shown, range(a, b), strict=True))
         return [(p, ordinal[p.pts]) for p in packets]
 
-    @_either_way
     def index_at(self, seconds):
         """Ordinal of the frame on display `seconds` after the first one appears, clamped to the video."""
+        return self._either_way(self._index_at, seconds)
+
+    def _index_at(self, seconds):
         ticks = int((seconds + 5e-4) / self.stream.time_base)               # some containers round to milliseconds
         if self.times is not None:
             return max(bisect_right(self.times, self.times[0] + ticks) - 1, 0)
@@ -356,7 +343,7 @@ class Video(contextlib.AbstractContextManager):
                 return max(known, default=0)
 
     def _frames(self, wanted):
-        """Set of ordinals -> yields (ordinal, frame), each once."""
+        """Set of ordinals -> yields (ordinal, frame), each once; fails if a frame is not the expected one."""
         if self.counted:
             self._open()                                                    # flushing would leave some state behind
             frames = enumerate(islice(self.file.decode(self.stream), max(wanted) + 1))
@@ -370,39 +357,35 @@ class Video(contextlib.AbstractContextManager):
             runs.append(run)
             last = j
         for run in runs:
-            yield from self._decode(run, wanted)
+            key = run[0][0].pts
+            ordinals, last = {p.pts: n for p, n in run if p.pts >= key}, None
+            stop, end = max(wanted & {*ordinals.values()}), max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
+            # Time stamps that go back are those of display.  Then frames that no other refers to can be left out, as
+            # can what follows the last wanted packet.  Without that proof, all frames up to the next one are compared.
+            unsure = self.packed or all(a.pts < b.pts for (a, _), (b, _) in pairwise(run[:end]))
+            for p, n in [*(run if unsure else run[:end]), (None, None)]:    # None drains the decoder
+                if self.codec.name in ("h264", "mpeg4"):
+                    self.codec.skip_frame = "DEFAULT" if unsure or n in wanted else "NONREF"
+                for frame in self.codec.decode(p):
+                    if last is None and frame.pts < key:                    # it refers to what is before the key packet
+                        continue
+                    n = ordinals[frame.pts]
+                    first = frame.pts == key and frame.key_frame
+                    fits = first if last is None else n == last + 1 if unsure else n > last
+                    if not fits or frame.is_corrupt or frame.interlaced_frame:      # a field may be a packet of its own
+                        raise VideoError
+                    last = n
+                    if n in wanted:
+                        yield n, frame
+                if last is not None and last >= stop + unsure:
+                    break
             self.codec.flush_buffers()
-
-    def _decode(self, run, wanted):
-        """Yields the wanted frames of one or several groups; _Odd if a frame is not the expected one."""
-        key, last = run[0][0].pts, None
-        ordinals = {p.pts: n for p, n in run if p.pts >= key}
-        stop, end = max(wanted & {*ordinals.values()}), max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
-        # Time stamps that go back are those of display.  Then frames that no other refers to can be left out, as can
-        # what follows the last wanted packet.  Without that proof, every frame up to the next one is compared.
-        unsure = self.packed or all(a.pts < b.pts for (a, _), (b, _) in pairwise(run[:end]))
-        for p, n in [*(run if unsure else run[:end]), (None, None)]:        # None drains the decoder
-            if self.codec.name in ("h264", "mpeg4"):
-                self.codec.skip_frame = "DEFAULT" if unsure or n in wanted else "NONREF"
-            for frame in self.codec.decode(p):
-                if last is None and frame.pts < key:                        # it refers to what is before the key packet
-                    continue
-                n = ordinals[frame.pts]
-                fits = frame.pts == key if last is None else n == last + 1 if unsure else n > last
-                if not fits or _faulty(frame, frame.pts == key):
-                    raise _Odd
-                last = n
-                if n in wanted:
-                    yield n, frame
-            if last is not None and last >= stop + unsure:
-                return
 
     def read(self, indices, size=None, crop=None):
         """Frames `indices` (any order, repeats allowed) -> (len(indices), H, W, 3) uint8.
 
         size (H, W) of the output or None; crop (x1, y1, x2, y2) in displayed pixels, x2 and y2 exclusive, or one box
-        per index; of a frame whose size is not info's the same share.  An index or box outside the video is a
-        ValueError.
+        per index; the same share of a frame of another size.  An index or box outside the video is a ValueError.
         """
         indices, (total, _, height, width, _) = [int(i) for i in indices], self.info
         if not indices or min(indices) < 0 or max(indices) >= total:
@@ -412,9 +395,8 @@ class Video(contextlib.AbstractContextManager):
             if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
                 raise ValueError(f"{self.path}: box {x1, y1, x2, y2} does not fit its {width} x {height} pixels")
             rows.setdefault(n, {}).setdefault((x1, y1, x2, y2), []).append(row)
-        return self._read(rows, len(indices), size)
+        return self._either_way(self._read, rows, len(indices), size)
 
-    @_either_way
     def _read(self, rows, count, size):
         out, graphs, missing = None, {}, set(rows)
         for n, frame in self._frames(set(rows)):
@@ -423,10 +405,10 @@ class Video(contextlib.AbstractContextManager):
                 image = self._picture(frame, box, size, graphs)
                 out = np.empty((count, *image.shape), np.uint8) if out is None else out
                 if image.shape != out.shape[1:]:
-                    raise _Odd("pictures of different sizes; give size")
+                    raise VideoError("pictures of different sizes; give size")
                 out[where] = image
         if missing:
-            raise _Odd(f"damaged, frame {min(missing)} cannot be decoded")
+            raise VideoError(f"damaged, frame {min(missing)} cannot be decoded")
         return out
 
     def _picture(self, frame, box, size, graphs):
@@ -434,60 +416,54 @@ class Video(contextlib.AbstractContextManager):
         height, width, swap, down, right = _upright(frame)
         x1, x2 = box[0] * width // self.sides[1], -(-box[2] * width // self.sides[1])     # sides change in some files
         y1, y2 = box[1] * height // self.sides[0], -(-box[3] * height // self.sides[0])
-        part = np.s_[y1:y2, x1:x2] if size is None else np.s_[:]
-        if size is not None:                                                # the box and size in the coded picture
-            x1, x2 = (x1, x2) if right > 0 else (width - x2, width - x1)
-            y1, y2 = (y1, y2) if down > 0 else (height - y2, height - y1)
-            x1, y1, x2, y2, *size = (y1, x1, y2, x2, *size) if swap else (x1, y1, x2, y2, *size[::-1])
-            if (x2 - x1, y2 - y1) != (frame.width, frame.height):
-                planes = {c.plane for c in frame.format.components if c.bits == 8}
-                if len(planes) < len(frame.format.components):              # the filter moves pointers: bytes only
-                    frame = frame.reformat(format="rgb24", threads=1)
-                key = x1, y1, x2, y2, frame.width, frame.height, frame.format.name
-                if key not in graphs:
-                    graph = graphs[key] = av.filter.Graph()
-                    source = graph.add_buffer(None, *key[4:6], frame.format, time_base=self.stream.time_base)
-                    cut = graph.add("crop", f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1")
-                    graph.link_nodes(source, cut, graph.add("buffersink")).configure()
-                graphs[key].vpush(frame)
-                frame = graphs[key].vpull()
-            frame = frame.reformat(*size, "rgb24", interpolation="BILINEAR", threads=1)     # antialiases
-        image = frame.to_ndarray(format="rgb24", threads=1)
-        return (image.swapaxes(0, 1) if swap else image)[::down, ::right][part]
+        if size is None:
+            image = frame.to_ndarray(format="rgb24", threads=1)
+            return (image.swapaxes(0, 1) if swap else image)[::down, ::right][y1:y2, x1:x2]
+        x1, x2 = (x1, x2) if right > 0 else (width - x2, width - x1)        # the box in the coded picture
+        y1, y2 = (y1, y2) if down > 0 else (height - y2, height - y1)
+        x1, y1, x2, y2, *size = (y1, x1, y2, x2, *size) if swap else (x1, y1, x2, y2, *size[::-1])
+        if (x2 - x1, y2 - y1) != (frame.width, frame.height):
+            planes = {c.plane for c in frame.format.components if c.bits == 8}
+            if len(planes) < len(frame.format.components):                  # the filter moves pointers: bytes only
+                frame = frame.reformat(format="rgb24", threads=1)
+            key = x1, y1, x2, y2, frame.width, frame.height, frame.format.name
+            if key not in graphs:
+                graph = graphs[key] = av.filter.Graph()
+                graph.link_nodes(graph.add_buffer(None, *key[4:6], frame.format, time_base=self.stream.time_base),
+                                 graph.add("crop", f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1"),
+                                 graph.add("buffersink")).configure()
+            graphs[key].vpush(frame)
+            frame = graphs[key].vpull()
+        image = frame.reformat(*size, "rgb24", interpolation="BILINEAR", threads=1).to_ndarray(threads=1)
+        return (image.swapaxes(0, 1) if swap else image)[::down, ::right]
 
 
 def _upright(frame):
     """Height and width as displayed, and the way there: transpose if `swap`, then steps `down` and `right`, 1 or -1."""
     matrix = frame.side_data.get("DISPLAYMATRIX")                           # x' = a x + c y, y' = b x + d y
     a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
-    swap = abs(b) > abs(a)
-    down, right = (b, c) if swap else (d, a)
-    sides = (frame.width, frame.height) if swap else (frame.height, frame.width)
-    return *sides, swap, -1 if down < 0 else 1, -1 if right < 0 else 1
-
-
-def _faulty(frame, key):
-    """Whether the fast way does not allow for a frame, of a key packet or another: fields may have a packet each."""
-    return frame.is_corrupt or frame.interlaced_frame or key and not frame.key_frame
+    if abs(b) > abs(a):
+        return frame.width, frame.height, True, 1 - 2 * (b < 0), 1 - 2 * (c < 0)
+    return frame.height, frame.width, False, 1 - 2 * (d < 0), 1 - 2 * (a < 0)
 
 
 def _number_pictures(packets):
     """Gives packets of MPEG-4 Part 2 pts that number them in display order, which AVI does not tell -> packed?
 
-    In packed streams pictures wait for the next packet's turn, up to a tiny one that only keeps a place.  _Odd for
-    anything else, such as pictures that are left out.
+    In packed streams pictures wait for the next packet, up to a tiny one that only keeps a place.  Fails for others.
     """
-    kinds, waiting, packed = [], [], False                                  # kind 2 is a B-frame
-    for p in packets:
+    waiting, packed, reference = [], False, packets[0]
+    for i, p in enumerate(packets):
         found = [kind[0] >> 6 for kind in re.findall(rb"\x00\x00\x01\xb6(.)", bytes(p), re.S)]
         kind, *waiting = waiting + found * (p.size >= 20)
         if waiting not in ([], [2]):
-            raise _Odd
-        kinds.append(kind)
+            raise VideoError
         packed |= bool(waiting)
-    behind = 0                                                              # a B-frame is shown at once, any other
-    for i, p in reversed([*enumerate(packets)]):                            # after the B-frames that follow it
-        p.pts, behind = (i - 1, behind + 1) if kinds[i] == 2 else (i + behind, 0)
+        if kind == 2:                                                       # a B-frame: shown at once
+            p.pts = i - 1
+        else:                                                               # shown when the next one that is none comes
+            reference.pts, reference = i - 1, p
+    reference.pts = len(packets) - 1
     return packed
 
 
