@@ -270,7 +270,7 @@ class Video(contextlib.AbstractContextManager):
         tick, frames = self.stream.time_base, [(f.pts, _upright(f)[:2]) for f in self.file.decode(self.stream)]
         if not frames:
             raise VideoError("no frames")
-        times, self.sides = [pts for pts, _ in frames], frames[0][1]
+        times, (self.sides, *_) = zip(*frames)
         self.times = sorted(int(n / self.rate / tick) if None in times else t for n, t in enumerate(times))
         if self.times[-1] > self.times[0]:                                  # the header's rate may be that of packets
             self.rate = (len(times) - 1) / ((self.times[-1] - self.times[0]) * tick)
@@ -282,7 +282,7 @@ class Video(contextlib.AbstractContextManager):
         packets = (p for p in self.file.demux(self.stream) if p.size)
         head = next(packets)
         # Only the first packet tells some things, such as x264's build, whose faults are imitated.
-        frame = [frame for p in (head, None) for frame in codec.decode(p)][0]
+        frame = [*codec.decode(head), *codec.decode(None)][0]
         codec.flush_buffers()
         self.sides = _upright(frame)[:2]
         fast = codec.name in FAST and head.is_keyframe and frame.key_frame and not frame.interlaced_frame
@@ -314,9 +314,8 @@ class Video(contextlib.AbstractContextManager):
     def _group(self, j):
         """Group j -> [(packet, display ordinal)] in decode order; fails if it does not fit the index."""
         a, b = self.keys[j:j + 2]
-        if self.packets is not None:
-            packets = self.packets[a:b]
-        else:
+        packets = self.packets and self.packets[a:b]
+        if packets is None:
             times = [entry.timestamp for entry in self.stream.index_entries[a:b]]
             self.file.seek(times[0], stream=self.stream)
             *packets, after = islice(dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream)), b - a + 1)
@@ -354,14 +353,13 @@ class Video(contextlib.AbstractContextManager):
             run = self._group(j)
             if any(n in wanted and p.pts < run[0][0].pts for p, n in run):  # open group: its first frames on display
                 run = (runs.pop() if last == j - 1 else self._group(j - 1)) + run     # refer to the group before it
-            runs.append(run)
-            last = j
+            runs, last = [*runs, run], j
         for run in runs:
             key = run[0][0].pts
             ordinals, last = {p.pts: n for p, n in run if p.pts >= key}, None
             stop, end = max(wanted & {*ordinals.values()}), max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
             # Time stamps that go back are those of display.  Then frames that no other refers to can be left out, as
-            # can what follows the last wanted packet.  Without that proof, all frames up to the next one are compared.
+            # can what follows the last wanted packet.  Without that proof, all are compared, and one more if need be.
             unsure = self.packed or all(a.pts < b.pts for (a, _), (b, _) in pairwise(run[:end]))
             for p, n in [*(run if unsure else run[:end]), (None, None)]:    # None drains the decoder
                 if self.codec.name in ("h264", "mpeg4"):
@@ -377,7 +375,7 @@ class Video(contextlib.AbstractContextManager):
                     last = n
                     if n in wanted:
                         yield n, frame
-                if last is not None and last >= stop + unsure:
+                if last is not None and last >= stop + (unsure and self.codec.has_b_frames):
                     break
             self.codec.flush_buffers()
 
