@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Video, VideoError, probe, read_clips        
+from common import Clips, Item, Video, VideoError, multi_scale_crop, probe, read_clips
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "videos"
 CASES = REAL.parent / "cases"
@@ -436,6 +436,15 @@ def test_damaged_files(tmp_path):
                     assert last.ndim == 4 and frames >= 1 and height >= 1 and width >= 1
             except VideoError as error:
                 assert str(error).startswith(str(path))
+
+
+def test_smallest_picture(tmp_path):
+    """A crop of it is not empty: that would end a run."""
+    def sample(video, item, rng):
+        return video.read([0], (8, 8), multi_scale_crop(video.info.height, video.info.width, rng))[None]
+
+    dataset = Clips([Item(str(make("1x1.mkv", tmp_path)))], sample, replace=False)
+    assert all(dataset[epoch, 0][0].shape == (1, 1, 8, 8, 3) for epoch in range(20))
 
 
 def test_wrong_arguments(clip):
