@@ -1288,7 +1288,7 @@ def multi_scale_crop(height, width, rng, scales=(1.0, 0.875, 0.75, 0.66), snap=0
     anchors.  A side within 2 px of `snap` becomes `snap` (no resampling).  Source: VideoMAE, pre-training transform.
     """
     short = min(height, width)
-    sides = [snap if abs(int(short * s) - snap) < 3 and snap <= short else max(1, int(short * s)) for s in scales]
+    sides = [max(1, snap if abs(int(short * s) - snap) < 3 and snap <= short else int(short * s)) for s in scales]
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     h, w = pairs[rng.integers(len(pairs))]
     anchors = [(x, y) for x in (0, 4) for y in (0, 4)] + [(2, 2), (0, 2), (4, 2), (2, 4), (2, 0)]
