@@ -223,230 +223,257 @@ def rand(rows, *shape, generator=None, device="cpu"):
 
 # ---- 3. Video ------------------------------------------------------------------------------------------------------
 
-# Frame n is the n-th frame that decoding the whole file yields.  mp4 and mov list their packets in the header, so
-# only the groups (a key packet up to the next one) that hold wanted frames are read, whatever the length.  webm, mkv
-# and ts do not: all their packets are read, though not decoded.  Long films are better copied once:
-# `ffmpeg -i a.mkv -c copy a.mp4`.
+# Frame n is the n-th frame that decoding the whole file yields.  The fast way trusts the packets and decodes from the
+# key packet before a wanted frame on, as long as all is as it should be.  What is odd takes the sure way: decode from
+# the start and count.  mp4 and mov list their packets in the header, so only the groups (a key packet up to the next
+# one) that hold wanted frames are read, whatever the length.  Of other files all packets are read, though not decoded.
+# Long films are better copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
 
-# Codecs whose frames have the time stamps of their packets.  With others (MPEG-4, its packed B-frames) that is not
-# certain, and frames are counted from the first one.
-BY_TIME = {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1"}
+FAST = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4"}             # codecs in which a packet is a frame, as a rule
 
 
 class VideoError(ValueError):
     """The file cannot be read as a video; the message begins with its path."""
 
 
-class _Untimed(Exception):
-    """Time stamps do not tell which frame is which: count them."""
-
-
 class VideoInfo(NamedTuple):
     frames: int
     fps: float          # mean frame rate
-    height: int         # as displayed: after the rotation in the metadata
+    height: int         # of the first frame as displayed: after the rotation in the metadata
     width: int
     seconds: float
 
 
 class Video(contextlib.AbstractContextManager):
-    """A video file, opened once; use it in `with`.  A broken file raises VideoError, now or in read()."""
+    """A video file, opened once; use it in `with`.  A broken file raises VideoError, now or later."""
 
     def __init__(self, path):
-        self.path, self.file = os.fspath(path), None
-        self._open()
+        self.path, self.file, self.counted = os.fspath(path), None, False   # counted: it takes the sure way
+        self._either_way(lambda: self.counted or self._find_groups())
 
     def __exit__(self, *_):
-        if self.file is not None:
-            self.file.close()
+        self.file and self.file.close()
 
-    @contextlib.contextmanager
-    def _guard(self):
+    def _either_way(self, job, *args):
+        """job(*args) the fast way or, if anything fails there, the sure one, where the file is at fault."""
+        if not self.counted:
+            with contextlib.suppress(Exception):
+                return job(*args)
         try:
-            yield
-        except av.error.FFmpegError as error:
-            raise VideoError(f"{self.path}: {error.strerror}") from error
-
-    def _open(self, count=False):
-        """Opens the file and finds its groups; count=True labels frames by counting them, whatever the codec."""
-        self.__exit__()
-        try:
-            with self._guard():
-                self.file = av.open(self.path, metadata_errors="ignore")
-                self._find_groups(count)
-        except BaseException:
+            self.counted or self._count()
+            return job(*args)
+        except Exception as error:
             self.__exit__()
-            raise
+            raise VideoError(f"{self.path}: {getattr(error, 'strerror', None) or _first_line(error)}") from error
 
-    def _find_groups(self, count):
-        stream = self.stream = next(iter(self.file.streams.video), None)
-        if stream is None or stream.codec_context is None:
-            raise VideoError(f"{self.path}: no video stream, or none that can be decoded")
-        self.codec, self.packets, index = stream.codec_context, None, stream.index_entries
+    def _open(self):
+        self.__exit__()
+        self.file = av.open(f"file:{self.path}", metadata_errors="ignore")      # "a:b.mp4" alone names a protocol a
+        cover = av.stream.Disposition.attached_pic
+        self.stream = next((s for s in self.file.streams.video if s.codec_context and not s.disposition & cover), None)
+        if self.stream is None:
+            raise VideoError("no video stream, or none that can be decoded")
+        self.codec, self.rate = self.stream.codec_context, self.stream.average_rate or self.stream.guessed_rate or 25
         self.codec.thread_count, self.codec.thread_type = 1, "NONE"         # clips run in parallel, at less cost
-        packets = (p for p in self.file.demux(stream) if p.size)
-        head = next(packets, None)
-        if head is None:
-            raise VideoError(f"{self.path}: no frames")
-        self.counted = count or self.codec.name not in BY_TIME or head.pts is None
-        self.start = stream.start_time or 0
-        # A file cut at an open group has frames below head.pts, never shown: it needs the list of all packets.
-        if not self.counted and 0 < stream.frames == len(index) and head.is_keyframe and head.pts <= self.start:
+
+    def _count(self):
+        self._open()
+        tick, frames = self.stream.time_base, [(f.pts, _upright(f)[:2]) for f in self.file.decode(self.stream)]
+        if not frames:
+            raise VideoError("no frames")
+        times, (self.sides, *_) = zip(*frames)
+        self.times = sorted(int(n / self.rate / tick) if None in times else t for n, t in enumerate(times))
+        if self.times[-1] > self.times[0]:                                  # the header's rate may be that of packets
+            self.rate = (len(times) - 1) / ((self.times[-1] - self.times[0]) * tick)
+        self.keys, self.counted = [0, len(times)], True
+
+    def _find_groups(self):
+        self._open()
+        codec, index, self.packets, self.times, self.packed = self.codec, self.stream.index_entries, None, None, False
+        packets = (p for p in self.file.demux(self.stream) if p.size)
+        head = next(packets)
+        # Only the first packet tells some things, such as x264's build, whose faults are imitated.
+        frame = [*codec.decode(head), *codec.decode(None)][0]
+        codec.flush_buffers()
+        self.sides = _upright(frame)[:2]
+        fast = codec.name in FAST and head.is_keyframe and frame.key_frame and not frame.interlaced_frame
+        if codec.name != "mpeg4" and 0 < self.stream.frames == len(index) and head.pts <= self.stream.start_time:
             keys = [0]                                                      # films have 100,000s of packets: use keys
             while (k := index.search_timestamp(index[keys[-1]].timestamp + 1, backward=False)) > 0:
                 keys.append(k)
-            self.keys = [*keys, len(index)]                                 # where each group begins, in decode order
-            sizes = [b - a for a, b in pairwise(self.keys)]
-            for j in {0, len(sizes) - 1}:                                   # where usual edit lists hide frames
-                sizes[j] -= sum(entry.is_discard for entry in index[self.keys[j]:self.keys[j + 1]])
+            self.keys = [*keys, len(index)]                                 # where each group begins; the total
+            fast &= not any(e.is_discard for e in (*index[:self.keys[1]], *index[keys[-1]:len(index)]))   # edit lists
         else:
             self.packets = [head, *packets]
-            self.counted |= any(p.pts is None for p in self.packets)
-            keys = [i for i, p in enumerate(self.packets) if p.is_keyframe] or [0]
-            self.start = self.packets[keys[0]].pts
-            self.keys = [*sorted({0, *keys}), len(self.packets)]
-            sizes = [sum(map(self._shown, self.packets[a:b])) for a, b in pairwise(self.keys)]
-        self.first = [0, *accumulate(sizes)]                                # display ordinal of each group; the total
-        if not self.first[-1]:
-            raise VideoError(f"{self.path}: no frames")
+            self.times = sorted(p.dts if p.pts is None else p.pts for p in self.packets)
+            self.packed = codec.name == "mpeg4" and _number_pictures(self.packets)
+            pts = [p.pts for p in self.packets]
+            fast &= pts[0] == min(pts) and len({*pts}) == len(pts) and not any(p.is_discard for p in self.packets)
+            back = pts != sorted(pts)                                       # time stamps are those of display
+            fast &= back == codec.has_b_frames or codec.name == "mpeg4" and not back
+            keys = [i for i, p in enumerate(self.packets) if p.is_keyframe and not (self.packed and i)]
+            self.keys = [*keys, len(pts)]
+        if not fast:
+            raise VideoError
 
-    def _shown(self, packet):
-        hidden = self.codec.name == "vp8" and not bytes(packet)[0] & 16     # VP8 alt-ref: a packet only to refer to
-        return not (packet.is_discard or hidden or not self.counted and packet.pts < self.start)
-
-    @functools.cached_property
+    @property
     def info(self):
-        """VideoInfo; decodes the first frame, the only place that tells the rotation."""
-        height, width = self.read([0]).shape[1:3]
-        frames, stream = self.first[-1], self.stream
-        fps = float(stream.average_rate or stream.guessed_rate or 25)
-        seconds = float((stream.duration or 0) * stream.time_base) or (self.file.duration or 0) / 1e6 or frames / fps
-        return VideoInfo(frames, fps, height, width, seconds)
+        ticks, frames = self.stream.duration or 0, self.keys[-1]
+        seconds = max(0, ticks * self.stream.time_base) or max(0, self.file.duration or 0) / 1e6 or frames / self.rate
+        return VideoInfo(frames, float(self.rate), *self.sides, float(seconds))
 
     def _group(self, j):
-        """Group j -> [(packet, display ordinal or None)] in decode order; _Untimed if it does not fit the index."""
-        a, b = self.keys[j], self.keys[j + 1]
-        if self.packets is not None:
-            packets = self.packets[a:b]
-        else:
+        """Group j -> [(packet, display ordinal)] in decode order; fails if it does not fit the index."""
+        a, b = self.keys[j:j + 2]
+        packets = self.packets and self.packets[a:b]
+        if packets is None:
             times = [entry.timestamp for entry in self.stream.index_entries[a:b]]
             self.file.seek(times[0], stream=self.stream)
-            packets = list(islice(dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream)), b - a))
-            if [p.dts for p in packets] != times or None in [p.pts for p in packets]:
-                raise _Untimed
+            *packets, after = islice(dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream)), b - a + 1)
+            if [p.dts for p in packets] != times or not packets[0].is_keyframe or after.size and not after.is_keyframe:
+                raise VideoError
         # What is decoded before a key packet is shown before everything from that packet on, in open groups too.
-        ordinal = {pts: n for n, pts in enumerate(sorted({p.pts for p in packets if self._shown(p)}), self.first[j])}
-        if len(ordinal) != self.first[j + 1] - self.first[j]:
-            raise _Untimed
-        return [(p, ordinal[p.pts] if self._shown(p) else None) for p in packets]
+        shown = sorted({p.pts for p in packets if not p.is_discard})
+        ordinal = dict(zip(shown, range(a, b), strict=True))
+        return [(p, ordinal[p.pts]) for p in packets]
 
     def index_at(self, seconds):
         """Ordinal of the frame on display `seconds` after the first one appears, clamped to the video."""
+        return self._either_way(self._index_at, seconds)
+
+    def _index_at(self, seconds):
         ticks = int((seconds + 5e-4) / self.stream.time_base)               # some containers round to milliseconds
-        if self.packets is None:
-            index, now = self.stream.index_entries, self.start + ticks
-            with self._guard(), contextlib.suppress(_Untimed):
-                # pts >= dts: the frame is in the last group whose key packet has dts <= now, or in one before it.
-                for j in range(bisect_right(self.keys[1:-1], now, key=lambda k: index[k].timestamp), -1, -1):
-                    known = [n for p, n in self._group(j) if n is not None and p.pts <= now]
-                    if known or j == 0:
-                        return max(known, default=0)
-            self._open(count=True)
-        times = [p.dts if p.pts is None else p.pts for p in self.packets if self._shown(p)]
-        times = sorted(t for t in times if t is not None) or [0]
-        return max(bisect_right(times, times[0] + ticks) - 1, 0)
+        if self.times is not None:
+            return max(bisect_right(self.times, self.times[0] + ticks) - 1, 0)
+        index, now = self.stream.index_entries, self.stream.start_time + ticks
+        # pts >= dts: the frame is in the last group whose key packet has dts <= now, or in one before it.
+        for j in range(bisect_right(self.keys[1:-1], now, key=lambda k: index[k].timestamp), -1, -1):
+            known = [n for p, n in self._group(j) if p.pts <= now]
+            if known or j == 0:
+                return max(known, default=0)
 
     def _frames(self, wanted):
-        """Set of ordinals -> yields (ordinal, frame), each once; _Untimed if one does not come out."""
-        decode = self.codec.decode                                          # decode(None) drains the decoder
+        """Set of ordinals -> yields (ordinal, frame), each once; fails if a frame is not the expected one."""
         if self.counted:
-            for n, frame in enumerate(frame for p in [*self.packets, None] for frame in decode(p)):
-                if n in wanted:
-                    yield n, frame
-                if n == max(wanted):
-                    return self.codec.flush_buffers()
-            raise _Untimed
+            self._open()                                                    # flushing would leave some state behind
+            frames = enumerate(islice(self.file.decode(self.stream), max(wanted) + 1))
+            yield from ((n, frame) for n, frame in frames if n in wanted)
+            return
         runs, last = [], None                                               # each decoded from a key packet on
-        for j in sorted({bisect_right(self.first, n) - 1 for n in wanted}):
-            group = self._group(j)
-            if not any(n in wanted and p.pts < group[0][0].pts for p, n in group):
-                runs.append(group)
-            elif last == j - 1:                                             # open group: its first frames on display
-                runs[-1] += group                                           # refer to the group before it
-            else:
-                runs.append(self._group(j - 1) + group)
-            last = j
+        for j in sorted({bisect_right(self.keys, n) - 1 for n in wanted}):
+            run = self._group(j)
+            if any(n in wanted and p.pts < run[0][0].pts for p, n in run):  # open group: its first frames on display
+                run = (runs.pop() if last == j - 1 else self._group(j - 1)) + run     # refer to the group before it
+            runs, last = [*runs, run], j
         for run in runs:
-            end = max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
-            key, n = run[0]
-            label = {p.pts: n for p, n in run[:end] if n in wanted} | ({} if n is None else {key.pts: n})
-            for p, n in [*run[:end], (None, None)]:
-                if self.codec.name == "h264":       # NONREF drops frames that no other refers to: stays exact
-                    self.codec.skip_frame = "DEFAULT" if n in wanted else "NONREF"
-                for frame in decode(p):
-                    n = label.pop(frame.pts, None)
+            key = run[0][0].pts
+            ordinals, last = {p.pts: n for p, n in run if p.pts >= key}, None
+            stop, end = max(wanted & {*ordinals.values()}), max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
+            # Time stamps that go back are those of display.  Then frames that no other refers to can be left out, as
+            # can what follows the last wanted packet.  Without that proof, all are compared, and one more if need be.
+            unsure = self.packed or all(a.pts < b.pts for (a, _), (b, _) in pairwise(run[:end]))
+            for p, n in [*(run if unsure else run[:end]), (None, None)]:    # None drains the decoder
+                if self.codec.name in ("h264", "mpeg4"):
+                    self.codec.skip_frame = "DEFAULT" if unsure or n in wanted else "NONREF"
+                for frame in self.codec.decode(p):
+                    if last is None and frame.pts < key:                    # it refers to what is before the key packet
+                        continue
+                    n = ordinals[frame.pts]
+                    first = frame.pts == key and frame.key_frame
+                    fits = first if last is None else n == last + 1 if unsure else n > last
+                    if not fits or frame.is_corrupt or frame.interlaced_frame:      # a field may be a packet of its own
+                        raise VideoError
+                    last = n
                     if n in wanted:
                         yield n, frame
+                if last is not None and last >= stop + (unsure and self.codec.has_b_frames):
+                    break
             self.codec.flush_buffers()
-            if label:           # no frame from the key packet either means intra refresh: the next ones are not exact
-                raise _Untimed
 
     def read(self, indices, size=None, crop=None):
         """Frames `indices` (any order, repeats allowed) -> (len(indices), H, W, 3) uint8.
 
         size (H, W) of the output or None; crop (x1, y1, x2, y2) in displayed pixels, x2 and y2 exclusive, or one box
-        per index.  An index or box outside the video is a ValueError.
+        per index; the same share of a frame of another size.  An index or box outside the video is a ValueError.
         """
-        indices, total = [int(i) for i in indices], self.first[-1]
+        indices, (total, _, height, width, _) = [int(i) for i in indices], self.info
         if not indices or min(indices) < 0 or max(indices) >= total:
             raise ValueError(f"{self.path}: indices {indices} do not fit its {total} frames")
-        boxes = [None] * len(indices) if crop is None else np.broadcast_to(crop, (len(indices), 4)).tolist()
-        rows = {}                                                           # ordinal -> box -> rows of the output
-        for row, (n, box) in enumerate(zip(indices, boxes)):
-            box = None if box is None else tuple(box)
-            rows.setdefault(n, {}).setdefault(box, []).append(row)
-        out, crops = None, {}
-        try:
-            with self._guard():
-                for n, frame in self._frames(set(rows)):
-                    for box, where in rows[n].items():
-                        image = self._picture(frame, box, size, crops)
-                        out = np.empty((len(indices), *image.shape), np.uint8) if out is None else out
-                        if image.shape != out.shape[1:]:
-                            raise ValueError(f"{self.path}: pictures of different sizes; give size")
-                        out[where] = image
-            return out
-        except _Untimed:
-            if self.counted:
-                raise VideoError(f"{self.path}: not all of its {total} frames can be decoded") from None
-        self._open(count=True)                                              # slow, but exact
-        if max(indices) >= self.first[-1]:
-            raise VideoError(f"{self.path}: damaged, holds {self.first[-1]} of {total} frames")
-        return self.read(indices, size, crop)
+        rows, boxes = {}, np.broadcast_to((0, 0, width, height) if crop is None else crop, (len(indices), 4)).tolist()
+        for row, (n, (x1, y1, x2, y2)) in enumerate(zip(indices, boxes)):   # ordinal -> box -> rows of the output
+            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+                raise ValueError(f"{self.path}: box {x1, y1, x2, y2} does not fit its {width} x {height} pixels")
+            rows.setdefault(n, {}).setdefault((x1, y1, x2, y2), []).append(row)
+        return self._either_way(self._read, rows, len(indices), size)
 
-    def _picture(self, frame, box, size, crops):
-        """Decoded frame -> (H, W, 3) uint8, upright; crops keeps the filter graphs from frame to frame."""
-        turns = round(frame.rotation / 90) % 4                              # counter-clockwise quarter turns
-        height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-        x1, y1, x2, y2 = box or (0, 0, width, height)
-        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-            raise ValueError(f"{self.path}: box {box} does not fit its {width} x {height} pixels")
+    def _read(self, rows, count, size):
+        out, graphs, missing = None, {}, set(rows)
+        for n, frame in self._frames(set(rows)):
+            missing.remove(n)
+            for box, where in rows[n].items():
+                image = self._picture(frame, box, size, graphs)
+                out = np.empty((count, *image.shape), np.uint8) if out is None else out
+                if image.shape != out.shape[1:]:
+                    raise VideoError("pictures of different sizes; give size")
+                out[where] = image
+        if missing:
+            raise VideoError(f"damaged, frame {min(missing)} cannot be decoded")
+        return out
+
+    def _picture(self, frame, box, size, graphs):
+        """Decoded frame -> (H, W, 3) uint8, upright; graphs keeps the filters from frame to frame."""
+        height, width, swap, down, right = _upright(frame)
+        x1, x2 = box[0] * width // self.sides[1], -(-box[2] * width // self.sides[1])     # sides change in some files
+        y1, y2 = box[1] * height // self.sides[0], -(-box[3] * height // self.sides[0])
         if size is None:
-            return np.rot90(frame.to_ndarray(format="rgb24", threads=1), turns)[y1:y2, x1:x2]
-        for _ in range(turns):                                              # undo one turn of the box at a time
-            x1, y1, x2, y2, height, width = height - y2, x1, height - y1, x2, width, height
-        if (x2 - x1, y2 - y1) != (width, height):                           # the filter only moves pointers
-            key = x1, y1, x2, y2, width, height, frame.format.name
-            if key not in crops:
-                graph = crops[key] = av.filter.Graph()
-                source = graph.add_buffer(None, width, height, frame.format, time_base=self.stream.time_base)
-                cut = graph.add("crop", f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1")
-                graph.link_nodes(source, cut, graph.add("buffersink")).configure()
-            crops[key].vpush(frame)
-            frame = crops[key].vpull()
-        height, width = size[::-1] if turns % 2 else size
-        frame = frame.reformat(width, height, "rgb24", interpolation="BILINEAR", threads=1)   # antialiases
-        return np.rot90(frame.to_ndarray(threads=1), turns)
+            image = frame.to_ndarray(format="rgb24", threads=1)
+            return (image.swapaxes(0, 1) if swap else image)[::down, ::right][y1:y2, x1:x2]
+        x1, x2 = (x1, x2) if right > 0 else (width - x2, width - x1)        # the box in the coded picture
+        y1, y2 = (y1, y2) if down > 0 else (height - y2, height - y1)
+        x1, y1, x2, y2, *size = (y1, x1, y2, x2, *size) if swap else (x1, y1, x2, y2, *size[::-1])
+        if (x2 - x1, y2 - y1) != (frame.width, frame.height):
+            planes = {c.plane for c in frame.format.components if c.bits == 8}
+            if len(planes) < len(frame.format.components):                  # the filter moves pointers: bytes only
+                frame = frame.reformat(format="rgb24", threads=1)
+            key = x1, y1, x2, y2, frame.width, frame.height, frame.format.name
+            if key not in graphs:
+                graph = graphs[key] = av.filter.Graph()
+                graph.link_nodes(graph.add_buffer(None, *key[4:6], frame.format, time_base=self.stream.time_base),
+                                 graph.add("crop", f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1"),
+                                 graph.add("buffersink")).configure()
+            graphs[key].vpush(frame)
+            frame = graphs[key].vpull()
+        image = frame.reformat(*size, "rgb24", interpolation="BILINEAR", threads=1).to_ndarray(threads=1)
+        return (image.swapaxes(0, 1) if swap else image)[::down, ::right]
+
+
+def _upright(frame):
+    """Height and width as displayed, and the way there: transpose if `swap`, then steps `down` and `right`, 1 or -1."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")                           # x' = a x + c y, y' = b x + d y
+    a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(b) > abs(a):
+        return frame.width, frame.height, True, 1 - 2 * (b < 0), 1 - 2 * (c < 0)
+    return frame.height, frame.width, False, 1 - 2 * (d < 0), 1 - 2 * (a < 0)
+
+
+def _number_pictures(packets):
+    """Gives packets of MPEG-4 Part 2 pts that number them in display order, which AVI does not tell -> packed?
+
+    In packed streams pictures wait for the next packet, up to a tiny one that only keeps a place.  Fails for others.
+    """
+    waiting, packed, reference = [], False, packets[0]
+    for i, p in enumerate(packets):
+        found = [kind[0] >> 6 for kind in re.findall(rb"\x00\x00\x01\xb6(.)", bytes(p), re.S)]
+        kind, *waiting = waiting + found * (p.size >= 20)
+        if waiting not in ([], [2]):
+            raise VideoError
+        packed |= bool(waiting)
+        if kind == 2:                                                       # a B-frame: shown at once
+            p.pts = i - 1
+        else:                                                               # shown when the next one that is none comes
+            reference.pts, reference = i - 1, p
+    reference.pts = len(packets) - 1
+    return packed
 
 
 def probe(path):
@@ -1276,8 +1303,8 @@ def multi_scale_crop(height, width, rng, smallest=0.66, snap=0):
     pre-training transform, for its 1, .875, .75, .66; on from there in eighths (our choice).
     """
     short, ladder = min(height, width), (1.0, 0.875, 0.75, 0.66, 0.5, 0.375, 0.25, 0.125)
-    scales = [*(scale for scale in ladder if scale > smallest), smallest]
-    sides = [snap if abs(int(short * s) - snap) < 3 and snap <= short else int(short * s) for s in scales]
+    sides = [max(1, int(short * scale)) for scale in (*(s for s in ladder if s > smallest), smallest)]
+    sides = [snap if abs(side - snap) < 3 and snap <= short else side for side in sides]
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     h, w = pairs[rng.integers(len(pairs))]
     anchors = [(x, y) for x in (0, 4) for y in (0, 4)] + [(2, 2), (0, 2), (4, 2), (2, 4), (2, 0)]

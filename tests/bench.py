@@ -97,7 +97,7 @@ def make_videos(root):
     x264, vp9 = dict(g=250), {"deadline": "good", "cpu-used": 4, "crf": 36, "b": 0}
     videos = {"H.264 mp4, 340x256, 30 fps, 10 s": (4, "libx264", x264), "H.264 mp4, 340x256, 30 fps, 100 s": (4, "libx264", x264),
               "VP9 webm, 426x240, 12 fps, 4 s": (2, "libvpx-vp9", vp9),
-              "MPEG-4 avi, 320x240, 25 fps, 7 s": (4, "mpeg4", dict(g=250, b=600_000))}
+              "MPEG-4 with B-frames, 50 from key to key, avi, 320x240, 25 fps, 7 s": (4, "mpeg4", dict(g=50, bf=2, b=600_000))}
     found = {}
     for i, (text, (stride, codec, options)) in enumerate(videos.items()):
         ending, *numbers = re.search(r"(\w+), (\d+)x(\d+), (\d+) fps, (\d+) s", text).groups()

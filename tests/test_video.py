@@ -1,6 +1,8 @@
 """Reading must equal decoding everything, whatever the codec, the container and the time stamps."""
 import os
 import random
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Video, VideoError, probe, read_clips        
+from common import Clips, Item, Video, VideoError, multi_scale_crop, probe, read_clips
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "videos"
+CASES = REAL.parent / "cases"
 H264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
 
 
@@ -66,6 +69,90 @@ def vfr(i):
     return i * i // 3 + i
 
 
+def no_pts(i, packet):                                                  # as if there were no B-frames
+    packet.pts = packet.dts
+    return packet
+
+
+def all_keys(i, packet):
+    packet.is_keyframe = True
+    return packet
+
+
+def some_keys(i, packet):                                               # of every group of 12, the middle as well
+    packet.is_keyframe |= i % 6 == 4
+    return packet
+
+
+def filled(old, data):
+    """A packet with other data."""
+    packet = av.Packet(len(data))
+    packet.update(data)
+    packet.pts, packet.dts, packet.time_base, packet.is_keyframe = old.pts, old.dts, old.time_base, old.is_keyframe
+    return packet
+
+
+def left_out(i, packet):                                                # MPEG-4: a picture that is "not coded"
+    if i % 12 != 7:
+        return packet
+    head = int.from_bytes(bytes(packet)[4:6], "big")                    # type 2, second 1, 1, time 5, 1, coded 1
+    return filled(packet, bytes(packet)[:4] + (head & ~63 | 15).to_bytes(2, "big"))
+
+
+def pack(source, path):
+    """MPEG-4 as of DivX and Xvid: B-frames wait in the packet before theirs, a tiny packet keeps the last place."""
+    with av.open(str(source)) as a:
+        old = [p for p in a.demux(video=0) if p.size]
+    data, start = [bytes(p) for p in old], b"\0\0\1\xb6"
+    data[0] = data[0].replace(start, b"\0\0\1\xb2DivX503b1393p" + start, 1)
+    b_frame, packed = [d[d.index(start) + 4] >> 6 == 2 for d in data] + [False], []
+    for i, d in enumerate(data):
+        if b_frame[i]:
+            d = data[i + 1] if b_frame[i + 1] else bytes.fromhex("000001b6500f07")
+        elif b_frame[i + 1]:
+            d += data[i + 1]
+        packed.append(d)
+    return remux(source, path, lambda i, p: filled(p, packed[i]))
+
+
+def old_x264(source, path):
+    """4:4:4 without loss as if by an old build of x264, which predicts otherwise; decoders look for its number."""
+    data = Path(source).read_bytes()
+    assert data.count(b"x264 - core ") == 1
+    path.write_bytes(re.sub(rb"x264 - core \d+", b"x264 - core 140", data))
+    return path
+
+
+def two_sizes(path):
+    """VP9 whose picture is smaller after 20 frames."""
+    large, small = (write(path.with_stem(path.stem + str(h)), 20, "libvpx-vp9", (h, 128), g="10") for h in (96, 60))
+    with av.open(str(large)) as a, av.open(str(small)) as b, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(a.streams.video[0])
+        for i, packet in enumerate(p for f in (a, b) for p in f.demux(video=0) if p.size):
+            packet.stream, packet.pts, packet.dts = stream, 40 * i, 40 * i
+            out.mux(packet)
+    return path
+
+
+def cover(path):
+    """An attached picture is the first video stream."""
+    film = write(path.with_stem("film"), **{"x264-params": H264})
+    with av.open(str(film)) as a, av.open(str(path), "w") as out:
+        picture = out.add_stream("mjpeg", rate=1)
+        picture.height, picture.width, picture.pix_fmt, picture.disposition = 32, 32, "yuvj420p", 1024
+        stream = out.add_stream_from_template(a.streams.video[0])
+        out.mux(picture.encode(av.VideoFrame(32, 32, "yuvj420p")) + picture.encode())
+        for packet in a.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    data = path.read_bytes()
+    to, at = data.index(b"trak") - 4, data.rindex(b"udta") - 4          # move the picture's box before that of the film
+    end = at + int.from_bytes(data[at:at + 4], "big")
+    path.write_bytes(data[:to] + data[at:end] + data[to:at] + data[end:])
+    return path
+
+
 MADE = {
     "closed.mp4": lambda p: write(p, **{"x264-params": H264}),
     "open.mp4": lambda p: write(p, **{"x264-params": H264 + ":open-gop=1"}),
@@ -103,26 +190,66 @@ MADE = {
     "mpeg2.mp4": lambda p: write(p, codec="mpeg2video", bf="2", g="12"),
     "msmpeg4.avi": lambda p: write(p, codec="msmpeg4v2", g="12"),
     "mjpeg.avi": lambda p: write(p, codec="mjpeg", fmt="yuvj420p"),
+    "keys.avi": lambda p: write(p, codec="mpeg4", g="10"),
+    "b1.avi": lambda p: write(p, codec="mpeg4", bf="1", g="10", flags="+qpel"),
+    "1x1.mkv": lambda p: write(p, 5, codec="ffv1", size=(1, 1), fmt="yuv444p"),
 }
+ODD = {                                                                 # packets tell one thing, decoders do another
+    "packed.avi": lambda p: pack(write(p.with_stem("g"), codec="mpeg4", bf="2", g="12"), p),
+    "packed1.avi": lambda p: pack(write(p.with_stem("h"), codec="mpeg4", bf="1", g="12"), p),
+    "left_out.avi": lambda p: remux(write(p.with_stem("i"), codec="mpeg4", g="12"), p, left_out),
+    "h264.avi": lambda p: write(p, **{"x264-params": H264 + ":open-gop=1"}),
+    "no_pts.mp4": lambda p: remux(write(p.with_stem("j"), **{"x264-params": H264}), p, no_pts),
+    "all_keys.mp4": lambda p: remux(write(p.with_stem("l"), **{"x264-params": H264 + ":open-gop=1"}), p, all_keys),
+    "some_keys.mp4": lambda p: remux(write(p.with_stem("m"), **{"x264-params": H264 + ":open-gop=1"}), p, some_keys),
+    "all_keys_vp9.mp4": lambda p: remux(write(p.with_stem("n"), codec="libvpx-vp9", g="12"), p, all_keys),
+    "all_keys.avi": lambda p: remux(write(p.with_stem("o"), codec="mpeg4", bf="2", g="12"), p, all_keys),
+    "old_x264.mp4": lambda p: old_x264(write(p.with_stem("q"), 60, fmt="yuv444p", **{
+        "x264-params": "keyint=12:qp=0:8x8dct=1:bframes=0:analyse=i8x8"}), p),
+    "edit.mp4": lambda p: remux(write(p.with_stem("s"), **{"x264-params": H264 + ":open-gop=1"}), p, later(-9 * 512)),
+    "cut_open.mkv": lambda p: remux(write(p.with_stem("t"), **{"x264-params": H264 + ":open-gop=1"}), p,
+                                    lambda i, q: q if i >= 9 else None),
+    "two_sizes.webm": two_sizes,
+    "cover.mp4": cover,
+}
+FAST = ["closed.mp4", "open.mp4", "open.ts", "pyramid.mkv", "vfr.mkv", "fragments.mp4", "10bit.mp4", "hevc.mp4",
+        "vp9.webm", "av1.mkv", "mpeg4.avi", "mpeg4.mp4", "keys.avi", "b1.avi", "packed.avi", "cover.mp4",
+        "arm_wrestling.mp4", "pancake.mkv", "ucf_style.avi", "nasa_13013_rotated.mp4"]
 
 
 def make(name, folder):
-    """Writes MADE[name] or names a real file; skips when the encoder or the file is not there."""
-    if name in MADE:
+    """Writes a file of MADE or ODD or names a real one; skips when the encoder or the file is not there."""
+    if name in MADE | ODD:
         try:
-            return MADE[name](folder / name)
+            return (MADE | ODD)[name](folder / name)
         except (av.codec.codec.UnknownCodecError, av.error.EncoderNotFoundError) as error:
             pytest.skip(f"no encoder: {error}")
     if not REAL.is_dir():
         pytest.skip(f"no {REAL}")
-    return REAL / name
+    return REAL / name if name in REAL_NAMES else CASES / name
 
 
 def decode_all(path):
-    """Every frame in the order of decoding, upright, and its time in seconds."""
+    """Every frame of the first stream that is no cover, in the order of decoding, upright, and its time in seconds."""
     with av.open(str(path)) as container:
-        frames = list(container.decode(video=0))
-    return [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in frames], [f.time for f in frames]
+        stream = next(s for s in container.streams.video if not s.disposition & 1024)
+        stream.codec_context.thread_count = 1
+        frames = list(container.decode(stream))
+    images = [upright(f.to_ndarray(format="rgb24"), f.side_data.get("DISPLAYMATRIX")) for f in frames]
+    return images, [f.time for f in frames]
+
+
+def upright(image, matrix):
+    """By a display matrix, pixel by pixel: (x, y) goes to (a x + c y, b x + d y)."""
+    if matrix is None:
+        return image
+    a, b, _, c, d = (int(v) >> 16 for v in np.frombuffer(matrix, np.int32)[:5])
+    y, x = np.indices(image.shape[:2])
+    to_x, to_y = a * x + c * y, b * x + d * y
+    to_x, to_y = to_x - to_x.min(), to_y - to_y.min()
+    out = np.zeros((to_y.max() + 1, to_x.max() + 1, 3), np.uint8)
+    out[to_y, to_x] = image
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +261,11 @@ REAL_NAMES = [
     "arm_wrestling.mp4", "av1_video.mkv", "h265_video.mp4", "juggling.mp4", "nasa_13013.mp4", "nasa_13013_rotated.mp4",
     "pancake.mkv", "people.mp4", "pool.mp4", "structuralize.mp4", "test_non_zero_start.mp4",
     "testsrc2_odd_height_and_width_vp9.mp4", "ucf_style.avi"]
+CASE_NAMES = ["big_small.webm", "copy_open.avi", "cover_first.mp4", "hflip.mp4", "neg.mkv", "noctts.mp4", "nostss.mp4",
+              "nostss_vp9.mp4", "p10.mp4", "paff.mp4"]
 
 
-@pytest.mark.parametrize("name", list(MADE) + REAL_NAMES)
+@pytest.mark.parametrize("name", list(MADE) + REAL_NAMES + list(ODD) + CASE_NAMES)
 def test_equals_decoding_everything(name, tmp_path):
     path = make(name, tmp_path)
     frames, times = decode_all(path)
@@ -145,6 +274,9 @@ def test_equals_decoding_everything(name, tmp_path):
     assert (info.frames, info.height, info.width) == (n, *frames[0].shape[:2])
     sets = [[0], [n - 1], [n - 1, 0, n - 1], list(range(n))[-20:], [min(n // 2 + 4 * k, n - 1) for k in range(16)]]
     sets += [[rng.randrange(n) for _ in range(rng.choice([1, 3, 8]))] for _ in range(6)]
+    sets += [[i] for i in range(n)] if name in ODD or name in CASE_NAMES else []
+    if len({f.shape for f in frames}) > 1:                              # read alone, frames have their own size
+        sets = [[i] for indices in sets for i in indices]
     for indices in sets:
         got = read_clips(path, indices)
         for image, i in zip(got, indices):
@@ -152,7 +284,8 @@ def test_equals_decoding_everything(name, tmp_path):
     with Video(path) as video:                                          # several reads from one open
         for indices in sets[::-1]:
             assert all(np.array_equal(image, frames[i]) for image, i in zip(video.read(indices), indices)), indices
-        if name != "ucf_style.avi":                                     # its decoded time stamps are out of order
+        assert name not in FAST or not video.counted
+        if name in MADE or name in REAL_NAMES and name != "ucf_style.avi":      # its times are out of order
             for i in rng.sample(range(n), min(n, 12)):
                 stop = times[i + 1] if i + 1 < n else times[i] + 9
                 assert video.index_at(times[i] - times[0]) == i
@@ -218,6 +351,100 @@ def unturned(box, turns, height, width):
     mask[box[1]:box[3], box[0]:box[2]] = True
     y, x = np.nonzero(np.rot90(mask, -turns))
     return x.min(), y.min(), x.max() + 1, y.max() + 1
+
+
+@pytest.mark.parametrize("fmt", ["yuv420p", "yuv420p10le", "nv12", "yuyv422", "yuv422p12le", "gbrp10le", "rgb565le"])
+def test_crop_in_every_format(fmt, tmp_path):
+    """Odd corners too: the same picture as cutting, then resizing."""
+    codec = "libx264" if fmt == "yuv420p10le" else "rawvideo" if fmt in ("nv12", "yuyv422", "rgb565le") else "ffv1"
+    path = write(tmp_path / "clip.nut", 2, codec, fmt=fmt)
+    whole = read_clips(path, [1])[0]
+    for x1, y1, x2, y2 in [(11, 7, 91, 67), (10, 6, 90, 66), (1, 0, 128, 96), (127, 95, 128, 96)]:
+        torch = pytest.importorskip("torch")
+        want = torch.from_numpy(whole[y1:y2, x1:x2].copy()).permute(2, 0, 1)[None].float()
+        want = torch.nn.functional.interpolate(want, (30, 40), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        got = read_clips(path, [1], size=(30, 40), crop=(x1, y1, x2, y2))[0]
+        assert np.abs(got - want.numpy()).mean() < 4, (x1, y1, x2, y2)
+
+
+@pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1),
+                                    (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, -1, 0), (0, -1, -1, 0)])
+def test_display_matrix(matrix, tmp_path, clip):
+    """Turned and mirrored as by every display matrix [a b; c d]: whole, cut, resized."""
+    path, (a, b, c, d) = tmp_path / "turned.mp4", (v << 16 for v in matrix)
+    data, plain = clip.read_bytes(), np.array([1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    assert data.count(plain) == 2                                       # of the movie, then of the track
+    track = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    path.write_bytes(data[:data.rindex(plain)] + track + data[data.rindex(plain) + 36:])
+    want, still = decode_all(path)[0][20], decode_all(clip)[0][20]
+    assert np.array_equal(want, still) == (matrix == (1, 0, 0, 1))
+    height, width = want.shape[:2]
+    assert probe(path)[2:4] == (height, width) and np.array_equal(read_clips(path, [20])[0], want)
+    x1, y1, x2, y2 = box = 10, 20, 91, 100
+    assert np.array_equal(read_clips(path, [20], crop=box)[0], want[y1:y2, x1:x2])
+    here = upright(np.stack([*np.indices(still.shape[:2]), np.zeros(still.shape[:2])], 2).astype(np.uint8),
+                   np.array([a, b, 0, c, d], np.int32).tobytes())[y1:y2, x1:x2, :2].reshape(-1, 2)
+    size = (40, 60)
+    still = read_clips(clip, [20], size=size if a else size[::-1], crop=(*here.min(0)[::-1], *here.max(0)[::-1] + 1))[0]
+    assert np.array_equal(read_clips(path, [20], size=size, crop=box)[0],
+                          upright(still, np.array([a, b, 0, c, d], np.int32).tobytes()))
+
+
+def test_size_that_changes(tmp_path):
+    """Boxes are in pixels of the first frame and cut the same share of a smaller one."""
+    path = make("two_sizes.webm", tmp_path)
+    frames, _ = decode_all(path)
+    assert frames[5].shape == (96, 128, 3) and frames[30].shape == (60, 128, 3)
+    got = read_clips(path, [5, 30], size=(30, 40), crop=(8, 16, 104, 80))
+    for image, frame, (y1, y2) in zip(got, (frames[5], frames[30]), ((16, 80), (10, 50))):
+        torch = pytest.importorskip("torch")
+        want = torch.from_numpy(frame[y1:y2, 8:104].copy()).permute(2, 0, 1)[None].float()
+        want = torch.nn.functional.interpolate(want, (30, 40), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        assert np.abs(image - want.numpy()).mean() < 4
+    with pytest.raises(VideoError, match="give size"):
+        read_clips(path, [5, 30])
+
+
+@pytest.mark.parametrize("name", ["http:a.mp4", "a:b.mp4", "concat:a|b.mp4", "file:a.mp4", "%03d.mp4", "-a.mp4",
+                                  "a\nb.mp4", "a#b?.mp4", os.fsdecode(b"\xff.mp4")])
+def test_odd_names(name, tmp_path, clip, monkeypatch):
+    try:
+        shutil.copy(clip, tmp_path / name)
+    except (OSError, ValueError):
+        pytest.skip("the file system does not take this name")
+    monkeypatch.chdir(tmp_path)
+    assert probe(name).frames == probe(tmp_path / name).frames == 60
+
+
+def test_damaged_files(tmp_path):
+    """Nothing but VideoError, whatever is in a file; what can be read has the right shape."""
+    rng = random.Random(0)
+    for name in ("closed.mp4", "vp9.webm", "mpeg4.avi", "open.ts", "pyramid.mkv"):
+        whole, path = make(name, tmp_path).read_bytes(), tmp_path / f"damaged-{name}"
+        for k in range(25):
+            data = bytearray(whole[:rng.randrange(100, len(whole))] if k % 5 == 0 else whole)
+            for _ in range(rng.choice([1, 10])):
+                at = rng.randrange(min(len(data), 2000) if k % 2 else len(data))
+                data[at:at + 30] = rng.randbytes(rng.choice([1, 30]))
+            path.write_bytes(data)
+            try:
+                with Video(path) as video:
+                    frames, _, height, width, _ = video.info
+                    video.index_at(0.5)
+                    last = video.read([frames - 1])
+                    assert video.read([0, frames // 2], size=(8, 8), crop=(0, 0, width, height)).shape == (2, 8, 8, 3)
+                    assert last.ndim == 4 and frames >= 1 and height >= 1 and width >= 1
+            except VideoError as error:
+                assert str(error).startswith(str(path))
+
+
+def test_smallest_picture(tmp_path):
+    """A crop of it is not empty: that would end a run."""
+    def sample(video, item, rng):
+        return video.read([0], (8, 8), multi_scale_crop(video.info.height, video.info.width, rng))[None]
+
+    dataset = Clips([Item(str(make("1x1.mkv", tmp_path)))], sample, replace=False)
+    assert all(dataset[epoch, 0][0].shape == (1, 1, 8, 8, 3) for epoch in range(20))
 
 
 def test_wrong_arguments(clip):
