@@ -32,7 +32,7 @@ from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from itertools import accumulate, count, dropwhile, islice, pairwise
+from itertools import count, dropwhile, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -559,7 +559,7 @@ def find_videos(data, root=None, split="train", label="", toy=None, fold=1):
 
     def rank(path):                                                        # k400 has replacements of corrupt files
         return bool(_size(path)), "replacement" in str(path.relative_to(root))
-    for path in _walk(root):
+    for path in walk(root):
         found, key = files, path.name.lower()
         if path.suffix.lower() in VIDEO_FILES:                             # YouTube ids: 11 characters, also - and _
             found, key = videos, path.stem[:11] if data == "k400" else path.stem.lower()
@@ -577,7 +577,7 @@ def find_videos(data, root=None, split="train", label="", toy=None, fold=1):
     if not any(key in videos for key, *_ in rows):
         raise UserError(f"--data {data}: none of the {len(rows)} listed videos is below {root}. Listed: "
                         f"{[r[0] for r in rows[:2]]}, found: {list(videos)[:2]}. Expected: {LAYOUTS[data]}")
-    return _listing(f"{data} {split}", [(key, videos.get(key), *rest) for key, *rest in rows], classes)
+    return make_listing(f"{data} {split}", [(key, videos.get(key), *rest) for key, *rest in rows], classes)
 
 
 def data_root(data, root):
@@ -585,7 +585,7 @@ def data_root(data, root):
     return Path(root) if root else Path(os.environ.get("VIDEO_ROOT") or "data") / data
 
 
-def _walk(root):
+def walk(root):
     """All files below root in a fixed order, without macOS's `._*` companions."""
     seen = set()                                                           # links may lead back to where they lie
     for folder, folders, names in os.walk(root, followlinks=True):
@@ -599,7 +599,7 @@ def _size(path):
     return path.stat().st_size if path and path.is_file() else None
 
 
-def _listing(what, rows, classes):
+def make_listing(what, rows, classes):
     """Rows (name, path or None, label[, start, stop]) -> Listing of the files with content; prints the counts."""
     size = functools.cache(_size)                                          # many segments of a film
     items = [Item(str(path), *rest) for _, path, *rest in rows if size(path)]
@@ -617,10 +617,10 @@ def _listing(what, rows, classes):
 def _ucf101(files, split, label, fold):
     if "classind.txt" not in files or f"{split}list0{fold}.txt" not in files:
         return None, None
-    pairs = [line.split() for line in _lines(files["classind.txt"])]
+    pairs = [line.split() for line in read_lines(files["classind.txt"])]
     classes = [name for _, name in sorted((int(number), name) for number, name in pairs)]
     ids = {name.lower(): i for i, name in enumerate(classes)}              # copies differ in HandstandPushups
-    paths = [Path(line.split()[0]) for line in _lines(files[f"{split}list0{fold}.txt"])]
+    paths = [Path(line.split()[0]) for line in read_lines(files[f"{split}list0{fold}.txt"])]
     return [(path.stem.lower(), ids[path.parent.name.lower()]) for path in paths], classes
 
 
@@ -630,7 +630,7 @@ def _hmdb51(files, split, label, fold):
     classes = [path.name[:-len(end)] for path in lists]                    # in order: sword, then sword_exercise
     wanted, rows = {"train": "1", "test": "2"}[split], []
     for i, path in enumerate(lists):
-        for line in _lines(path):
+        for line in read_lines(path):
             video, code = line.rsplit(None, 1)                             # a few names hold spaces
             if code == wanted:
                 rows.append((Path(video).stem.lower(), i))
@@ -643,7 +643,7 @@ def _k400(files, split, label, fold):
     path = next((files[name] for name in names[split] if _size(files.get(name))), None)
     if path is None:
         return None, None
-    lines = _lines(path)
+    lines = read_lines(path)
     if "youtube_id" not in lines[0]:                                       # VideoMAE's form: path label
         rows, classes = _list_rows(path)
         if not classes:
@@ -674,7 +674,7 @@ def _epic(files, split, label, fold):
     tables = {s: files.get(f"epic_100_{name}.csv") for s, name in (("train", "train"), ("test", "validation"))}
     if tables[split] is None:
         return None, None
-    tables = {s: list(csv.DictReader(_lines(path))) for s, path in tables.items() if path}
+    tables = {s: list(csv.DictReader(read_lines(path))) for s, path in tables.items() if path}
     pairs = {(int(row["verb_class"]), int(row["noun_class"])) for table in tables.values() for row in table}
     verbs, nouns = (_epic_names(files, kind, ids) for kind, ids in zip(("verb", "noun"), zip(*pairs)))
     actions = sorted(f"{verb}:{noun}" for verb, noun in pairs)             # the 3,806 pairs that occur
@@ -694,14 +694,14 @@ def _epic(files, split, label, fold):
 def _epic_names(files, kind, ids):
     """Names of the verb or noun classes from EPIC_100_{kind}_classes.csv; numbers where it has none."""
     path = files.get(f"epic_100_{kind}_classes.csv")
-    names = {int(row["id"]): row["key"] for row in csv.DictReader(_lines(path))} if path else {}
+    names = {int(row["id"]): row["key"] for row in csv.DictReader(read_lines(path))} if path else {}
     return [names.get(i, str(i)) for i in range(1 + max(*ids, *names, 0))]
 
 
 READERS = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "ssv2": _ssv2, "epic": _epic}
 
 
-def _lines(path):
+def read_lines(path):
     return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
@@ -715,28 +715,28 @@ def _toy(root, split, label, train=1024, test=256, size=64):
     root = root / f"{size}px"
     once_per_disk(lambda: make_toy(root, split, test if split == "test" else train, size))
     rows = [(row["path"], root / row["path"], int(row["label" if label == "motion" else "scene"]))
-            for row in csv.DictReader(_lines(root / f"{split}.csv"))]
-    return _listing(f"toy {split}", rows, list(TOY_CLASSES if label == "motion" else TOY_SCENES))
+            for row in csv.DictReader(read_lines(root / f"{split}.csv"))]
+    return make_listing(f"toy {split}", rows, list(TOY_CLASSES if label == "motion" else TOY_SCENES))
 
 
 def _own_videos(path, root, split):
     """A directory ({train,val}/<class>/*, <class>/*, or any videos in any depth), a list file or a single video of
     the user's own; split "all" is everything below a directory."""
     if path.suffix.lower() in VIDEO_FILES and path.is_file():
-        return _listing(str(path), [(str(path), path, -1)], [])
+        return make_listing(str(path), [(str(path), path, -1)], [])
     if path.is_file():
         rows, classes = _list_rows(path)
         rows = [(video, Path(root or path.parent, video), label) for video, label in rows]
         if not any(file.exists() for _, file, _ in rows):
             raise UserError(f"--data {path}: none of its {len(rows)} videos exists {[str(r[1]) for r in rows[:1]]}. "
                             "Paths are relative to the list; --root DIR names another base")
-        return _listing(f"{path} {split}", rows, classes)
+        return make_listing(f"{path} {split}", rows, classes)
     if not path.is_dir():
         raise UserError(f"--data {path}: neither one of {', '.join(DATA_SETS)} nor an existing directory or list file")
     base, divided = split_dir(path, split) or path, any(split_dir(path, s) for s in SPLIT_DIRS)
     if split != "all" and base == path and divided:
         raise UserError(f"--data {path}: no directory {' or '.join(SPLIT_DIRS[split][:2])}, so no {split} split")
-    files = [f for f in _walk(base) if f.suffix.lower() in VIDEO_FILES]
+    files = [f for f in walk(base) if f.suffix.lower() in VIDEO_FILES]
     if not files:
         raise UserError(f"--data {path}: no {', '.join(sorted(VIDEO_FILES))} file below {base}")
     folders = [f.relative_to(base).parts[0] if f.parent != base else "" for f in files]
@@ -745,7 +745,7 @@ def _own_videos(path, root, split):
     items = [Item(str(f), classes.index(c) if classes else -1) for f, c in zip(files, folders)]
     if classes and base == path and split != "all":                        # it comes without a split: make one
         items = hold_out(items, split)
-    return _listing(f"{path} {split}", [(item.path, Path(item.path), item.label) for item in items], classes)
+    return make_listing(f"{path} {split}", [(item.path, Path(item.path), item.label) for item in items], classes)
 
 
 def split_dir(path, split):
@@ -787,210 +787,6 @@ def _list_rows(path):
         classes = [str(i) for i in range(max(map(int, classes), default=-1) + 1)]
     ids = {name: i for i, name in enumerate(classes)}
     return [(video, ids.get(label, -1)) for video, label in rows], classes
-
-
-def epic_subsets(root):
-    """EPIC-KITCHENS-100 below root -> ids of the tail verbs, ids of the tail nouns, unseen participants: three sets.
-
-    From EPIC_100_tail_{verbs,nouns}.csv (the column `verb` or `noun`, else the first that holds integers only) and
-    EPIC_100_unseen_participant_ids_validation.csv ("P18" ...).  A file that is not there gives an empty set and a
-    note, one without ids a UserError.
-    """
-    files, sets = {path.name.lower(): path for path in reversed(list(_walk(root)))}, []
-    for kind, name, form in (("verb", "tail_verbs", r"\d+"), ("noun", "tail_nouns", r"\d+"),
-                             ("participant_id", "unseen_participant_ids_validation", r"P\d+")):
-        path = files.get(f"epic_100_{name}.csv")
-        if path is None:
-            print0(f"note: no EPIC_100_{name}.csv below {root}: no results for that part of the test set")
-            sets.append(set())
-            continue
-        columns = sorted(zip(*csv.reader(_lines(path))), key=lambda column: column[0] != kind)
-        columns = [c[not re.fullmatch(form, c[0]):] for c in columns]      # without the header, if there is one
-        ids = next((c for c in columns if c and all(re.fullmatch(form, x) for x in c)), None)
-        if ids is None:
-            raise UserError(f"{path}: no column of {'participants like P18' if 'P' in form else 'class ids'}")
-        sets.append({x if "P" in form else int(x) for x in ids})
-    return tuple(sets)
-
-
-def epic_participants(items):
-    """The participant, "P01" ..., of each item of an EPIC-KITCHENS listing: films are named by them."""
-    return [Path(item.path).stem[:3].upper() for item in items]
-
-
-AVA_LAYOUT = ("films named by YouTube id, whole or cut to seconds 900-1801 (videos_15min), and the files of "
-              "ava_v2.2.zip: ava_{train,val}_v2.2.csv and others")
-AVA_BOXES = "ava_detection_val_boxes_and_labels.csv", "ava_val_predicted_boxes.csv"   # SlowFast's, feature banks'
-
-
-class KeyFrame(NamedTuple):
-    """An example for `Clips`: the people in a film at one second."""
-    path: str
-    label: int              # its own place in the list: `labels` of a batch tell which key frames it holds
-    frame: str              # "video,0902", the key in annotations: the file's name may differ in case
-    second: int             # of the whole film, whatever the file holds
-    boxes: np.ndarray       # (n, 4) float32: x1, y1, x2, y2 in [0, 1] of the picture
-    scores: np.ndarray      # (n,) float32, the person detector's; 1 for ground truth
-    actions: object = None  # (n, 80) bool, column i = action id i + 1; None where boxes were detected
-
-
-class AvaListing(NamedTuple):
-    """A split of AVA.
-
-    The ground truth has all rows: also those of excluded frames and of all 80 actions, which the metric drops, and
-    those of films that are not there, which therefore count as missed.
-    """
-    items: list             # of KeyFrame, by film and second
-    classes: list           # names of the 80 actions; class i has the id i + 1
-    class_ids: list         # the ids that are evaluated, from 1 on: 60 of v2.2
-    ground_truth: dict      # frame [m strings "video,0902"], box (m, 4) in [0, 1], label (m,) ids from 1 on
-    excluded: set           # of frames "video,0902"
-    missing: list           # films that are listed but not there, or empty
-    summary: str
-
-
-def ava_listing(root, split, boxes="", min_score=0.8):
-    """List a split, train or test (= val), of AVA v2.2 below root, in any depth -> AvaListing.
-
-    train: ground-truth boxes; rows with the same box are one person with several actions.  test: boxes of a person
-    detector with score >= min_score (VideoMAE .8, MaCLR .9), from the file `boxes`, a path or a name below root ("":
-    one of AVA_BOXES), with lines video,second,x1,y1,x2,y2,label,score.  Detections at seconds without annotation have
-    items, too: they are false positives.  boxes="gt" tests on ground-truth boxes: an oracle, to be named as such.
-
-    root "" is $VIDEO_ROOT/ava, else data/ava.  No film is opened.  Films are joined by exact stem (YouTube ids are
-    case sensitive), then by lower-cased stem.  Raises UserError for a file that is not there, with file and line for
-    a line that is not as published, and if there is no film.
-    """
-    if split not in ("train", "test"):
-        raise UserError(f"--train-split {split}: ava has train, test")
-    root = data_root("ava", root)
-    paths = list(_walk(root))                                              # none where there is no such directory
-    files = {path.name.lower(): path for path in reversed(paths)}          # the first of several
-
-    def need(name):
-        if name in files:
-            return files[name]
-        raise UserError(f"--data ava: no {name} below {root}. Expected there, in any depth: {AVA_LAYOUT}; or name "
-                        "another place with --root DIR")
-    part = "train" if split == "train" else "val"
-    annotations = need(f"ava_{part}_v2.2.csv")
-    truth = _ava_rows(annotations, "video,second,x1,y1,x2,y2,action,person")
-    excluded = _ava_rows(need(f"ava_{part}_excluded_timestamps_v2.2.csv"), "video,second")
-    excluded = {f"{video},{second:04d}" for video, second, *_ in excluded}
-    names = evaluated = _pbtxt(need("ava_action_list_v2.2_for_activitynet_2019.pbtxt"))
-    if "ava_action_list_v2.2.pbtxt" in files:
-        names = _pbtxt(files["ava_action_list_v2.2.pbtxt"])
-    classes = [names.get(i, f"action {i}") for i in range(1, 81)]
-
-    videos = dict.fromkeys(video for video, *_ in truth)                   # each once, in order
-    exact = {path.stem: path for path in reversed(paths) if path.suffix.lower() in VIDEO_FILES}
-    folded = {stem.lower(): path for stem, path in exact.items() if stem not in videos}
-    found = {video: exact.get(video, folded.get(video.lower())) for video in videos}
-    if not any(found.values()):
-        raise UserError(f"--data ava: none of the {len(videos)} films of {annotations} is below {root}. Listed: "
-                        f"{list(videos)[:2]}, found: {list(exact)[:2]}. Expected: {AVA_LAYOUT}")
-    listing = _listing(f"ava {split}", [(video, path, video) for video, path in found.items()], classes)
-    there = {item.label: item.path for item in listing.items}
-
-    people = {}                                                            # by (video, second), then by box
-    if split == "train" or boxes == "gt":
-        source = "of the ground truth" + (", an oracle" if split == "test" else "")
-        for video, second, box, action, _ in truth:
-            people.setdefault((video, second), {}).setdefault(box, np.zeros(80, bool))[action - 1] = True
-    else:
-        file = _ava_box_file(boxes, files, root)
-        source = f"of {file} with score >= {min_score}"
-        for video, second, box, _, score in _ava_rows(file, "video,second,x1,y1,x2,y2,label,score"):
-            if score >= min_score and 902 <= second <= 1798:
-                people.setdefault((video, second), {})[box] = score        # a box may have a row per label
-    items = []
-    for (video, second), group in sorted(people.items()):
-        frame = f"{video},{second:04d}"
-        values = np.array(list(group.values()))                            # (n, 80) actions or (n,) scores
-        if video in there and frame not in excluded:
-            scores, actions = (values, None) if values.ndim == 1 else (np.ones(len(values)), values)
-            items.append(KeyFrame(there[video], len(items), frame, second, np.array(list(group), np.float32),
-                                  scores.astype(np.float32), actions))
-    note = f"{len(items)} key frames, {sum(len(item.boxes) for item in items)} boxes {source}"
-    if listing.missing and split == "test":
-        note += f"; {len(listing.missing)} films cannot be read, their ground truth counts as missed"
-    if not items:
-        raise UserError(f"--data ava: nothing to read: {note}. Is it a file of this split?")
-    print0(f"ava {split}: {note}")
-    ground_truth = dict(frame=[f"{video},{second:04d}" for video, second, *_ in truth],
-                        box=np.array([row[2] for row in truth]), label=np.array([row[3] for row in truth]))
-    return AvaListing(items, classes, sorted(evaluated), ground_truth, excluded, listing.missing,
-                      f"{listing.summary}; {note}")
-
-
-def _ava_box_file(boxes, files, root):
-    if boxes and Path(boxes).is_file():
-        return Path(boxes)
-    for name in [Path(boxes).name.lower()] if boxes else AVA_BOXES:
-        if name in files:
-            return files[name]
-    raise UserError(f"--boxes {boxes or 'FILE'}: no such file of detected people, which a test on AVA needs. Put "
-                    f"{AVA_BOXES[0]} (of SlowFast's ava_annotations.tar) or {AVA_BOXES[1]} (of long-term feature "
-                    f"banks) below {root}, or name one; --boxes gt tests on ground-truth boxes, which is an oracle")
-
-
-def _ava_rows(path, columns):
-    """Lines of a csv without header -> [(video, second, box (4 floats) or (), action id or 1, score or 0)]."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-        line = line.strip()
-        if not line:
-            continue
-        try:
-            fields = dict(zip(columns.split(","), line.split(","), strict=True))
-            box = tuple(float(fields[side]) for side in ("x1", "y1", "x2", "y2") if side in fields)
-            action, score = int(fields.get("action", 1)), float(fields.get("score", 0))
-            in_range = all(-0.1 < x < 1.1 for x in box) and 1 <= action <= 80 and 0 <= score <= 1       # NaN is not
-            if not fields["video"] or not in_range:
-                raise ValueError
-            rows.append((fields["video"], int(fields["second"]), box, action, score))
-        except ValueError:
-            raise UserError(f"{path}:{number}: expected {columns} with box and score in [0, 1], action 1 to 80; got "
-                            f"{line[:80]!r}") from None
-    return rows
-
-
-def _pbtxt(path):
-    """{id: name} from the blocks `item { name: "sit" id: 11 }` or `label { name: "sit" label_id: 11 ... }`."""
-    text, names = path.read_text(encoding="utf-8-sig", errors="replace"), {}
-    for block in re.finditer(r"\{([^{}]*)(\}?)", text):
-        name = re.search(r'\bname:\s*"([^"]+)"', block[1])
-        number = re.search(r"\b(?:label_)?id:\s*(\d+)\b", block[1])
-        if not (name and number and block[2] and 1 <= int(number[1]) <= 80):
-            line = text.count("\n", 0, block.start()) + 1
-            raise UserError(f"{path}:{line}: expected item {{ name: \"...\" id: 1 to 80 }}")
-        names[int(number[1])] = name[1]
-    if not names or text.count("}") != len(names):
-        raise UserError(f"{path}: expected items {{ name: \"...\" id: 1 }}, each id once")
-    return names
-
-
-def film_time(second, seconds):
-    """Where an annotated second of a film lies in a file that is `seconds` long, in seconds.
-
-    Whole films last half an hour and more; a file of up to 905 s is the part from 900 s on (videos_15min).
-    """
-    return second - 900 if seconds <= 905 else second
-
-
-def key_frame_indices(video, second, frames, stride):
-    """Frame numbers (frames,) of a clip, `stride` apart, centred on an annotated second of an AVA film.
-
-    c - half, c - half + stride, ... with half = frames * stride // 2, clipped to the film (SlowFast, VideoMAE).  The
-    stride counts frames at 30 per second, as theirs; at another (mean) rate each distance from c is scaled, then
-    rounded.  Raises VideoError if the file ends before that second.
-    """
-    info = video.info
-    time = film_time(second, info.seconds)
-    if not 0 <= time <= info.seconds:
-        raise VideoError(f"{video.path}: lasts {info.seconds:.1f} s, without the annotated second {second}")
-    offsets = (stride * np.arange(frames) - frames * stride // 2) * info.fps / 30
-    return np.clip(video.index_at(time) + np.floor(offsets + 0.5).astype(int), 0, info.frames - 1)
 
 
 class Clips(torch.utils.data.Dataset):

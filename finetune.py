@@ -38,6 +38,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,16 +50,16 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import (BACKBONES, Clips, DATA_SETS, FlowEstimator, Log, Mlp, ResNet3D, SPLIT_DIRS, StepSampler,
-                    StopSignal, UserError, ViT, all_reduce_mean, ava_listing, box_mask, clip_indices, colour_jitter,
-                    cosine_lr, data_root, epic_participants, epic_subsets, export_huggingface, find_videos, flip,
-                    hold_out, item_frames, key_frame_indices, load_file, load_weights, loader, make_backbone, mix,
-                    normalize, open_run, parse_config, plan_run, print0, rand_augment, random_erasing,
-                    random_resized_crop, read_views, restore, run_directory, save_checkpoint, setup, shutdown,
-                    split_dir, to_device, unit, wrap)
+                    StopSignal, UserError, VIDEO_FILES, VideoError, ViT, all_reduce_mean, box_mask, clip_indices,
+                    colour_jitter, cosine_lr, data_root, export_huggingface, find_videos, flip, hold_out, item_frames,
+                    load_file, load_weights, loader, make_backbone, make_listing, mix, normalize, open_run,
+                    parse_config, plan_run, print0, rand_augment, random_erasing, random_resized_crop, read_lines,
+                    read_views, restore, run_directory, save_checkpoint, setup, shutdown, split_dir, to_device, unit,
+                    walk, wrap)
 from mofo import find_motion
 
 
-# ---- 1. Config -----------------------------------------------------------------------------------------------------
+# ---- 1. Config ------------------------------------------------------------------------------------------------------
 # Defaults are VideoMAE's fine-tuning of a ViT-B on Something-Something v2.
 
 @dataclass
@@ -215,7 +216,213 @@ RECIPES = {
 }
 
 
-# ---- 2. Frames and crops -------------------------------------------------------------------------------------------
+# ---- 2. What only evaluation reads: EPIC's subsets, AVA -------------------------------------------------------------
+
+def epic_subsets(root):
+    """EPIC-KITCHENS-100 below root -> ids of the tail verbs, ids of the tail nouns, unseen participants: three sets.
+
+    From EPIC_100_tail_{verbs,nouns}.csv (the column `verb` or `noun`, else the first that holds integers only) and
+    EPIC_100_unseen_participant_ids_validation.csv ("P18" ...).  A file that is not there gives an empty set and a
+    note, one without ids a UserError.
+    """
+    files, sets = {path.name.lower(): path for path in reversed(list(walk(root)))}, []
+    for kind, name, form in (("verb", "tail_verbs", r"\d+"), ("noun", "tail_nouns", r"\d+"),
+                             ("participant_id", "unseen_participant_ids_validation", r"P\d+")):
+        path = files.get(f"epic_100_{name}.csv")
+        if path is None:
+            print0(f"note: no EPIC_100_{name}.csv below {root}: no results for that part of the test set")
+            sets.append(set())
+            continue
+        columns = sorted(zip(*csv.reader(read_lines(path))), key=lambda column: column[0] != kind)
+        columns = [c[not re.fullmatch(form, c[0]):] for c in columns]      # without the header, if there is one
+        ids = next((c for c in columns if c and all(re.fullmatch(form, x) for x in c)), None)
+        if ids is None:
+            raise UserError(f"{path}: no column of {'participants like P18' if 'P' in form else 'class ids'}")
+        sets.append({x if "P" in form else int(x) for x in ids})
+    return tuple(sets)
+
+
+def epic_participants(items):
+    """The participant, "P01" ..., of each item of an EPIC-KITCHENS listing: films are named by them."""
+    return [Path(item.path).stem[:3].upper() for item in items]
+
+
+AVA_LAYOUT = ("films named by YouTube id, whole or cut to seconds 900-1801 (videos_15min), and the files of "
+              "ava_v2.2.zip: ava_{train,val}_v2.2.csv and others")
+AVA_BOXES = "ava_detection_val_boxes_and_labels.csv", "ava_val_predicted_boxes.csv"   # SlowFast's, feature banks'
+
+
+class KeyFrame(NamedTuple):
+    """An example for `Clips`: the people in a film at one second."""
+    path: str
+    label: int              # its own place in the list: `labels` of a batch tell which key frames it holds
+    frame: str              # "video,0902", the key in annotations: the file's name may differ in case
+    second: int             # of the whole film, whatever the file holds
+    boxes: np.ndarray       # (n, 4) float32: x1, y1, x2, y2 in [0, 1] of the picture
+    scores: np.ndarray      # (n,) float32, the person detector's; 1 for ground truth
+    actions: object = None  # (n, 80) bool, column i = action id i + 1; None where boxes were detected
+
+
+class AvaListing(NamedTuple):
+    """A split of AVA.
+
+    The ground truth has all rows: also those of excluded frames and of all 80 actions, which the metric drops, and
+    those of films that are not there, which therefore count as missed.
+    """
+    items: list             # of KeyFrame, by film and second
+    classes: list           # names of the 80 actions; class i has the id i + 1
+    class_ids: list         # the ids that are evaluated, from 1 on: 60 of v2.2
+    ground_truth: dict      # frame [m strings "video,0902"], box (m, 4) in [0, 1], label (m,) ids from 1 on
+    excluded: set           # of frames "video,0902"
+    missing: list           # films that are listed but not there, or empty
+    summary: str
+
+
+def ava_listing(root, split, boxes="", min_score=0.8):
+    """List a split, train or test (= val), of AVA v2.2 below root, in any depth -> AvaListing.
+
+    train: ground-truth boxes; rows with the same box are one person with several actions.  test: boxes of a person
+    detector with score >= min_score (VideoMAE .8, MaCLR .9), from the file `boxes`, a path or a name below root ("":
+    one of AVA_BOXES), with lines video,second,x1,y1,x2,y2,label,score.  Detections at seconds without annotation have
+    items, too: they are false positives.  boxes="gt" tests on ground-truth boxes: an oracle, to be named as such.
+
+    root "" is $VIDEO_ROOT/ava, else data/ava.  No film is opened.  Films are joined by exact stem (YouTube ids are
+    case sensitive), then by lower-cased stem.  Raises UserError for a file that is not there, with file and line for
+    a line that is not as published, and if there is no film.
+    """
+    if split not in ("train", "test"):
+        raise UserError(f"--train-split {split}: ava has train, test")
+    root = data_root("ava", root)
+    paths = list(walk(root))                                              # none where there is no such directory
+    files = {path.name.lower(): path for path in reversed(paths)}          # the first of several
+
+    def need(name):
+        if name in files:
+            return files[name]
+        raise UserError(f"--data ava: no {name} below {root}. Expected there, in any depth: {AVA_LAYOUT}; or name "
+                        "another place with --root DIR")
+    part = "train" if split == "train" else "val"
+    annotations = need(f"ava_{part}_v2.2.csv")
+    truth = _ava_rows(annotations, "video,second,x1,y1,x2,y2,action,person")
+    excluded = _ava_rows(need(f"ava_{part}_excluded_timestamps_v2.2.csv"), "video,second")
+    excluded = {f"{video},{second:04d}" for video, second, *_ in excluded}
+    names = evaluated = _pbtxt(need("ava_action_list_v2.2_for_activitynet_2019.pbtxt"))
+    if "ava_action_list_v2.2.pbtxt" in files:
+        names = _pbtxt(files["ava_action_list_v2.2.pbtxt"])
+    classes = [names.get(i, f"action {i}") for i in range(1, 81)]
+
+    videos = dict.fromkeys(video for video, *_ in truth)                   # each once, in order
+    exact = {path.stem: path for path in reversed(paths) if path.suffix.lower() in VIDEO_FILES}
+    folded = {stem.lower(): path for stem, path in exact.items() if stem not in videos}
+    found = {video: exact.get(video, folded.get(video.lower())) for video in videos}
+    if not any(found.values()):
+        raise UserError(f"--data ava: none of the {len(videos)} films of {annotations} is below {root}. Listed: "
+                        f"{list(videos)[:2]}, found: {list(exact)[:2]}. Expected: {AVA_LAYOUT}")
+    listing = make_listing(f"ava {split}", [(video, path, video) for video, path in found.items()], classes)
+    there = {item.label: item.path for item in listing.items}
+
+    people = {}                                                            # by (video, second), then by box
+    if split == "train" or boxes == "gt":
+        source = "of the ground truth" + (", an oracle" if split == "test" else "")
+        for video, second, box, action, _ in truth:
+            people.setdefault((video, second), {}).setdefault(box, np.zeros(80, bool))[action - 1] = True
+    else:
+        file = _ava_box_file(boxes, files, root)
+        source = f"of {file} with score >= {min_score}"
+        for video, second, box, _, score in _ava_rows(file, "video,second,x1,y1,x2,y2,label,score"):
+            if score >= min_score and 902 <= second <= 1798:
+                people.setdefault((video, second), {})[box] = score        # a box may have a row per label
+    items = []
+    for (video, second), group in sorted(people.items()):
+        frame = f"{video},{second:04d}"
+        values = np.array(list(group.values()))                            # (n, 80) actions or (n,) scores
+        if video in there and frame not in excluded:
+            scores, actions = (values, None) if values.ndim == 1 else (np.ones(len(values)), values)
+            items.append(KeyFrame(there[video], len(items), frame, second, np.array(list(group), np.float32),
+                                  scores.astype(np.float32), actions))
+    note = f"{len(items)} key frames, {sum(len(item.boxes) for item in items)} boxes {source}"
+    if listing.missing and split == "test":
+        note += f"; {len(listing.missing)} films cannot be read, their ground truth counts as missed"
+    if not items:
+        raise UserError(f"--data ava: nothing to read: {note}. Is it a file of this split?")
+    print0(f"ava {split}: {note}")
+    ground_truth = dict(frame=[f"{video},{second:04d}" for video, second, *_ in truth],
+                        box=np.array([row[2] for row in truth]), label=np.array([row[3] for row in truth]))
+    return AvaListing(items, classes, sorted(evaluated), ground_truth, excluded, listing.missing,
+                      f"{listing.summary}; {note}")
+
+
+def _ava_box_file(boxes, files, root):
+    if boxes and Path(boxes).is_file():
+        return Path(boxes)
+    for name in [Path(boxes).name.lower()] if boxes else AVA_BOXES:
+        if name in files:
+            return files[name]
+    raise UserError(f"--boxes {boxes or 'FILE'}: no such file of detected people, which a test on AVA needs. Put "
+                    f"{AVA_BOXES[0]} (of SlowFast's ava_annotations.tar) or {AVA_BOXES[1]} (of long-term feature "
+                    f"banks) below {root}, or name one; --boxes gt tests on ground-truth boxes, which is an oracle")
+
+
+def _ava_rows(path, columns):
+    """Lines of a csv without header -> [(video, second, box (4 floats) or (), action id or 1, score or 0)]."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
+        line = line.strip()
+        if not line:
+            continue
+        try:
+            fields = dict(zip(columns.split(","), line.split(","), strict=True))
+            box = tuple(float(fields[side]) for side in ("x1", "y1", "x2", "y2") if side in fields)
+            action, score = int(fields.get("action", 1)), float(fields.get("score", 0))
+            in_range = all(-0.1 < x < 1.1 for x in box) and 1 <= action <= 80 and 0 <= score <= 1       # NaN is not
+            if not fields["video"] or not in_range:
+                raise ValueError
+            rows.append((fields["video"], int(fields["second"]), box, action, score))
+        except ValueError:
+            raise UserError(f"{path}:{number}: expected {columns} with box and score in [0, 1], action 1 to 80; got "
+                            f"{line[:80]!r}") from None
+    return rows
+
+
+def _pbtxt(path):
+    """{id: name} from the blocks `item { name: "sit" id: 11 }` or `label { name: "sit" label_id: 11 ... }`."""
+    text, names = path.read_text(encoding="utf-8-sig", errors="replace"), {}
+    for block in re.finditer(r"\{([^{}]*)(\}?)", text):
+        name = re.search(r'\bname:\s*"([^"]+)"', block[1])
+        number = re.search(r"\b(?:label_)?id:\s*(\d+)\b", block[1])
+        if not (name and number and block[2] and 1 <= int(number[1]) <= 80):
+            line = text.count("\n", 0, block.start()) + 1
+            raise UserError(f"{path}:{line}: expected item {{ name: \"...\" id: 1 to 80 }}")
+        names[int(number[1])] = name[1]
+    if not names or text.count("}") != len(names):
+        raise UserError(f"{path}: expected items {{ name: \"...\" id: 1 }}, each id once")
+    return names
+
+
+def film_time(second, seconds):
+    """Where an annotated second of a film lies in a file that is `seconds` long, in seconds.
+
+    Whole films last half an hour and more; a file of up to 905 s is the part from 900 s on (videos_15min).
+    """
+    return second - 900 if seconds <= 905 else second
+
+
+def key_frame_indices(video, second, frames, stride):
+    """Frame numbers (frames,) of a clip, `stride` apart, centred on an annotated second of an AVA film.
+
+    c - half, c - half + stride, ... with half = frames * stride // 2, clipped to the film (SlowFast, VideoMAE).  The
+    stride counts frames at 30 per second, as theirs; at another (mean) rate each distance from c is scaled, then
+    rounded.  Raises VideoError if the file ends before that second.
+    """
+    info = video.info
+    time = film_time(second, info.seconds)
+    if not 0 <= time <= info.seconds:
+        raise VideoError(f"{video.path}: lasts {info.seconds:.1f} s, without the annotated second {second}")
+    offsets = (stride * np.arange(frames) - frames * stride // 2) * info.fps / 30
+    return np.clip(video.index_at(time) + np.floor(offsets + 0.5).astype(int), 0, info.frames - 1)
+
+
+# ---- 3. Frames and crops --------------------------------------------------------------------------------------------
 
 def segment_indices(first, last, frames, offset):
     """One frame of each of `frames` equal parts of first..last, at `offset` (scalar or (frames,)) in [0, 1) of it."""
@@ -296,7 +503,7 @@ def person_clip(video, item, rng, cfg, size, frames, train=False):
                 count=np.array([len(boxes)]))
 
 
-# ---- 3. Augmentation -----------------------------------------------------------------------------------------------
+# ---- 4. Augmentation ------------------------------------------------------------------------------------------------
 
 RANDAUGMENTS = {"videomae": {}, "mcl-ucf101": dict(ops=1, magnitude=23, std=0.0, p=1.0, scale=30),
                 "mcl-hmdb51": dict(ops=3, magnitude=17, std=0.0, p=1.0, scale=30)}             # see rand_augment
@@ -307,7 +514,7 @@ def soft_targets(labels, classes, smoothing=0.1):
     return F.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
 
 
-# ---- 4. Networks ---------------------------------------------------------------------------------------------------
+# ---- 5. Networks ----------------------------------------------------------------------------------------------------
 
 class MotionFocus(nn.Module):
     """MOFO's head: tokens (B, N, D), inside (B, N) bool -> features (B, D), the mean of the tokens inside the motion
@@ -504,12 +711,10 @@ def build_network(cfg, outputs=0, classes=None):
         report = load_weights(network, cfg.init, True if training else "all", new)
         print0(f"{cfg.init}: {len(report.loaded)} tensors loaded, new here {report.missing[:4]}, not used "
                f"{len(report.unexpected)} {report.unexpected[:3]}")
-        if cfg.mode == "test" and outputs and not named_classes(cfg, content):
-            print0(f"{cfg.init} does not name its classes: they are taken to be the data's, in the same order")
     return network, content
 
 
-# ---- 5. Metrics ----------------------------------------------------------------------------------------------------
+# ---- 6. Metrics -----------------------------------------------------------------------------------------------------
 
 def accuracy(scores, read, labels, classes):
     """Scores (N, C), read (N,) bool, labels (N,) -> top-1, top-5, mean-class and per-class accuracy in percent.
@@ -677,7 +882,7 @@ def true_detections(frame, box, true_frame, true_box, iou):
     return right
 
 
-# ---- 6. Classifiers on fixed features ------------------------------------------------------------------------------
+# ---- 7. Classifiers on fixed features -------------------------------------------------------------------------------
 
 def fit_linear(features, labels, classes, l2):
     """Multinomial logistic regression on features (N, D), standardised -> function from features to logits.
@@ -750,7 +955,7 @@ def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
     return ((similarity / temperature).exp()[..., None] * votes).sum(1)
 
 
-# ---- 7. Evaluation -------------------------------------------------------------------------------------------------
+# ---- 8. Evaluation --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def sweep(compute, items, sample, cfg, env, what):
@@ -862,7 +1067,7 @@ def figures(scores, read, labels, classes, test, cfg):
     return epic | result
 
 
-# ---- 8. Training ---------------------------------------------------------------------------------------------------
+# ---- 9. Training ----------------------------------------------------------------------------------------------------
 
 def train(cfg, env, listing, model, sample):
     """Train what has gradients; the loop is that of the pre-training scripts -> False if a signal stopped it."""
@@ -914,7 +1119,7 @@ def train(cfg, env, listing, model, sample):
     return not stopping
 
 
-# ---- 9. Main -------------------------------------------------------------------------------------------------------
+# ---- 10. Main -------------------------------------------------------------------------------------------------------
 
 CHOICES = dict(mode=("finetune", "linear", "knn", "retrieval", "test", "predict", "extract", "export"),
                recipe=("videomae", "mofo", "mme", "fame", "mcl", "modist"), sampling=("uniform", "dense"),
@@ -1058,6 +1263,8 @@ def main(cfg):
         listing, test = find_splits(cfg, content)
         classes = listing.classes if listing else named_classes(cfg, content) or test.classes
         sizes, test_labels = head_sizes(classes), class_ids(test, classes, cfg)
+        if cfg.mode == "test" and classes is test.classes:
+            print0(f"{cfg.init} does not name its classes: they are taken to be the data's, in the same order")
     out.mkdir(parents=True, exist_ok=True)
     with_head = cfg.mode in ("finetune", "test") or cfg.mode == "linear" and cfg.classifier == "trained"
     if len(sizes) > 1 and not with_head:

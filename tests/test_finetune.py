@@ -26,8 +26,8 @@ import fame
 import finetune
 import mcl
 import modist
-from common import DATA_SETS, Item, KeyFrame, UserError, VideoInfo, load_file, make_backbone, parse_config
-from finetune import Classifier, Config, Detector, MotionFocus, RECIPES, check, person_clip, train_clips
+from common import DATA_SETS, Item, UserError, VideoInfo, load_file, make_backbone, parse_config
+from finetune import Classifier, Config, Detector, KeyFrame, MotionFocus, RECIPES, check, person_clip, train_clips
 from test_data import put
 from test_run import lines, miniature, run, start
 
@@ -972,7 +972,7 @@ def test_actions_of_people_are_matched_to_theirs(times_score, test_batch, ap, av
         out[left, 0], out[~left, 11] = 5.0, 5.0
         return out
     model = SimpleNamespace(network=SimpleNamespace(config=dict(image_size=48, frames=2)), logits=logits)
-    test = common.ava_listing(ava, "test")
+    test = finetune.ava_listing(ava, "test")
     cfg = Config(data="ava", workers=0, stride=2, test_batch=test_batch, times_score=times_score)
     result, errors = finetune.detect(model, test, cfg, ENV)
     assert result["per_class"] == pytest.approx({"bend": 100 * ap, "sit": 100.0})        # of the broken film all is missed

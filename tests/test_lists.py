@@ -11,9 +11,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common
-from common import (Clips, UserError, VideoError, ava_listing, collate, epic_participants, epic_subsets, film_time, find_videos,
-                    key_frame_indices, loader)
+import finetune
+from common import Clips, collate, find_videos, loader, UserError, VideoError
+from finetune import ava_listing, epic_participants, epic_subsets, film_time, key_frame_indices
 
 
 def tiny_video(path, frames=12, fps=10, side=32):
@@ -104,7 +104,7 @@ def test_both_dialects_of_the_action_list(tmp_path, name, content):
         (tmp_path / name).write_bytes(text.encode())
         more = {11: "sit", 79: "talk to (e.g., self, a person, a group)"} if name == "60" else {2: "crawl"}
         expected = {1: "bend/bow (at the waist)", **more}
-        assert common._pbtxt(tmp_path / name) == expected
+        assert finetune._pbtxt(tmp_path / name) == expected
 
 
 @pytest.mark.parametrize("text, line", [
@@ -165,7 +165,7 @@ def test_where_detected_people_are_looked_for(tmp_path, where):
 @pytest.mark.parametrize("boxes", ["", "nowhere.csv"])
 def test_no_detected_people_says_what_to_get_and_where_to_put_it(tmp_path, boxes):
     text = error_of(ava_listing, ava(tmp_path, {SLOWFAST: FOUND if boxes else None}), "test", boxes)
-    assert all(word in text for word in (*common.AVA_BOXES, str(tmp_path), "--boxes gt", "oracle", boxes))
+    assert all(word in text for word in (*finetune.AVA_BOXES, str(tmp_path), "--boxes gt", "oracle", boxes))
 
 
 @pytest.mark.parametrize("found", ["", "other_movie,0903,0.5,0.1,0.9,0.9,,0.9\n", "1j20qq1JyX4,0902,0.5,0.1,0.9,0.9,,0.7\n"])
