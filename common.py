@@ -69,7 +69,7 @@ def parse_config(Config, recipes, argv=None):
 
     Every field is a flag (`mask_ratio` -> `--mask-ratio`, bools also `--no-...`), its comment is the help text.  A
     recipe applies if all words of its key are among the values of data, recipe and mode; later ones override earlier
-    ones.  Data of the user's own is the word "custom".  With a ViT as `backbone`, `recipes["vit"]` applies, too.
+    ones.  Data of the user's own is the word "custom", a ViT as `backbone` the word "vit".
     The names of flags that were given are in `.given`.  Raises UserError on an unknown flag or a value of the wrong
     type.
     """
@@ -101,13 +101,11 @@ def parse_config(Config, recipes, argv=None):
     data, settings = given.get("data", Config.data), {}
     words = {data if data in DATA_SETS else "custom"}
     words |= {given.get(name, getattr(Config, name, "")) for name in ("recipe", "mode")}
-    for key, values in recipes.items():
-        if set(key.split()) <= words:
-            settings |= values
-    own = settings.get("backbone", "")
-    if given.get("backbone", own).startswith("vit"):                    # made for a ViT or AdamW: it knows better
-        better = own.startswith("vit") or settings.get("optimizer") == "adamw"
-        settings = {**recipes["vit"], **settings} if better else {**settings, **recipes["vit"]}
+    for _ in range(2):                                                  # the recipe may have chosen the backbone
+        words |= {"vit"} if given.get("backbone", settings.get("backbone", "")).startswith("vit") else set()
+        settings = {}
+        for key, values in recipes.items():
+            settings |= values if set(key.split()) <= words else {}
     config = Config(**{**settings, "data": data, **given})
     config.given = set(given)
     return config
@@ -1099,8 +1097,8 @@ def multi_scale_crop(height, width, rng, smallest=0.66, snap=0):
     pre-training transform, for its 1, .875, .75, .66; on from there in eighths (our choice).
     """
     short, ladder = min(height, width), (1.0, 0.875, 0.75, 0.66, 0.5, 0.375, 0.25, 0.125)
-    sides = [max(1, int(short * scale)) for scale in (*(s for s in ladder if s > smallest), smallest)]
-    sides = [snap if abs(side - snap) < 3 and snap <= short else side for side in sides]
+    sides = [int(short * scale) for scale in (*(s for s in ladder if s > smallest), smallest)]
+    sides = [max(1, snap if abs(side - snap) < 3 and snap <= short else side) for side in sides]
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     h, w = pairs[rng.integers(len(pairs))]
     anchors = [(x, y) for x in (0, 4) for y in (0, 4)] + [(2, 2), (0, 2), (4, 2), (2, 4), (2, 0)]

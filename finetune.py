@@ -5,17 +5,18 @@
     python finetune.py --init runs/mofo-toy/last.pt --mode retrieval    # features fixed, recall among the k nearest
     python finetune.py --init runs/mofo-toy/last.pt --mode finetune     # everything trained
     torchrun --nproc_per_node=8 finetune.py --data ssv2 --init runs/mofo-ssv2/last.pt --recipe mofo
-    python finetune.py --mode test --init runs/finetune-finetune-toy/last.pt         # test what was fine-tuned again
-    python finetune.py --mode predict --init runs/finetune-finetune-toy/last.pt --data my_videos
-    python finetune.py --mode extract --init runs/mofo-toy/last.pt --data my_videos  # features -> features.npz
-    python finetune.py --mode export --init runs/finetune-finetune-toy/last.pt       # -> a Hugging Face folder
+    python finetune.py --mode test --init runs/finetune-finetune-toy-mofo-toy/last.pt      # test it again
+    python finetune.py --mode predict --init runs/finetune-finetune-toy-mofo-toy/last.pt --data my_videos
+    python finetune.py --mode extract --init runs/mofo-toy/last.pt --data my_videos        # -> features.npz
+    python finetune.py --mode export --init runs/finetune-finetune-toy-mofo-toy/last.pt    # -> a Hugging Face folder
 
 --recipe names the paper whose protocol is followed; together with --data and --mode it sets everything below, and
 flags override it.  --init takes checkpoints of this project, public VideoMAE, MOFO, MME, MoCo-style and torchvision
 files, and Hugging Face VideoMAE folders (where the file does not say it, name the network with --model).
 
 A video that cannot be read counts as wrong and is reported.  Results go to the terminal and to results.json in the
-run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops in space.
+run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops in space; what every video got goes to
+scores.npz, who is taken for whom to confusion.png.
 
 Differs from the published protocols, and why
  1. RandAugment and random erasing work on the crop, on the device (published: on whole frames, before the crop), and
@@ -205,7 +206,8 @@ RECIPES = {
                                 times_score=False),
     # our choice from here on: your own data, and the toy data
     "custom": dict(sampling="dense", batch=16, workers=2, log_every=1),
-    "custom finetune": dict(epochs=50, views="2x3", flip=True),
+    "custom finetune": dict(epochs=50, views="2x3", flip=True, warmup_epochs=2.0, drops=""),
+    **{f"custom {paper} finetune": dict(lr=8e-3) for paper in ("videomae", "mofo", "mme")},      # 5e-4 at a batch of 16
     "toy": dict(PLAIN, frames=0, sampling="dense", stride=2, fps=0.0, views="1x1", train_views="1x1", test_size=0,
                 test_short=0, raw_crop=False, test_batch=32, epochs=16, batch=32, device_batch=32, min_lr=0.0,
                 warmup_epochs=2.0, drops="", dropout=0.0, min_crop=1.0, flip=False, jitter=0.0, grey=0.0,
@@ -1031,7 +1033,7 @@ def detect(model, test, cfg, env):
         scores.append((value.numpy() * (item.scores[:, None] if cfg.times_score else 1)).ravel())
     labels = np.tile(np.arange(1, 81), len(frames) // 80)
     found = dict(frame=frames, box=np.concatenate(boxes), label=labels, score=np.concatenate(scores))
-    if env.rank == 0 and cfg.out:
+    if cfg.out and env.rank == 0:
         np.savez(Path(cfg.out) / "scores.npz", **found)
     mean, ap = ava_mean_ap(found, test.ground_truth, test.class_ids, test.excluded)
     per_class = {test.classes[c - 1]: 100 * value for c, value in ap.items() if not math.isnan(value)}

@@ -117,8 +117,11 @@ RECIPES = {
     "hmdb51": dict(epochs=200, lr=0.08, order_weight=1.0, queue=16384),
     # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, min_lr=0.0, weight_decay=0.1, warmup_epochs=40),
-    # small enough to start on any machine
-    "custom": dict(queue=2048, batch=8, workers=2, log_every=1, save_every=50, preview_every=50),
+    # some hundred videos; for large data say --queue 131072 --momentum 0.999 --batch 32 --warmup-epochs 5 and
+    # --image-size 224 --frame-height 240 --frame-width 320, the published ones
+    "custom": dict(image_size=112, frame_height=120, frame_width=160, queue=512, momentum=0.99, epochs=100, batch=8,
+                   warmup_epochs=1, workers=2, log_every=1, save_every=50, preview_every=50),
+    "custom vit": dict(lr=8e-3, weight_decay=0.05),                                      # for batches of 8 to 32
     # under three minutes on two CPU cores
     "toy": dict(backbone="vit_tiny", image_size=64, frame_height=64, frame_width=64, frames=8, flow="tvl1",
                 min_crop=0.5, colour=0.3, queue=256, momentum=0.99, order_weight=1.0, epochs=4, batch=32,

@@ -111,8 +111,11 @@ RECIPES = {   # all but k400 are our choice
     "epic": {},
     # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40),
-    # small enough to start on any machine
-    "custom": dict(queue=2048, batch=8, workers=2, log_every=1, save_every=50, preview_every=50),
+    # some hundred videos; for large data say --queue 65536 --momentum 0.999 --batch 64 --warmup-epochs 35 and
+    # --image-size 224, the published ones
+    "custom": dict(image_size=112, queue=512, momentum=0.99, epochs=100, batch=8, warmup_epochs=1, workers=2,
+                   log_every=1, save_every=50, preview_every=50),
+    "custom vit": dict(lr=8e-3, weight_decay=0.05),                                      # for batches of 8 to 32
     # under three minutes on two CPU cores
     "toy": dict(width=0.25, image_size=64, frames=8, stride=2, motion_frames=8, motion_stride=2, fps=0.0,
                 flow="tvl1", edge_clip=0.5, min_shift=0.0, max_shift=0.2, min_crop=1.0, max_crop=1.0, colour=0.3,

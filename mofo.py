@@ -103,8 +103,10 @@ RECIPES = {
     # VideoMAE's UCF101 run; its batch is not in our sources, 256 is our choice
     "ucf101": dict(stride=4, mask_ratio=0.75, lr=3e-4, epochs=3200, batch=256),
     "hmdb51": dict(stride=4, mask_ratio=0.75, lr=3e-4, epochs=3200, batch=256),          # as UCF101 (our choice)
-    # our choice: small enough to start on any machine; for large data and GPUs say --model vit_base --batch 1024
-    "custom": dict(model="vit_small", batch=16, workers=2, log_every=1, save_every=50, preview_every=50),
+    # our choice: some hundred videos on any machine (without a GPU say --flow tvl1, too).  For large data and GPUs:
+    # --model vit_base --image-size 224 --batch 1024 --epochs 400 --lr 1.5e-4 --min-lr 1e-5 --warmup-epochs 40
+    "custom": dict(model="vit_small", image_size=112, batch=16, epochs=100, lr=0.024, min_lr=0.0, warmup_epochs=1,
+                   workers=2, log_every=1, save_every=50, preview_every=50),
     # our choice: two minutes on two CPU cores
     "toy": dict(model="vit_tiny", image_size=64, min_crop=1.0, mask_ratio=0.75, inside_ratio=0.6, flow="tvl1",
                 epochs=8, batch=16, warmup_epochs=1, lr=0.024, min_lr=0.008, workers=2, log_every=10, save_every=100,

@@ -649,7 +649,7 @@ def test_a_directory_named_like_a_recipe_is_data_of_one_s_own(tmp_path, monkeypa
 
 @pytest.mark.parametrize("module", [fame, mcl, modist])
 def test_a_vit_takes_the_settings_of_vits_whatever_the_data(module):
-    for data in ("k400", "ucf101", "hmdb51", "ssv2", "epic", "my_videos"):
+    for data in ("k400", "ucf101", "hmdb51", "ssv2", "epic"):
         plain, vit = (parse_config(module.Config, module.RECIPES, ["--data", data, *more])
                       for more in ([], ["--backbone", "vit_base"]))
         assert plain.optimizer == "sgd" and vit.optimizer == "adamw" and vit.lr == 1.5e-4 and vit.weight_decay == 0.1
@@ -659,6 +659,8 @@ def test_a_vit_takes_the_settings_of_vits_whatever_the_data(module):
         assert given.lr == 3 and given.optimizer == "adamw"
     toy = [parse_config(module.Config, module.RECIPES, argv) for argv in ([], ["--backbone", "vit_base"])]
     assert toy[0].optimizer == toy[1].optimizer == "adamw" and toy[0].lr == toy[1].lr == 8e-3        # made for a ViT
+    own = parse_config(module.Config, module.RECIPES, ["--data", "my_videos", "--backbone", "vit_small"])
+    assert own.optimizer == "adamw" and own.lr * own.batch / 256 >= 2e-4 and own.warmup_epochs == 1  # or it learns nothing
 
 
 
@@ -1369,7 +1371,7 @@ def test_scores_and_the_confusion_of_every_video_are_kept(mode, lists, tune):
     assert np.abs(picture[cell // 2::cell, cell // 2::cell].astype(float) - 255 * (1 - share)).max() <= 1
 
 
-def test_a_file_of_class_names(lists, tune, tmp_path, pretrained):
+def test_a_file_of_class_names(lists, tune, tmp_path, pretrained, capsys):
     _, out = tune("--data", lists, "--views", "1x1")
     content = load_file(out / "last.pt")
     torch.save(dict(model=content["model"], backbone=content["backbone"]), tmp_path / "public.pt")
@@ -1378,6 +1380,12 @@ def test_a_file_of_class_names(lists, tune, tmp_path, pretrained):
     run("finetune", *flags, "--classes", tmp_path / "names.txt", "--out", tmp_path / "out")
     rows = list(csv.DictReader(open(tmp_path / "out/predictions.csv")))
     assert len(rows) == 12 and all(sorted(row["top5"].split(";")) == ["climb", "sit", "walk"] for row in rows)
+    test = ["--mode", "test", "--data", lists, "--init", tmp_path / "public.pt", "--views", "1x1", *SHORT, "--out", tmp_path / "out"]
+    run("finetune", *test)                                                               # without names: the data's
+    assert "does not name its classes: they are taken to be the data's" in capsys.readouterr().out
+    put(tmp_path, {"same.txt": "jump\nother\nrun\n"})
+    run("finetune", *test, "--classes", tmp_path / "same.txt")
+    assert "does not name" not in capsys.readouterr().out
     for file, message in (("two.txt", "shapes: .*3.* there, .*2.* here"), ("gone.txt", "--classes .*gone.txt: cannot be read")):
         with pytest.raises(UserError, match=message):
             run("finetune", *flags, "--classes", tmp_path / file, "--out", tmp_path / "out")

@@ -521,11 +521,13 @@ def test_export_finds_the_head_under_every_name(tmp_path, monkeypatch):
     for wrap in (lambda s: dict(module=s), lambda s: dict(state_dict={f"module.{k}": x for k, x in s.items()}), lambda s: s):
         torch.save(wrap(vit.state_dict()), tmp_path / "file")
         done = []
-        finetune.export(finetune.Config(init=str(tmp_path / "file"), mode="export", model="vit_tiny", image_size=32, frames=4), tmp_path)
+        finetune.export(finetune.Config(init=str(tmp_path / "file"), mode="export", model="vit_tiny", image_size=32, frames=4), tmp_path,
+                        load_file(tmp_path / "file"))
         assert same(done[0][0].state_dict(), vit.state_dict()) and done[0][1] == ["0", "1", "2"]
     save_pretrained(tmp_path / "file", tiny(), lambda s: dict(model=s | {"decoder.head.weight": torch.ones(5, 24)}))
     done = []
-    finetune.export(finetune.Config(init=str(tmp_path / "file"), mode="export", model="vit_tiny", image_size=32, frames=4), tmp_path)
+    finetune.export(finetune.Config(init=str(tmp_path / "file"), mode="export", model="vit_tiny", image_size=32, frames=4), tmp_path,
+                    load_file(tmp_path / "file"))
     assert not hasattr(done[0][0], "head")
 
 
@@ -725,13 +727,12 @@ def test_a_head_is_kept_only_for_the_same_classes(tmp_path, mode, classes, kept,
 
 
 @pytest.mark.parametrize("mode", ["test", "predict", "export"])
-def test_testing_takes_every_head_and_says_so(tmp_path, mode, capsys):
+def test_testing_takes_every_head(tmp_path, mode):
     torch.save(dict(module=(vit := tiny(3)).state_dict()), tmp_path / "public")
     network, _ = network_of(tmp_path / "public", mode, 3, NAMES, image_size=32, frames=4, model="vit_tiny")
-    assert same(network.state_dict(), vit.state_dict()) and "does not name its classes" in capsys.readouterr().out
+    assert same(network.state_dict(), vit.state_dict())
     save_ours(tmp_path / "file", vit)
     assert same(network_of(tmp_path / "file", mode, 3, NAMES)[0].state_dict(), vit.state_dict())
-    assert "does not name its classes" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, text", [(dict(heads=3), "heads 4 there, 3 here"), (dict(dim=96), "dim 48 there, 96 here"),
