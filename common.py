@@ -419,7 +419,7 @@ class Video(contextlib.AbstractContextManager):
         return out
 
     def _picture(self, frame, box, size, graphs):
-        """Decoded frame -> (H, W, 3) uint8, upright; graphs keeps the filters from frame to frame."""
+        """Decoded frame -> (H, W, 3) uint8, upright; graphs keeps the filters, and what fits them, between frames."""
         height, width, swap, down, right = _upright(frame)
         x1, x2 = box[0] * width // self.sides[1], -(-box[2] * width // self.sides[1])     # sides change in some files
         y1, y2 = box[1] * height // self.sides[0], -(-box[3] * height // self.sides[0])
@@ -430,9 +430,10 @@ class Video(contextlib.AbstractContextManager):
         y1, y2 = (y1, y2) if down > 0 else (height - y2, height - y1)
         x1, y1, x2, y2, *size = (y1, x1, y2, x2, *size) if swap else (x1, y1, x2, y2, *size[::-1])
         if (x2 - x1, y2 - y1) != (frame.width, frame.height):
-            planes = {c.plane for c in frame.format.components if c.bits == 8}
-            if len(planes) < len(frame.format.components):                  # the filter moves pointers: bytes only
-                frame = frame.reformat(format="rgb24", threads=1)
+            if (name := frame.format.name) not in graphs:                   # the filter moves pointers: bytes only
+                parts = frame.format.components
+                graphs[name] = len({part.plane for part in parts if part.bits == 8}) == len(parts)
+            frame = frame if graphs[name] else frame.reformat(format="rgb24", threads=1)
             key = x1, y1, x2, y2, frame.width, frame.height, frame.format.name
             if key not in graphs:
                 graph = graphs[key] = av.filter.Graph()
