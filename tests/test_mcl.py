@@ -1201,3 +1201,15 @@ def test_the_defaults_are_the_published_ones():
     ucf = {**vars(cfg), **mcl.RECIPES["ucf101"]}
     assert (ucf["epochs"], ucf["order_weight"], ucf["lr"] * 32 / 256) == (200, 1.0, 0.01) and cfg.lr * 32 / 256 == 0.02
     assert cfg.min_lr * 32 / 256 == pytest.approx(1e-6) and GRID == (4, 7, 7)
+
+
+def test_warm_up_begins_at_a_hundredth_of_the_peak_and_ends_at_it():
+    rates = [mcl.cosine_lr(step, 100, 10, 2.0, 0.0) for step in range(100)]
+    assert rates[:11] == pytest.approx([2 / 100 * (99 * k / 10 + 1) for k in range(11)])
+    assert rates[55] == pytest.approx(1 + math.cos(math.pi * 45 / 90))
+
+
+def test_the_tournament_takes_the_upper_half_as_often_as_the_docstring_says():
+    motion = torch.rand(50_000, 1, 2, generator=torch.Generator().manual_seed(0))                # of the clips of a video, ranked
+    chosen = motion.gather(2, tournament(motion, torch.Generator().manual_seed(1))[..., None])
+    assert (chosen > 0.5).float().mean().item() == pytest.approx(0.68, abs=0.01) and "So .68 of the clips" in mcl.__doc__

@@ -1261,3 +1261,17 @@ def test_one_forward_with_raft():
     loss, stats = model((clips * 255).byte(), seeded())
     loss.backward()
     assert loss.isfinite() and model.motion_queue.pointer == 2 and stats["cross"] > 0
+
+
+def test_the_rate_lies_on_the_cosine_over_all_epochs():
+    """Published: .1 for 64 clips, 200 epochs, 35 of warm-up from .001; here an epoch is a step, then a hundred."""
+    cfg = Config()
+    assert cfg.lr * cfg.batch / 256 == pytest.approx(0.1) and (cfg.epochs, cfg.warmup_epochs) == (200, 35)
+    for k in (1, 100):
+        def rate(epoch):
+            return modist.cosine_lr(int(epoch * k), 200 * k, 35 * k, 0.1, 0.0)
+        assert rate(0) == pytest.approx(0.001) and rate(100) == pytest.approx(0.05) and rate(200) == pytest.approx(0)
+        end = 0.05 * (1 + math.cos(math.pi * 35 / 200))
+        assert rate(35) == pytest.approx(end) and rate(7) == pytest.approx(0.001 + (end - 0.001) * 7 / 35)
+        for epoch in (35, 60, 150):
+            assert rate(epoch) == pytest.approx(0.05 * (1 + math.cos(math.pi * epoch / 200)))

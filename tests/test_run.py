@@ -267,6 +267,20 @@ def test_nodes_without_a_shared_disk_agree_on_the_step_or_stop(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "finetune"])
+def test_batch_and_epochs_count_videos_and_repeats_the_clips_of_each(script):
+    module, env = importlib.import_module(script), common.Env(torch.device("cpu"), 0, 1, None)
+    flags = "--data k400 --repeats 2 --epochs 3 --batch 64 --device-batch 16 --frames 16".split()
+    plan = common.plan_run(parse_config(module.Config, module.RECIPES, flags), 640, env)
+    assert (plan.steps, plan.per_epoch, plan.micro, plan.accum) == (30, 10, 16, 4)
+    passes = [key for keys in common.StepSampler(640, plan, env, 0) for key in keys]
+    assert len(passes) == 3 * 640 and len(set(passes)) == len(passes)    # every video once in each of the three
+    assert plan.generator(env, 0, 0, 3).first == 96 and plan.generator(env, 0, 0, 3).total == 128        # rows are clips
+    text = (REPO / f"{script}.py").read_text()
+    for field in ("epochs", "batch", "device_batch", "lr", "min_lr"):
+        assert re.search(rf"^    {field}: \w+ = .*#.*videos", text, re.M), field
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "finetune"])
 def test_a_warm_up_longer_than_the_run_is_said(script, capsys):
     module = importlib.import_module(script)
     cfg = parse_config(module.Config, module.RECIPES, "--steps 3 --batch 8 --warmup-epochs 2 --frames 8".split())
