@@ -2045,7 +2045,8 @@ def export_huggingface(network, classes, folder):
     new key bias, which softmax ignores).  Logits differ by 1e-5, as the epsilons of fc_norm do.  Raises UserError.
     """
     if not isinstance(network, ViT):
-        raise UserError(f"only ViT networks can be exported, as Hugging Face's VideoMAE; here: {type(network).__name__}")
+        raise UserError("only ViT networks can be exported, as Hugging Face's VideoMAE is one, not "
+                        f"{type(network).__name__}")
     head, c = hasattr(network, "head"), network.config
     if head != ("fc_norm" in c["norms"]):
         raise UserError(f"Hugging Face's VideoMAE has fc_norm just if it has a head; here: {c['norms']}, head {head}")

@@ -1151,9 +1151,9 @@ def check(cfg):
     if cfg.aspect < 1 or cfg.test_batch < 1 or cfg.neighbours < 1:
         raise UserError(f"--aspect {cfg.aspect}, --test-batch {cfg.test_batch} and --neighbours {cfg.neighbours} "
                         "must be at least 1")
-    if cfg.data == "ava" and (cfg.mode not in ("finetune", "test") or cfg.focused or cfg.repeats > 1):
-        raise UserError(f"--data ava has --mode finetune and test, no --focused and no --repeats above 1; got --mode "
-                        f"{cfg.mode}")
+    if cfg.data == "ava" and (cfg.mode not in ("finetune", "test") or cfg.focused or cfg.repeats > 1 or cfg.split > 1):
+        raise UserError(f"--data ava has --mode finetune and test, no --focused and no --repeats above 1, one --split; "
+                        f"got --mode {cfg.mode}")
     return [tuple(map(int, views.split("x"))) for views in (cfg.views, cfg.train_views)]
 
 
@@ -1211,6 +1211,8 @@ def find_splits(cfg, content):
     if whole(cfg.data) and not cfg.test_data and (listing or seen):
         test = test._replace(items=hold_out(test.items, "test"))
         listing = listing and listing._replace(items=hold_out(listing.items, "train"))
+        if not test.items:
+            raise UserError(f"--data {cfg.data}: has no split, and no class has two videos, of which to test on one")
         print0(f"{cfg.data}: has no split, {len(test.items)} of its videos are held out to test")
     elif shared:
         raise UserError(f"{len(shared)} of the {len(test.items)} test videos are training videos, too; the first: "

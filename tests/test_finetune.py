@@ -1314,13 +1314,16 @@ def test_nothing_is_tested_on_its_own_training_videos(mode, how, lists, tune, mo
         assert again["acc1_1x1"] == results["acc1_1x1"] and set(scored(there)["names"]) == test
 
 
-def test_test_data_are_read_whole_and_must_be_others(lists, tune):
+def test_test_data_are_read_whole_and_must_be_others(lists, tune, tmp_path):
     flags = ["--data", lists / "all.txt", "--views", "1x1"]
     results, out = tune(*flags, "--test-data", lists / "few.txt")
     assert results["videos"] == 6 and len(scored(out)["names"]) == 6
     assert load_file(out / "last.pt")["config"]["videos"] == 24                          # and all of the list is trained on
     with pytest.raises(UserError, match="1 of the 7 test videos are training videos, too; the first: .*jump/1.mp4"):
         tune(*flags, "--test-data", lists / "overlap.txt")
+    put(tmp_path, {"two.txt": f"{lists}/run/0.mp4 run\n{lists}/jump/1.mp4 jump\n"})
+    with pytest.raises(UserError, match="two.txt: has no split, and no class has two videos"):
+        tune("--data", tmp_path / "two.txt")
 
 
 def test_testing_needs_no_training_videos_and_not_every_class(lists, tune, tmp_path, capsys):
