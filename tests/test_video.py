@@ -282,7 +282,7 @@ def test_equals_decoding_everything(name, tmp_path):
         for image, i in zip(got, indices):
             assert np.array_equal(image, frames[i]), (indices, i)
     with Video(path) as video:                                          # several reads from one open
-        for indices in sets[::-1]:
+        for indices in sets[10::-1]:
             assert all(np.array_equal(image, frames[i]) for image, i in zip(video.read(indices), indices)), indices
         assert name not in FAST or not video.counted
         if name in MADE or name in REAL_NAMES and name != "ucf_style.avi":      # its times are out of order
