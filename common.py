@@ -2292,10 +2292,10 @@ def open_run(name, cfg, env, listing, plan, lr):
         raise UserError(f"{last} was made with other settings ({'; '.join(differ)}). Use them again, or --out for "
                         f"another run, or --fresh to start over, or --init {last} --out DIR for its weights alone")
     steps = all_gather(torch.tensor([checkpoint["step"] if checkpoint else 0], device=env.device)).tolist()
-    if len(set(steps)) > 1:
-        raise UserError(f"{last} is at step {steps[0]} for process 0 and at step {min(set(steps) - {steps[0]})} for "
-                        f"process {next(i for i, step in enumerate(steps) if step != steps[0])} (0: not there). Nodes "
-                        "without a shared disk must hold the same file: copy it")
+    other = next((i for i, step in enumerate(steps) if step != steps[0]), None)
+    if other is not None:
+        raise UserError(f"{last} is at step {steps[0]} for process 0 and at step {steps[other]} for process {other} "
+                        "(0: not there). Nodes without a shared disk must hold the same file: copy it")
     out.mkdir(parents=True, exist_ok=True)                       # on every node
     if env.rank == 0:
         about = dict(settings, method=name, world=env.world, accumulation=plan.accum, steps_planned=plan.steps,

@@ -1349,9 +1349,8 @@ def save_scores(out, env, items, scores, read, labels, classes):
         return
     np.savez(out / "scores.npz", names=[item.path for item in items], scores=scores.numpy(), read=read.numpy(),
              labels=labels.numpy(), classes=classes)
-    heads = of_heads(classes)
-    parts = zip(scores.split([len(head) for head in heads], 1), labels.view(len(labels), -1).T, ("", "_noun"))
-    for part, own, name in parts:
+    parts = scores.split(head_sizes(classes), 1)
+    for part, own, name in zip(parts, labels.view(len(labels), -1).T, ("", "_noun")):
         n = part.shape[1]
         counts = torch.bincount((own * n + part.argmax(1))[read], minlength=n * n).view(n, n)
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
