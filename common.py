@@ -558,7 +558,7 @@ def find_videos(data, root=None, split="train", label="", toy=None, fold=1):
 
     def rank(path):                                                        # k400 has replacements of corrupt files
         return bool(_size(path)), "replacement" in str(path.relative_to(root))
-    for path in walk(root):
+    for path in list_files(root):
         found, key = files, path.name.lower()
         if path.suffix.lower() in VIDEO_FILES:                             # YouTube ids: 11 characters, also - and _
             found, key = videos, path.stem[:11] if data == "k400" else path.stem.lower()
@@ -584,7 +584,7 @@ def data_root(data, root):
     return Path(root) if root else Path(os.environ.get("VIDEO_ROOT") or "data") / data
 
 
-def walk(root):
+def list_files(root):
     """All files below root in a fixed order, without macOS's `._*` companions."""
     seen = set()                                                           # links may lead back to where they lie
     for folder, folders, names in os.walk(root, followlinks=True):
@@ -735,7 +735,7 @@ def _own_videos(path, root, split):
     base, divided = split_dir(path, split) or path, any(split_dir(path, s) for s in SPLIT_DIRS)
     if split != "all" and base == path and divided:
         raise UserError(f"--data {path}: no directory {' or '.join(SPLIT_DIRS[split][:2])}, so no {split} split")
-    files = [f for f in walk(base) if f.suffix.lower() in VIDEO_FILES]
+    files = [f for f in list_files(base) if f.suffix.lower() in VIDEO_FILES]
     if not files:
         raise UserError(f"--data {path}: no {', '.join(sorted(VIDEO_FILES))} file below {base}")
     folders = [f.relative_to(base).parts[0] if f.parent != base else "" for f in files]
@@ -1067,7 +1067,7 @@ def _write_toy(root, split, size, frames, seed, index):
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                  # ImageNet, as VideoMAE normalises
 
 
-def unit(clips):
+def to_float01(clips):
     """uint8 clips -> float32 in [0, 1]; float clips are that already."""
     return clips.float() / 255 if clips.dtype == torch.uint8 else clips
 
@@ -1081,7 +1081,7 @@ def constant(values, device):
 def normalize(clips, config={}):
     """Clips (B, 3, T, H, W), uint8 or float in [0, 1] -> float32, with the mean and std of a network's config."""
     mean, std = (constant(config.get(k, v), clips.device).view(3, 1, 1, 1) for k, v in (("mean", MEAN), ("std", STD)))
-    return (unit(clips) - mean) / std
+    return (to_float01(clips) - mean) / std
 
 
 def unnormalize(clips, config={}):
@@ -1344,7 +1344,7 @@ class FlowEstimator:
     @torch.no_grad()
     def __call__(self, clips):
         began = self._now()
-        video = unit(clips).transpose(1, 2).float()                                           # (B, T, 3, H, W)
+        video = to_float01(clips).transpose(1, 2).float()                                     # (B, T, 3, H, W)
         B, T, _, H, W = video.shape
         side = (self.size, self.size) if self.size else (H, W)
         if self.name != "tvl1":
@@ -1490,7 +1490,7 @@ def unpatchify(tokens, grid, patch_size, tubelet_size):
     return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(tokens), -1, T * t, H * p, W * p)
 
 
-def take(x, index):
+def gather_tokens(x, index):
     """Tokens (B, N, D) at index (B, n) -> (B, n, D)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
@@ -1589,7 +1589,7 @@ class ViT(nn.Module):
         """Encode patches (B, N, P), or only those at keep (B, n) -> (B, n, dim): the cost is that of what is kept."""
         positions = (self.positions if positions is None else positions).expand(len(patches), -1, -1)
         if keep is not None:
-            patches, positions = take(patches, keep), take(positions, keep)
+            patches, positions = gather_tokens(patches, keep), gather_tokens(positions, keep)
         x = self.patch_embed(patches) + positions
         for block in self.blocks:
             x = block(x)
@@ -1771,7 +1771,7 @@ def ema_update(target, source, momentum, updates=None):
     """target <- momentum * target + (1 - momentum) * source, for parameters and (running statistics) buffers.
 
     With the number of updates so far, a tensor (), buffers are averaged over the first ones instead, so that what
-    they start with does not linger.  Ends what `restore` began: batch norms that start from their first batch.
+    they start with does not linger.  Ends what `resume_or_init` began: batch norms that start from their first batch.
     """
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
     weight = torch.tensor(1 - momentum) if updates is None else (1 / updates).clamp(min=1 - momentum)
@@ -1941,7 +1941,7 @@ def load_file(path):
     return about | dict(model=state, backbone=backbone)
 
 
-def rename(name, pairs):
+def replace_parts(name, pairs):
     """Replace parts of a dotted name: pairs (old, new), each beginning with a dot."""
     name = "." + name
     for old, new in pairs:
@@ -1949,7 +1949,7 @@ def rename(name, pairs):
     return name[1:]
 
 
-def translate(state, own):
+def convert_names(state, own):
     """The tensors of a file, under our names and in the shapes of `own`; those of our own files stay as they are.
 
     Hugging Face's VideoMAE has q, k and v apart.  SlowFast, and with it MaCLR, and torchvision only have other names.
@@ -1958,9 +1958,9 @@ def translate(state, own):
     """
     if any(".attention.attention.query." in k for k in state):
         base = "encoder." if any("decoder." in k for k in state) else ""           # pre-training files have both
-        state = {rename(k, HUGGING_FACE).replace("videomae.", base): x for k, x in state.items()}
+        state = {replace_parts(k, HUGGING_FACE).replace("videomae.", base): x for k, x in state.items()}
     elif any("pathway0_" in k for k in state):
-        state = {rename(k, SLOWFAST): x for k, x in state.items()}
+        state = {replace_parts(k, SLOWFAST): x for k, x in state.items()}
     state = {re.sub(r"^((?:(?:module|backbone)\.)*)fc\.(weight|bias)$", r"\1head.\2", k): x for k, x in state.items()}
     tubelet = next((x.shape[2] for k, x in own.items() if k.endswith("patch_embed.proj.weight")), 0)
     for name, x in list(state.items()):
@@ -1975,7 +1975,7 @@ def translate(state, own):
     return state
 
 
-def inflate(state, own):
+def inflate_resnet2d(state, own):
     """A 2-D ResNet's tensors under the names and in the shapes of `own`, a model with a ResNet3D; if either is
     something else, `state` as it is.
 
@@ -2004,7 +2004,7 @@ def inflate(state, own):
 
 
 def load_weights(model, path, strict_backbone=True, new=()):
-    """Load weights by name from our own files and those that `load_file` and `translate` tell of -> LoadReport.
+    """Load weights by name from our own files and those that `load_file` and `convert_names` tell of -> LoadReport.
 
     Of all prefixes that one is taken under which most tensors match in name and shape.  Raises UserError, naming the
     first tensors, if none matches or one of the backbone does not: never train on silently random weights.  The
@@ -2013,7 +2013,7 @@ def load_weights(model, path, strict_backbone=True, new=()):
     """
     content, readings = load_file(path), []
     own = {k: x for k, x in model.state_dict().items() if not k.startswith(new)}
-    state = inflate(translate(content["model"], own), own)
+    state = inflate_resnet2d(convert_names(content["model"], own), own)
     for prefix in PREFIXES:
         for add in ("", "encoder."):                             # a bare encoder also fits into a masked autoencoder
             names = {name: k for k in state if k.startswith(prefix) and (name := add + k[len(prefix):]) in own}
@@ -2055,7 +2055,7 @@ def export_huggingface(network, classes, folder):
     folder, pairs, tensors = Path(folder), [(ours, theirs) for theirs, ours in HUGGING_FACE], {}
     for name, x in network.state_dict().items():
         inside = head and not name.startswith(("head.", "fc_norm."))
-        there = "videomae." * inside + rename(name, pairs)
+        there = "videomae." * inside + replace_parts(name, pairs)
         if name.endswith(".qkv.weight"):
             tensors |= zip([there.replace("qkv", part) for part in ("query", "key", "value")], x.chunk(3))
         else:
@@ -2207,7 +2207,7 @@ def can_compile():
     return found
 
 
-def wrap(model, env, compile):
+def wrap_model(model, env, compile):
     """The model as the loop calls it: compiled, and with several processes in DistributedDataParallel.
 
     Compiled block by block, in place: one graph per width and token count, and no `_orig_mod.` in the state dict.
@@ -2231,7 +2231,7 @@ def wrap(model, env, compile):
                                                gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def restore(checkpoint, init, model, optimizer, scaler):
+def resume_or_init(checkpoint, init, model, optimizer, scaler):
     """Continue from a checkpoint of this run or, without one, start from the weights of `init` -> first step."""
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -2283,7 +2283,7 @@ def open_run(name, cfg, env, listing, plan, lr):
     was = checkpoint["config"] if checkpoint else {}
     cfg.init_sha256 = was.get("init_sha256", "")                 # if the file is gone
     if was.get("init") != cfg.init or Path(cfg.init).exists():
-        cfg.init_sha256 = digest(cfg.init)
+        cfg.init_sha256 = weights_sha256(cfg.init)
     settings = run_settings(cfg, listing)
     differ = [f"{k}: {was[k]} there, {v} now" for k, v in settings.items() if k not in FREE and was.get(k, v) != v]
     if was.get("init_sha256", cfg.init_sha256) != cfg.init_sha256:
@@ -2314,7 +2314,7 @@ def run_settings(cfg, listing):
     return dict(dataclasses.asdict(cfg), videos=len(listing.items), init_sha256=getattr(cfg, "init_sha256", ""))
 
 
-def digest(init):
+def weights_sha256(init):
     """SHA-256 of the weights that --init names, "" where it names none."""
     if not init:
         return ""
@@ -2455,7 +2455,7 @@ def flow_picture(flow):
     return flow_to_image(flow.float().cpu()).float() / 255
 
 
-def map_picture(maps):
+def map_to_rgb(maps):
     """Maps (n, h, w) -> grey pictures (n, 3, h, w), each scaled to its own maximum."""
     maps = maps.float().cpu()
     return (maps / maps.amax((-2, -1), keepdim=True).clamp_min(1e-12))[:, None].expand(-1, 3, -1, -1)

@@ -49,9 +49,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, Log, Queue, StepSampler, StopSignal, UserError, all_reduce_mean, blur, clip_indices,
                     colour_jitter, cosine_lr, ema_update, example_clips, find_videos, flip, loader, make_backbone,
-                    make_optimizer, map_picture, normalize, open_run, parse_config, plan_run, rand,
-                    random_resized_crop, read_views, restore, save_checkpoint, save_sheet, setup, shutdown, to_device,
-                    unit, wrap)
+                    make_optimizer, map_to_rgb, normalize, open_run, parse_config, plan_run, rand, random_resized_crop,
+                    read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown, to_device, to_float01,
+                    wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class FAME(nn.Module):
 
     def views(self, clips, generator=None):
         """The two views of each video as the network gets them, (B, 3, T, H, W) each."""
-        first, second = unit(clips).contiguous().unflatten(0, (-1, 2)).unbind(1)
+        first, second = to_float01(clips).contiguous().unflatten(0, (-1, 2)).unbind(1)
         first, second = flip(first, generator)[0], flip(second, generator)[0]
         if self.merge:
             mask, _ = foreground_mask(first, self.beta)
@@ -258,9 +258,9 @@ def preview(model, clips, path):
     The rows: frames of the clip; frame difference, soft map, mask, and the clip whose background it gets; the merged
     clip.
     """
-    clips = unit(clips)[::2]
+    clips = to_float01(clips)[::2]
     mask, soft = foreground_mask(clips, model.beta)
-    maps = [map_picture(x) for x in (frame_difference(clips), soft, mask)]                  # each (B, 3, H, W)
+    maps = [map_to_rgb(x) for x in (frame_difference(clips), soft, mask)]                   # each (B, 3, H, W)
     partner = torch.arange(len(clips), device=clips.device).roll(1)
     merged = merge(clips, mask, partner)
     shown = torch.linspace(0, clips.shape[2] - 1, 4).round().long()
@@ -303,8 +303,8 @@ def main(cfg):
 
     # >>> same: loop
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
-    start = restore(checkpoint, cfg.init, model, optimizer, scaler)
-    net = wrap(model, env, cfg.compile)
+    start = resume_or_init(checkpoint, cfg.init, model, optimizer, scaler)
+    net = wrap_model(model, env, cfg.compile)
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):

@@ -51,12 +51,12 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import (BACKBONES, Clips, DATA_SETS, FlowEstimator, Log, Mlp, ResNet3D, SPLIT_DIRS, StepSampler,
-                    StopSignal, UserError, VIDEO_FILES, VideoError, ViT, all_reduce_mean, box_mask, clip_indices,
+                    StopSignal, UserError, VIDEO_FILES, ViT, VideoError, all_reduce_mean, box_mask, clip_indices,
                     colour_jitter, cosine_lr, data_root, export_huggingface, find_videos, flip, hold_out, item_frames,
-                    load_file, load_weights, loader, make_backbone, make_listing, mix, normalize, open_run,
+                    list_files, load_file, load_weights, loader, make_backbone, make_listing, mix, normalize, open_run,
                     parse_config, plan_run, print0, rand_augment, random_erasing, random_resized_crop, read_lines,
-                    read_views, restore, run_directory, save_checkpoint, setup, shutdown, split_dir, to_device, unit,
-                    walk, wrap)
+                    read_views, resume_or_init, run_directory, save_checkpoint, setup, shutdown, split_dir, to_device,
+                    to_float01, wrap_model)
 from mofo import find_motion
 
 
@@ -227,7 +227,7 @@ def epic_subsets(root):
     EPIC_100_unseen_participant_ids_validation.csv ("P18" ...).  A file that is not there gives an empty set and a
     note, one without ids a UserError.
     """
-    files, sets = {path.name.lower(): path for path in reversed(list(walk(root)))}, []
+    files, sets = {path.name.lower(): path for path in reversed(list(list_files(root)))}, []
     for kind, name, form in (("verb", "tail_verbs", r"\d+"), ("noun", "tail_nouns", r"\d+"),
                              ("participant_id", "unseen_participant_ids_validation", r"P\d+")):
         path = files.get(f"epic_100_{name}.csv")
@@ -295,7 +295,7 @@ def ava_listing(root, split, boxes="", min_score=0.8):
     if split not in ("train", "test"):
         raise UserError(f"--train-split {split}: ava has train, test")
     root = data_root("ava", root)
-    paths = list(walk(root))                                              # none where there is no such directory
+    paths = list(list_files(root))                                        # none where there is no such directory
     files = {path.name.lower(): path for path in reversed(paths)}          # the first of several
 
     def need(name):
@@ -401,7 +401,7 @@ def _pbtxt(path):
     return names
 
 
-def film_time(second, seconds):
+def time_in_file(second, seconds):
     """Where an annotated second of a film lies in a file that is `seconds` long, in seconds.
 
     Whole films last half an hour and more; a file of up to 905 s is the part from 900 s on (videos_15min).
@@ -417,7 +417,7 @@ def key_frame_indices(video, second, frames, stride):
     rounded.  Raises VideoError if the file ends before that second.
     """
     info = video.info
-    time = film_time(second, info.seconds)
+    time = time_in_file(second, info.seconds)
     if not 0 <= time <= info.seconds:
         raise VideoError(f"{video.path}: lasts {info.seconds:.1f} s, without the annotated second {second}")
     offsets = (stride * np.arange(frames) - frames * stride // 2) * info.fps / 30
@@ -460,7 +460,7 @@ def test_clips(video, item, rng, cfg, size, frames, views=(1, 1)):
     if cfg.sampling == "dense":
         steps = np.round(stride_in(video, cfg) * np.arange(frames)).astype(int)
         room = max(0, last - first - steps[-1])
-        indices = [np.minimum(first + shift + steps, last) for shift in evenly(room, views[0])]
+        indices = [np.minimum(first + shift + steps, last) for shift in evenly_spaced(room, views[0])]
     else:
         indices = [segment_indices(first, last, frames, (t + 0.5) / views[0]) for t in range(views[0])]
     height, width = video.info.height, video.info.width
@@ -468,14 +468,14 @@ def test_clips(video, item, rng, cfg, size, frames, views=(1, 1)):
     side = min(short, 224) if cfg.raw_crop else short
     side = round(short * min(1, size / cfg.test_short)) if cfg.test_short else side
     across, crops = (short - side) // 2, []
-    for shift in evenly(long - side, views[1]):
+    for shift in evenly_spaced(long - side, views[1]):
         x, y = (shift, across) if width >= height else (across, shift)
         crops.append((x, y, x + side, y + side))
     pairs = [(i, crop) for i in indices for crop in crops]
     return read_views(video, [i for i, _ in pairs], [crop for _, crop in pairs], size)
 
 
-def evenly(room, count):
+def evenly_spaced(room, count):
     """`count` whole numbers from 0 to `room`, both included; a single one is the middle."""
     if count == 1:
         return [round(room / 2)]
@@ -605,7 +605,7 @@ class Classifier(nn.Module):
                 clips = rand_augment(clips, generator, **RANDAUGMENTS[c.randaugment])
             inside = self.inside(clips) if c.focused else None
             if c.jitter or c.grey:
-                clips = colour_jitter(unit(clips), generator, hue=c.hue, p=c.jitter, grey=c.grey)
+                clips = colour_jitter(to_float01(clips), generator, hue=c.hue, p=c.jitter, grey=c.grey)
             clips = normalize(clips, self.network.config)
             clips = random_erasing(clips, generator, c.erasing) if c.erasing else clips
             if c.mixup or c.cutmix:
@@ -649,7 +649,7 @@ class Detector(nn.Module):
                 flipped = flipped.repeat_interleave(count, output_size=len(boxes))[:, None]
                 boxes = torch.where(flipped, mirrored, boxes)
             if self.cfg.jitter:
-                clips = colour_jitter(unit(clips), generator, 0.1, 0, 0.1, self.cfg.hue, self.cfg.jitter, grey=0)
+                clips = colour_jitter(to_float01(clips), generator, 0.1, 0, 0.1, self.cfg.hue, self.cfg.jitter, grey=0)
         logits = self.logits(normalize(clips, self.network.config), boxes, count)              # (n, 80)
         if not len(logits):                                                    # nobody is in any crop
             return logits.sum(), dict(people=0.0)
@@ -761,7 +761,7 @@ def retrieval_recall(gallery, gallery_labels, query, query_labels, ks=(1, 5, 10,
     return {k: 100 * ((before < min(k, len(gallery))) & read).double().mean().item() for k in ks}
 
 
-def among_best(scores, own, k):
+def in_top_k(scores, own, k):
     """Is own (N,), one of each row of scores (N, C), among the k largest?  Not if the next one ties, not if nan."""
     return own > (scores.topk(k + 1).values[:, k] if k < scores.shape[1] else -math.inf)
 
@@ -780,10 +780,10 @@ def epic_accuracy(verb_logits, noun_logits, verb, noun, read=None, tail=None, un
         scores = logits.double().log_softmax(1)                                # float32 would tie among 29,100 pairs
         owns.append(scores.gather(1, true[:, None])[:, 0])
         tops.append(scores.topk(min(6, scores.shape[1])).values)               # the 6 best pairs are made of these
-        hits |= {f"{name}_top{k}": among_best(scores, owns[-1], k) for k in (1, 5)}
+        hits |= {f"{name}_top{k}": in_top_k(scores, owns[-1], k) for k in (1, 5)}
     pairs = (tops[0][:, :, None] + tops[1][:, None]).flatten(1)                # (N, 36)
     hits["action_top1"] = hits["verb_top1"] & hits["noun_top1"]
-    hits["action_top5"] = among_best(pairs, owns[0] + owns[1], 5)
+    hits["action_top5"] = in_top_k(pairs, owns[0] + owns[1], 5)
     subsets = {name: torch.ones_like(verb, dtype=torch.bool) for name in hits}  # which rows a figure is the mean of
     names = ("verb", "noun", "action")
     if tail is not None:
@@ -960,7 +960,7 @@ def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
 # ---- 8. Evaluation --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def sweep(compute, items, sample, cfg, env, what):
+def run_inference(compute, items, sample, cfg, env, what):
     """Apply compute(clips on the device, n) -> n results, CPU tensors, to all items, sampled by `sample` -> dict from
     index to result, without those that could not be read, and what went wrong with them.
 
@@ -988,7 +988,7 @@ def sweep(compute, items, sample, cfg, env, what):
     return results, errors
 
 
-def table(results, count):
+def stack_results(results, count):
     """dict from index to (...) -> tensor (count, ...), 0 where there is none; (count,) bool: where there is one."""
     first, read = next(iter(results.values())), torch.zeros(count, dtype=torch.bool)
     out = torch.zeros(count, *first.shape)
@@ -1001,9 +1001,9 @@ def extract(network, items, cfg, env, views, what):
     """Features (N, views, dim) of listed videos, read (N,) bool, errors."""
     size, frames = network.config["image_size"], network.config["frames"]
     sample = partial(test_clips, cfg=cfg, size=cfg.test_size or size, frames=frames, views=views)
-    results, errors = sweep(lambda clips, n: network(normalize(clips, network.config)).float().cpu()
+    results, errors = run_inference(lambda clips, n: network(normalize(clips, network.config)).float().cpu()
                             .unflatten(0, (n, -1)), items, sample, cfg, env, what)
-    return *table(results, len(items)), errors
+    return *stack_results(results, len(items)), errors
 
 
 def classify(model, items, cfg, env, views, what="testing"):
@@ -1011,9 +1011,9 @@ def classify(model, items, cfg, env, views, what="testing"):
     config = model.network.config
     sample = partial(test_clips, cfg=cfg, size=cfg.test_size or config["image_size"], frames=config["frames"],
                      views=views)
-    results, errors = sweep(lambda clips, n: model.scores(clips).cpu().unflatten(0, (n, -1)).mean(1), items, sample,
-                            cfg, env, what)
-    return *table(results, len(items)), errors
+    results, errors = run_inference(lambda clips, n: model.scores(clips).cpu().unflatten(0, (n, -1)).mean(1), items,
+                                    sample, cfg, env, what)
+    return *stack_results(results, len(items)), errors
 
 
 def detect(model, test, cfg, env):
@@ -1024,7 +1024,7 @@ def detect(model, test, cfg, env):
     def compute(batch, n):
         scores = model.logits(normalize(batch["clips"], config), batch["boxes"], batch["count"]).sigmoid()
         return scores.cpu().split(batch["count"].tolist())
-    results, errors = sweep(compute, test.items, sample, cfg, env, "testing")
+    results, errors = run_inference(compute, test.items, sample, cfg, env, "testing")
     frames, boxes, scores = [], [], []
     for i, value in sorted(results.items()):                                   # value (n, 80)
         item = test.items[i]
@@ -1046,7 +1046,7 @@ def head_sizes(classes):
     return [verbs, len(classes) - verbs] if verbs else [len(classes)]
 
 
-def figures(scores, read, labels, classes, test, cfg):
+def compute_metrics(scores, read, labels, classes, test, cfg):
     """What the tables print, in percent, from scores (N, all classes) and labels (N,) or (N, 2)."""
     sizes, result = head_sizes(classes), {}
     if len(sizes) == 1:
@@ -1085,8 +1085,8 @@ def train(cfg, env, listing, model, sample):
     warmup, drops = int(cfg.warmup_epochs * plan.per_epoch), [float(e) for e in cfg.drops.split(",") if e]
     dataset = Clips(listing.items, sample, cfg.seed)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
-    start = restore(checkpoint, "", network, optimizer, scaler)
-    net = wrap(model.train(), env, cfg.compile)
+    start = resume_or_init(checkpoint, "", network, optimizer, scaler)
+    net = wrap_model(model.train(), env, cfg.compile)
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
@@ -1157,7 +1157,7 @@ def check(cfg):
     return [tuple(map(int, views.split("x"))) for views in (cfg.views, cfg.train_views)]
 
 
-def inherit(cfg):
+def inherit_settings(cfg):
     """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise ->
     content of the checkpoint, {} in the other modes."""
     if cfg.mode not in ("test", "predict", "export") or not cfg.init:
@@ -1220,7 +1220,7 @@ def find_splits(cfg, content):
     return listing, test
 
 
-def of_heads(classes):
+def split_by_head(classes):
     """Names of classes -> a list per head."""
     first = head_sizes(classes)[0]
     return [part for part in (classes[:first], classes[first:]) if part]
@@ -1232,7 +1232,7 @@ def class_ids(test, classes, cfg):
     Names that are numbers and no class of their own are places already, which a note says.
     """
     labels, columns = torch.tensor([item.label for item in test.items]).view(len(test.items), -1), []
-    for column, own, names in zip(labels.T, of_heads(classes), of_heads(test.classes)):
+    for column, own, names in zip(labels.T, split_by_head(classes), split_by_head(test.classes)):
         place = {name: i for i, name in enumerate(own)}
         numbers = {str(i): i for i in range(len(own))}
         unknown = sorted(set(names) - place.keys() - numbers.keys())
@@ -1248,7 +1248,7 @@ def class_ids(test, classes, cfg):
 
 
 def main(cfg):
-    content = inherit(cfg)
+    content = inherit_settings(cfg)
     views, train_views = check(cfg)
     if not cfg.init:
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
@@ -1294,7 +1294,7 @@ def main(cfg):
             result, errors = detect(model, test, cfg, env)
         else:
             scores, read, errors = classify(model, test.items, cfg, env, views)
-            result = figures(scores, read, test_labels, classes, test, cfg)
+            result = compute_metrics(scores, read, test_labels, classes, test, cfg)
             save_scores(out, env, test.items, scores, read, test_labels, classes)
     else:
         network.eval()

@@ -51,9 +51,9 @@ from torch.nn.utils import clip_grad_norm_
 from common import (Bottleneck, Clips, FlowEstimator, Log, Queue, StepSampler, StopSignal, UserError, ViT,
                     all_reduce_mean, blur, colour_jitter, constant, cosine_lr, crop_resize, draw_box, draw_lines,
                     ema_update, example_clips, find_videos, item_frames, loader, make_backbone, make_optimizer,
-                    map_picture, normalize, open_run, parse_config, patchify, plan_run, rand, read_views, restore,
-                    save_checkpoint, save_sheet, setup, shutdown, spatial_gradient, to_device, unit, unnormalize,
-                    wrap)
+                    map_to_rgb, normalize, open_run, parse_config, patchify, plan_run, rand, read_views,
+                    resume_or_init, save_checkpoint, save_sheet, setup, shutdown, spatial_gradient, to_device,
+                    to_float01, unnormalize, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ class MCL(nn.Module):
         box = motion_crop(motion, H, W, generator, self.min_crop)
         flipped = rand(B, generator=generator, device=clips.device) < 0.5
         side = self.encoder.config["image_size"]
-        view = crop_resize(unit(clips).flatten(1, 2), box, side, flipped).unflatten(1, (3, T))
+        view = crop_resize(to_float01(clips).flatten(1, 2), box, side, flipped).unflatten(1, (3, T))
         c = self.colour
         view = colour_jitter(view, generator, 0.4 * c, 0.4 * c, 0.4 * c, 0.1 * c, grey=0.2 * c)
         return normalize(blur(view, generator), self.encoder.config), box, flipped
@@ -444,12 +444,12 @@ def preview(model, batch, path):
             colour = ((0.8, 0.1, 0.1), (0.1, 0.2, 0.9), (0.1, 0.2, 0.9))[clip]
             colour = colour if candidate == chosen[i, clip] else (0.7, 0.7, 0.7)
             row[..., tile - 24 + 4 * j:tile - 21 + 4 * j, start:end] = torch.tensor(colour)[:, None, None]
-        frame = F.interpolate(unit(clips[i, 0, :, :1]).transpose(0, 1).cpu(), (2 * H, 2 * W))
+        frame = F.interpolate(to_float01(clips[i, 0, :, :1]).transpose(0, 1).cpu(), (2 * H, 2 * W))
         frame = draw_box(draw_box(frame, 2 * hot[i]), 2 * box[i], "yellow")
         ends = unnormalize(query[i, :, [0, -1]], model.encoder.config).transpose(0, 1).cpu()
-        second = [F.interpolate(x, (tile, tile)) for x in (frame, map_picture(maps[i, :1]), ends)]
-        blocks.append([torch.cat(row.split(tile, 3)), torch.cat(second), map_picture(M[i, shown]),
-                       map_picture(P[i, shown])])
+        second = [F.interpolate(x, (tile, tile)) for x in (frame, map_to_rgb(maps[i, :1]), ends)]
+        blocks.append([torch.cat(row.split(tile, 3)), torch.cat(second), map_to_rgb(M[i, shown]),
+                       map_to_rgb(P[i, shown])])
     save_sheet(path, [torch.cat([F.interpolate(x, (tile, tile)) for x in pair]) for a, b in
                       zip(blocks[::2], blocks[1::2]) for pair in zip(a, b)], tile)
     model.train()
@@ -528,8 +528,8 @@ def main(cfg):
 
     # >>> same: loop
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
-    start = restore(checkpoint, cfg.init, model, optimizer, scaler)
-    net = wrap(model, env, cfg.compile)
+    start = resume_or_init(checkpoint, cfg.init, model, optimizer, scaler)
+    net = wrap_model(model, env, cfg.compile)
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):

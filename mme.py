@@ -46,9 +46,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal, UserError, ViT, adamw,
                     all_reduce_mean, clip_indices, constant, cosine_lr, draw_lines, example_clips, find_videos,
-                    loader, map_picture, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run,
-                    rand, read_views, resize_flow, restore, save_checkpoint, save_sheet, setup, shutdown,
-                    sincos_positions, take, to_device, unit, unpatchify, vit_sizes, wrap)
+                    gather_tokens, loader, map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify,
+                    plan_run, rand, read_views, resize_flow, resume_or_init, save_checkpoint, save_sheet, setup,
+                    shutdown, sincos_positions, to_device, to_float01, unpatchify, vit_sizes, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -289,8 +289,8 @@ class MaskedAutoencoder(nn.Module):
         visible, masked = order[:, :-count], order[:, -count:]                  # (B, N_visible), (B, N_hidden)
         z = self.encoder.tokens(patchify(clips, p, t), visible)                 # (B, N_visible, dim)
         positions = self.positions.expand(len(clips), -1, -1)                   # (B, N, decoder_dim)
-        z = torch.cat([self.encoder_to_decoder(z) + take(positions, visible),
-                       self.mask_token + take(positions, masked)], 1)           # (B, N, decoder_dim)
+        z = torch.cat([self.encoder_to_decoder(z) + gather_tokens(positions, visible),
+                       self.mask_token + gather_tokens(positions, masked)], 1)  # (B, N, decoder_dim)
         z = self.decoder(z, count)                                              # (B, N_hidden, decoder_dim)
         return {name: head(z).float() for name, head in self.heads.items()}, masked
 
@@ -367,7 +367,7 @@ class MME(MaskedAutoencoder):
                 maps = hog(normalize(frames, self.encoder.config), cell=self.cell)              # (B, 27, F', gh, gw)
                 targets["shape"] = shape_target(maps, displacement, starts, self.cell)
             elif self.target == "pixel":
-                targets["pixel"] = pixel_target(unit(self.seen(clips)), p, t)
+                targets["pixel"] = pixel_target(to_float01(self.seen(clips)), p, t)
             else:
                 frames = normalize(self.seen(clips)[:, :, 1::t], self.encoder.config)
                 maps = hog(frames, cell=self.cell)                                              # (B, 27, T', gh, gw)
@@ -378,7 +378,7 @@ class MME(MaskedAutoencoder):
         targets, valid, _ = self.targets(clips)
         hidden = tube_mask(len(clips), self.encoder.grid, self.mask_ratio, generator, clips.device)
         predictions, masked = self.predict(normalize(self.seen(clips), self.encoder.config), hidden, self.count)
-        targets = {name: take(target, masked) for name, target in targets.items()}          # (B, N_hidden, size)
+        targets = {name: gather_tokens(target, masked) for name, target in targets.items()}  # (B, N_hidden, size)
         terms, stats = {}, {}
         if "position" in targets:
             known, z = valid.gather(1, masked), targets["position"]                         # (B, N_hidden), ...
@@ -395,7 +395,7 @@ class MME(MaskedAutoencoder):
 
 # ---- 5. Preview ----------------------------------------------------------------------------------------------------
 
-def hog_picture(shape, grid, side=14):
+def hog_to_rgb(shape, grid, side=14):
     """Shape targets (B, N, 108 L) -> pictures (B, T', 3, h, w) of step 0: in each cell a line along each edge."""
     maps = shape.unflatten(-1, (3, 9, -1, 4))[..., 0, :].sum(2).flatten(2)                  # (B, N, 9 * 4), no colour
     maps = unpatchify(maps, grid, 2, 1).transpose(1, 2).flatten(0, 1).clamp(min=0).sqrt()   # (B T', 9, gh, gw)
@@ -403,7 +403,7 @@ def hog_picture(shape, grid, side=14):
     turn, at = turn[:, None, None] * math.pi / 9, at - (side - 1) / 2
     away = (at * turn.cos() + at[:, None] * turn.sin()).abs()                               # (9, side, side)
     lines = (1 - away).clamp(min=0) * (at**2 + at[:, None] ** 2 <= (side / 2) ** 2)
-    return map_picture(F.conv_transpose2d(maps, lines[:, None], stride=side)[:, 0]).unflatten(0, (len(shape), -1))
+    return map_to_rgb(F.conv_transpose2d(maps, lines[:, None], stride=side)[:, 0]).unflatten(0, (len(shape), -1))
 
 
 @torch.no_grad()
@@ -420,7 +420,7 @@ def preview(model, clips, path):
     hidden = tube_mask(len(clips), grid, model.mask_ratio, torch.Generator(clips.device).manual_seed(0), clips.device)
     predictions, _ = model.predict(normalize(model.seen(clips), model.encoder.config), hidden, model.count)
     tile = clips.shape[-1] * max(1, 192 // clips.shape[-1])
-    patches = patchify(unit(model.seen(clips)), p, t)                                       # (B, N, D)
+    patches = patchify(to_float01(model.seen(clips)), p, t)                                 # (B, N, D)
     views = [unpatchify(x, grid, p, t)[:, :, ::t].transpose(1, 2).flatten(0, 1)             # (B T', 3, H, W)
              for x in (patches, patches.masked_fill(hidden[..., None], 0.5))]
     frames, seen = (F.interpolate(x, (tile, tile)).cpu() for x in views)
@@ -428,7 +428,7 @@ def preview(model, clips, path):
     if "shape" in targets:
         painted = targets["shape"].clone()
         painted[hidden] = predictions["shape"].flatten(0, 1)
-        rows |= {name: F.interpolate(hog_picture(x, grid).flatten(0, 1), (tile, tile))
+        rows |= {name: F.interpolate(hog_to_rgb(x, grid).flatten(0, 1), (tile, tile))
                  for name, x in (("hog", targets["shape"]), ("painted", painted))}
     if displacement is not None:
         d = to_tokens(displacement.transpose(2, 3))                                         # (B, N, 2, L, 2, 2)
@@ -483,8 +483,8 @@ def main(cfg):
 
     # >>> same: loop
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
-    start = restore(checkpoint, cfg.init, model, optimizer, scaler)
-    net = wrap(model, env, cfg.compile)
+    start = resume_or_init(checkpoint, cfg.init, model, optimizer, scaler)
+    net = wrap_model(model, env, cfg.compile)
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):

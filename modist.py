@@ -44,8 +44,8 @@ from torch.nn.utils import clip_grad_norm_
 from common import (Clips, FlowEstimator, Log, Queue, ResNet3D, StepSampler, StopSignal, UserError, all_reduce_mean,
                     blur, colour_jitter, cosine_lr, draw_box, ema_update, example_clips, find_videos, flip,
                     flow_picture, item_frames, loader, make_backbone, make_optimizer, normalize, open_run,
-                    parse_config, plan_run, random_resized_crop, read_views, restore, save_checkpoint, save_sheet,
-                    setup, shutdown, spatial_gradient, to_device, unit, wrap)
+                    parse_config, plan_run, random_resized_crop, read_views, resume_or_init, save_checkpoint,
+                    save_sheet, setup, shutdown, spatial_gradient, to_device, to_float01, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def motion_maps(clips, flow, kind="flow_edge", clip=1.0):
            frame_diff: |difference| of neighbouring frames, mean over colours, three times over; needs no flow
     """
     if kind == "frame_diff":
-        maps = unit(clips).diff(dim=2).abs().mean(1)                            # (B, T-1, H, W)
+        maps = to_float01(clips).diff(dim=2).abs().mean(1)                      # (B, T-1, H, W)
     else:
         field = flow(clips)                                                     # (B, T-1, 2, h, w)
         if kind == "flow":
@@ -211,7 +211,7 @@ class MoDist(nn.Module):
         first, second = flip(first, generator)[0], flip(second, generator)[0]
         c = self.colour
         strengths = dict(brightness=0.6 * c, contrast=0.6 * c, saturation=0.6 * c, hue=0.15 * c, grey=0.2 * c)
-        rgb = [unit(x[:, :, :-1:self.rgb_step]) for x in (first, second)]
+        rgb = [to_float01(x[:, :, :-1:self.rgb_step]) for x in (first, second)]
         rgb = [normalize(blur(colour_jitter(x, generator, **strengths), generator), self.encoder.config) for x in rgb]
         if not hasattr(self, "motion"):
             return rgb, (None, None)
@@ -269,8 +269,8 @@ def preview(model, clips, path):
     model.eval()
     (first, second), keys = clips.unflatten(0, (-1, 2)).unbind(1), model.keys
     shown = torch.linspace(0, first.shape[2] - 2, 4).round().long()
-    rgb = [unit(x[:, :, :-1:model.rgb_step]) for x in (first, second)]
-    frames = unit(first[:, :, shown]).transpose(1, 2).cpu()                                 # (B, 4, 3, H, W)
+    rgb = [to_float01(x[:, :, :-1:model.rgb_step]) for x in (first, second)]
+    frames = to_float01(first[:, :, shown]).transpose(1, 2).cpu()                           # (B, 4, 3, H, W)
     rows, tile = [frames], frames.shape[-2:]
     if hasattr(model, "motion"):
         maps = motion_maps(first, model.flow, model.motion_input, model.edge_clip)          # (B, 3, F - 1, h, w)
@@ -359,8 +359,8 @@ def main(cfg):
 
     # >>> same: loop
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
-    start = restore(checkpoint, cfg.init, model, optimizer, scaler)
-    net = wrap(model, env, cfg.compile)
+    start = resume_or_init(checkpoint, cfg.init, model, optimizer, scaler)
+    net = wrap_model(model, env, cfg.compile)
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):

@@ -48,9 +48,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal, UserError, ViT, adamw,
                     all_reduce_mean, clip_indices, cosine_lr, draw_box, example_clips, find_videos, flow_picture,
-                    loader, map_picture, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run,
-                    rand, read_views, restore, save_checkpoint, save_sheet, setup, shutdown, sincos_positions,
-                    spatial_gradient, take, to_device, unit, unnormalize, unpatchify, vit_sizes, wrap)
+                    gather_tokens, loader, map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify,
+                    plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
+                    sincos_positions, spatial_gradient, to_device, to_float01, unnormalize, unpatchify, vit_sizes,
+                    wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -251,10 +252,10 @@ class MaskedAutoencoder(nn.Module):
         visible, masked = order[:, :-count], order[:, -count:]                  # (B, N_visible), (B, N_hidden)
         z = self.encoder.tokens(patchify(clips, p, t), visible)                 # (B, N_visible, dim)
         positions = self.positions.expand(len(clips), -1, -1)                   # (B, N, decoder_dim)
-        z = torch.cat([self.encoder_to_decoder(z) + take(positions, visible),
-                       self.mask_token + take(positions, masked)], 1)           # (B, N, decoder_dim)
+        z = torch.cat([self.encoder_to_decoder(z) + gather_tokens(positions, visible),
+                       self.mask_token + gather_tokens(positions, masked)], 1)  # (B, N, decoder_dim)
         prediction = self.decoder(z, count)                                     # (B, N_hidden, D)
-        target = take(pixel_target(unnormalize(clips, self.encoder.config), p, t), masked)           # (B, N_hidden, D)
+        target = gather_tokens(pixel_target(unnormalize(clips, self.encoder.config), p, t), masked)  # (B, N_hidden, D)
         return prediction, F.mse_loss(prediction.float(), target)
 
 
@@ -306,7 +307,7 @@ def preview(model, clips, path):
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
     hidden, flow, motion, boxes, found = model.mask(clips, torch.Generator(clips.device).manual_seed(0))
     prediction, _ = MaskedAutoencoder.forward(model, normalize(clips, model.encoder.config), hidden)
-    patches = patchify(unit(clips), p, t)                                                   # (B, N, D)
+    patches = patchify(to_float01(clips), p, t)                                             # (B, N, D)
     _, mean, deviation = normalize_patches(patches)                                         # (B, N, 3, 1)
     seen, painted = patches.clone(), patches.clone()
     seen[hidden] = 0.5
@@ -314,8 +315,8 @@ def preview(model, clips, path):
     painted[hidden] = (colours * deviation[hidden] + mean[hidden]).flatten(1)
     blocks = []                                                                             # per clip 5 rows
     for i in range(len(clips)):
-        frames = unit(clips[i, :, ::2 * t]).transpose(0, 1)                                 # every second tubelet
-        maps = F.interpolate(map_picture(motion[i, None]), frames.shape[-2:]).expand(len(frames), -1, -1, -1)
+        frames = to_float01(clips[i, :, ::2 * t]).transpose(0, 1)                           # every second tubelet
+        maps = F.interpolate(map_to_rgb(motion[i, None]), frames.shape[-2:]).expand(len(frames), -1, -1, -1)
         boxed = [draw_box(x, boxes[i]) if found[i] else x for x in (frames, maps)]
         shown = [unpatchify(x[i, None], grid, p, t)[0, :, ::2 * t].transpose(0, 1) for x in (seen, painted)]
         shown = [x.clamp(0, 1) for x in shown]
@@ -354,8 +355,8 @@ def main(cfg):
 
     # >>> same: loop
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
-    start = restore(checkpoint, cfg.init, model, optimizer, scaler)
-    net = wrap(model, env, cfg.compile)
+    start = resume_or_init(checkpoint, cfg.init, model, optimizer, scaler)
+    net = wrap_model(model, env, cfg.compile)
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):

@@ -43,7 +43,7 @@ import mme
 import modist
 import mofo
 from common import (VIDEO_FILES, Clips, Env, FlowEstimator, Item, ResNet3D, VideoError, adamw, loader, make_backbone, probe,
-                    setup, to_device, vit_sizes, wrap)
+                    setup, to_device, vit_sizes, wrap_model)
 
 CONFIG = mofo.Config()                                             # 16 frames, 224 pixels, crops as in training
 
@@ -249,7 +249,7 @@ class Step:
                 frames = mme.frames_to_read(cfg.target, frames, cfg.tubelet_size, cfg.stride, cfg.length)[0]
             self.model.to(env.device)
         self.optimizer = adamw(self.model, 1e-4, CONFIG.weight_decay, (0.9, 0.95), env.device)
-        self.net = wrap(self.model, env, compile)
+        self.net = wrap_model(self.model, env, compile)
         self.batch = to_device(torch.randint(256, (views * clips, frames, image_size, image_size, 3), dtype=torch.uint8), env.device)
         if script == "mcl":
             self.batch = dict(clips=self.batch, order=torch.zeros(clips, dtype=torch.long, device=env.device))

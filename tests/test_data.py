@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import finetune
 import mofo
-from common import (Clips, Env, Item, Listing, StepSampler, UserError, ViT, adamw, clip_indices, collate, cosine_lr, find_videos,
-                    load_file, load_weights, loader, parse_config, plan_run, rand, save_checkpoint)
+from common import (Clips, Env, Item, Listing, StepSampler, UserError, ViT, adamw, clip_indices, collate, cosine_lr,
+                    find_videos, load_file, load_weights, loader, parse_config, plan_run, rand, save_checkpoint)
 
 CPU = torch.device("cpu")
 SHARED = Path(__file__).resolve().parents[2] / "shared"                     # golden numbers, real clips: tests skip without it

@@ -18,9 +18,9 @@ from torchvision.transforms.v2 import functional as tv
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import fame
-from common import (BACKBONES, VITS, Bottleneck, ConvNet, Env, Queue, ResNet3D, RowGenerator, UserError, all_reduce_mean, blur,
-                    colour_jitter, ema_update, load_weights, make_backbone, make_optimizer, normalize, parse_config,
-                    random_resized_crop, restore, toy_video, unit, wrap)
+from common import (BACKBONES, Bottleneck, ConvNet, Env, Queue, ResNet3D, RowGenerator, UserError, VITS,
+                    all_reduce_mean, blur, colour_jitter, ema_update, load_weights, make_backbone, make_optimizer,
+                    normalize, parse_config, random_resized_crop, resume_or_init, to_float01, toy_video, wrap_model)
 from fame import FAME, RECIPES, Config, colour_bins, derangement, foreground_mask, frame_difference, info_nce, merge, spread
 from test_data import golden_arrays
 
@@ -69,7 +69,7 @@ def toys():
     """64 toy videos of `test` (64, 3, F, H, W) in [0, 1], where the sprite is (64, F, H, W), and their classes."""
     videos, truths = zip(*[toy_video(0, "test", i) for i in range(64)])
     inside = np.stack([common._toy_depth(truth, slice(None)) > 0 for truth in truths])
-    clips = unit(torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3))
+    clips = to_float01(torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3))
     return clips, torch.from_numpy(inside).float(), [int(truth["label"]) for truth in truths]
 
 
@@ -78,7 +78,7 @@ def toys():
 @pytest.fixture(scope="module", params=["fame_gray.npz", "fame_colour_b0.3.npz"])
 def golden(request):
     content = golden_arrays(request.param)
-    return dict(content, clips=unit(content["clip_u8"]), beta=0.3 if "0.3" in request.param else 0.5)
+    return dict(content, clips=to_float01(content["clip_u8"]), beta=0.3 if "0.3" in request.param else 0.5)
 
 
 def test_difference_and_seeds_equal_the_released_code(golden):
@@ -421,7 +421,7 @@ def test_every_stage_is_compiled_for_queries_and_for_keys(monkeypatch):
     monkeypatch.setattr(common.shutil, "which", lambda name: name)
     common.can_compile.cache_clear()
     model = FAME(make_backbone("r2plus1d_50", 32, 8, width=0.125), merge=False, queue=16)
-    net = common.wrap(model, common.Env(torch.device("cpu"), 0, 1, None), compile=True)
+    net = common.wrap_model(model, common.Env(torch.device("cpu"), 0, 1, None), compile=True)
     for step in range(2):
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, error_on_recompile=step > 0):
             net(torch.randint(256, (8, 3, 8, 32, 32), dtype=torch.uint8))[0].backward()
@@ -532,7 +532,7 @@ def test_the_mask_is_found_before_colours_change_and_after_the_flip(monkeypatch)
     clips = clips_uint8()
     tiny().views(clips, seeded())
     for found, clip in zip(seen[0], clips[::2]):
-        assert torch.equal(found, unit(clip)) or torch.equal(found, unit(clip).flip(-1))
+        assert torch.equal(found, to_float01(clip)) or torch.equal(found, to_float01(clip).flip(-1))
     assert order == ["flip", "flip", "foreground_mask", "merge", *["colour_jitter", "blur", "normalize"] * 2]
 
 
@@ -623,7 +623,7 @@ def two_steps(rank, world, folder):
     model = tiny(merge=False, queue=13, outputs=8)
     optimizer = make_optimizer("sgd", model, 0.5, 1e-4, CPU)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())
-    net, rows, losses, queues = wrap(model, Env(CPU, rank, world, None), False), 4 // world, [], []
+    net, rows, losses, queues = wrap_model(model, Env(CPU, rank, world, None), False), 4 // world, [], []
     for step in range(2):
         clips = clips_uint8(seed=step)[2 * rank * rows:2 * (rank + 1) * rows]
         loss, _ = net(clips, seeded(step, rank * rows, 4))
@@ -1082,7 +1082,7 @@ def test_init_from_a_checkpoint_of_fame_takes_everything(network, tmp_path):
         p.data.add_(0.1)                                                        # so the keys lag behind
     source(clips_uint8(), seeded())
     torch.save(dict(model=source.state_dict(), step=3), tmp_path / "last.pt")
-    assert restore(None, str(tmp_path / "last.pt"), model, None, None) == 0
+    assert resume_or_init(None, str(tmp_path / "last.pt"), model, None, None) == 0
     for name, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert not torch.equal(*(next(net.parameters()) for net in (model.encoder, model.keys["encoder"])))
@@ -1095,7 +1095,7 @@ def test_init_from_an_encoder_alone_is_copied_into_the_keys(prefix, tmp_path):
     state = {prefix + k: v for k, v in source.encoder.state_dict().items()}
     torch.save(dict(model=state), tmp_path / "encoder.pt")
     queue, head = model.queue.keys.clone(), copy.deepcopy(model.head.state_dict())
-    assert restore(None, str(tmp_path / "encoder.pt"), model, None, None) == 0
+    assert resume_or_init(None, str(tmp_path / "encoder.pt"), model, None, None) == 0
     for name, value in source.encoder.state_dict().items():
         assert torch.equal(model.encoder.state_dict()[name], value), name
         if value.is_floating_point():
@@ -1113,7 +1113,7 @@ def test_continuing_takes_everything_from_the_checkpoint():
     optimizers[0].step()
     content = dict(model=source.state_dict(), optimizer=optimizers[0].state_dict(), scaler=scaler.state_dict(), step=7,
                    backbone=source.encoder.config)
-    assert restore(content, "not read", model, optimizers[1], scaler) == 7
+    assert resume_or_init(content, "not read", model, optimizers[1], scaler) == 7
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
     buffers = [[o.state[p]["momentum_buffer"] for p in o.param_groups[0]["params"]] for o in optimizers]
     assert all(torch.equal(a, b) for a, b in zip(*buffers)) and buffers[0]

@@ -679,10 +679,10 @@ def test_testing_again_follows_the_protocol_of_fine_tuning(data, recipe, tmp_pat
     cfg = config(data=data, recipe=recipe, mode="finetune")
     torch.save(dict(config=dataclasses.asdict(cfg)), tmp_path / "last.pt")
     again = config(data=data, recipe=recipe, mode="test", init=tmp_path / "last.pt")
-    finetune.inherit(again)
+    finetune.inherit_settings(again)
     assert {k: getattr(again, k) for k in SEEN_AT_TEST} == {k: getattr(cfg, k) for k in SEEN_AT_TEST}
     flag = config(data=data, recipe=recipe, mode="test", init=tmp_path / "last.pt", views="9x1")
-    finetune.inherit(flag)
+    finetune.inherit_settings(flag)
     assert flag.views == "9x1" and flag.sampling == cfg.sampling
 
 
@@ -810,7 +810,7 @@ def test_figures_of_epic_do_not_depend_on_what_is_averaged():
         for average in ("logits", "softmax"):
             cfg.average = average
             scores = logits if average == "logits" else torch.cat([part.softmax(1) for part in logits.split([2, 3], 1)], 1)
-            result = finetune.figures(scores * read[:, None], read, labels, classes, test, cfg)
+            result = finetune.compute_metrics(scores * read[:, None], read, labels, classes, test, cfg)
             assert result["verb_top1"] == result["noun_top5"] == pytest.approx(200 / 3)
             assert result["noun_top1"] == result["action_top1"] == pytest.approx(100 / 3)
             assert result["unseen_verb_top1"] == 100 and result["unseen_noun_top1"] == 0 == result["unseen_action_top1"]
@@ -819,7 +819,7 @@ def test_figures_of_epic_do_not_depend_on_what_is_averaged():
         p = torch.tensor([[0.15] * 4 + [0.4], [0.1] * 4 + [0.6], [0.0] * 4 + [1.0]])          # of verb 0: 0.6 and 0.4
         for average, scores in (("softmax", p), ("logits", p.log() + 3)):
             cfg.average = average
-            result = finetune.figures(scores, read, labels, classes, test, cfg)
+            result = finetune.compute_metrics(scores, read, labels, classes, test, cfg)
             assert result["acc1"] == pytest.approx(100 / 3) and result["verb_top1"] == pytest.approx(200 / 3)
             assert result["noun_top1"] == pytest.approx(100 / 3) and not any("action" in name for name in result)
     finally:

@@ -212,7 +212,7 @@ def test_our_names_to_theirs_and_back_is_loss_free(tmp_path, classes, dtype):
     assert len(new) == 2 * SIZES["depth"] and same(content["model"], {k: (theirs | new)[k] for k in content["model"]})
     assert content["model"].keys() == (theirs | new).keys()
     assert content["backbone"] == vit.config and content.get("classes", []) == NAMES[:classes]
-    again = common.translate(content["model"], vit.state_dict())
+    again = common.convert_names(content["model"], vit.state_dict())
     assert again.keys() == vit.state_dict().keys() and same(again, {k: vit.state_dict()[k] for k in again})
 
 
@@ -338,13 +338,13 @@ def test_the_classifier_of_torchvision_s_files_is_our_head(tmp_path):
                                           ("module.encoder_q.", "module.encoder_q.fc.")])
 def test_only_a_whole_network_s_fc_is_a_head(prefix, head):
     state = {prefix + "fc.weight": 1, prefix + "fc.bias": 2, prefix + "fc.0.weight": 3}     # MoCo's is a projection
-    assert common.translate(state, {}) == {head + "weight": 1, head + "bias": 2, prefix + "fc.0.weight": 3}
+    assert common.convert_names(state, {}) == {head + "weight": 1, head + "bias": 2, prefix + "fc.0.weight": 3}
 
 
 def test_names_and_shapes_of_other_networks_stay():
     state = {k: torch.ones(2, 3, 8, 8) for k in ("features.5.branch1.0.0.weight", "a.norm.weight", "x.output.dense.weight",
                                                  "patch_embed.proj.weight")}               # S3D's, for one
-    assert same(common.translate(state, {}), state)
+    assert same(common.convert_names(state, {}), state)
 
 
 def slowfast_name(name):
@@ -548,7 +548,7 @@ def test_torchvision_s_files_have_seen_kinetics_colours(tmp_path, name, prefix):
     assert statistics_of(network_of(tmp_path / "file", model=name, image_size=224)[0]) == KINETICS
     network = make_backbone(name, 224, 16)                                                  # as the pre-training scripts do it
     assert statistics_of(network) == IMAGENET
-    common.restore(None, str(tmp_path / "file"), network, None, None)
+    common.resume_or_init(None, str(tmp_path / "file"), network, None, None)
     assert statistics_of(network) == KINETICS
     for said, expected in (({}, IMAGENET), (ODD, ODD)):                                     # ours say what they have seen
         backbone = {k: x for k, x in network.config.items() if k not in IMAGENET} | said
@@ -682,14 +682,14 @@ def test_fine_tuning_and_testing_use_them(monkeypatch):
     detector = finetune.Detector(vit, finetune.Config(**plain))
     detector(dict(clips=x, boxes=torch.tensor([[0, 0, 9, 9.0]]), actions=torch.ones(1, 80), count=torch.tensor([1, 0])), None)
 
-    def sweep(compute, items, *_):
+    def run_inference(compute, items, *_):
         compute(x, 2)
         return {0: torch.zeros(1)}, []
-    monkeypatch.setattr(finetune, "sweep", sweep)
+    monkeypatch.setattr(finetune, "run_inference", run_inference)
     finetune.extract(vit, [0], finetune.Config(), None, (1, 1), "")
     test = Namespace(items=[Namespace(boxes=torch.zeros(1, 4).numpy(), frame="a", scores=torch.ones(1).numpy())], classes=[""] * 80,
                      ground_truth=dict(frame=["a"], box=np.zeros((1, 4)), label=np.ones(1)), class_ids=[1], excluded=())
-    monkeypatch.setattr(finetune, "sweep", lambda compute, *_: ({0: compute(dict(
+    monkeypatch.setattr(finetune, "run_inference", lambda compute, *_: ({0: compute(dict(
         clips=x, boxes=torch.tensor([[0, 0, 9, 9.0]]), count=torch.tensor([1, 0])), 2)[0]}, []))
     finetune.detect(detector, test, finetune.Config(), None)
     assert len(seen) == 5
@@ -704,11 +704,11 @@ def test_a_run_that_goes_on_keeps_the_statistics_it_began_with(tmp_path):
     checkpoint = dict(model=model.state_dict(), backbone=model.encoder.config, optimizer={}, scaler={}, step=7)
     torch.save(checkpoint, tmp_path / "last.pt")
     again = fame.FAME(make_backbone(**SIZES), queue=8)                                      # as main makes it
-    assert common.restore(load_file(tmp_path / "last.pt"), "", again, nothing, nothing) == 7
+    assert common.resume_or_init(load_file(tmp_path / "last.pt"), "", again, nothing, nothing) == 7
     assert statistics_of(again.encoder) == ODD
     save_ours(tmp_path / "init", ViT(**SIZES, **ODD))
     new = fame.FAME(make_backbone(**SIZES), queue=8)
-    assert common.restore(None, str(tmp_path / "init"), new, nothing, nothing) == 0 and statistics_of(new.encoder) == ODD
+    assert common.resume_or_init(None, str(tmp_path / "init"), new, nothing, nothing) == 0 and statistics_of(new.encoder) == ODD
 
 
 # ---- 7. Heads, sizes, contents ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetune
 from common import Clips, collate, find_videos, loader, UserError, VideoError
-from finetune import ava_listing, epic_participants, epic_subsets, film_time, key_frame_indices
+from finetune import ava_listing, epic_participants, epic_subsets, time_in_file, key_frame_indices
 
 
 def tiny_video(path, frames=12, fps=10, side=32):
@@ -312,7 +312,7 @@ def test_where_ava_is_looked_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize("second, seconds, expected", [(902, 901.0, 2), (1798, 905.0, 898), (902, 10.2, 2), (902, 905.1, 902),
                                                        (902, 5400.0, 902), (1798, 1802.3, 1798)])
 def test_whole_films_and_films_cut_out_at_900(second, seconds, expected):
-    assert film_time(second, seconds) == expected
+    assert time_in_file(second, seconds) == expected
 
 
 def fake(fps, frames, seconds=None):

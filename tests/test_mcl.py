@@ -18,8 +18,8 @@ from torchvision.transforms import functional as tv
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mcl
-from common import (Bottleneck, Item, ResNet3D, RowGenerator, Video, collate, crop_resize, load_weights, make_backbone, restore,
-                    to_device, toy_flow, toy_video, unit, unnormalize)
+from common import (Bottleneck, Item, ResNet3D, RowGenerator, Video, collate, crop_resize, load_weights, make_backbone,
+                    resume_or_init, to_device, to_float01, toy_flow, toy_video, unnormalize)
 from mcl import (CURVE, GRID, MCL, Config, alignment_loss, alignment_map, clip_map, hot_box, motion_boundary, motion_crop,
                  motion_target, preview, random_starts, sample_clips, split, tournament)
 from test_data import error_of, golden_arrays, numbers
@@ -595,7 +595,7 @@ class FakeFlow:
 
     def __call__(self, clips):
         self.asked.append(clips.detach().clone())
-        x = unit(clips).float()
+        x = to_float01(clips).float()
         flow = torch.stack([5 * x[:, 0, 1:] - 2 * x[:, 1, :-1], 3 * x[:, 2, 1:] * x[:, 0, :-1]], 2)
         return F.avg_pool2d(flow.flatten(0, 1), self.size).unflatten(0, flow.shape[:2])
 
@@ -716,7 +716,7 @@ def test_the_flow_of_the_query_is_cut_and_mirrored_like_the_query(monkeypatch, s
     monkeypatch.setattr(mcl, "blur", lambda clips, generator: clips)
     class Bright(FakeFlow):                                                     # flow where the first frame is bright
         def __call__(self, clips):
-            flow = unit(clips)[:, :2, :-1].transpose(1, 2)
+            flow = to_float01(clips)[:, :2, :-1].transpose(1, 2)
             return F.avg_pool2d(flow.flatten(0, 1), size).unflatten(0, flow.shape[:2])
     model = tiny(flow=Bright(), colour=0.0)
     clips = torch.zeros(30, 3, 5, 24, 32, dtype=torch.uint8)
@@ -1141,7 +1141,7 @@ def test_moco_s_weights_start_mcl_with_its_own_head_and_equal_keys(image_network
 def test_keys_start_where_the_image_network_does(image_network, tmp_path):
     path, _ = saved(image_network, tmp_path / "a.pth", "torchvision")
     model = MCL(make_backbone("r2plus1d_50", 64, 8), FakeFlow(), 10, queue=8)
-    assert restore(None, str(path), model, None, None) == 0
+    assert resume_or_init(None, str(path), model, None, None) == 0
     for name, value in model.keys.state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
     first = model.keys["encoder"].layer1[0].conv1.weight

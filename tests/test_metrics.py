@@ -256,10 +256,10 @@ def scene(seed, frames=12, classes=6, distinct=False):
             score = rng.random() if distinct else rng.randrange(1, 9) / 8
             found += [(name, box, c, score if not distinct else rng.random()) for c in rng.sample(range(1, classes + 1), 3)]
     rng.shuffle(found)
-    return table(found), table(true)
+    return stack_results(found), stack_results(true)
 
 
-def table(rows):
+def stack_results(rows):
     names = ("frame", "box", "label", "score")[:len(rows[0])]
     columns = dict(zip(names, map(list, zip(*rows))))
     return {name: column if name == "frame" else np.array(column) for name, column in columns.items()}
@@ -315,10 +315,10 @@ def test_perfect_detections():
 def test_map_by_hand():
     """The definition's clauses one by one, on boxes whose overlaps are plain fractions."""
     person, half, less = (0, 0, 4, 4), (0, 0, 4, 2), (0, 0, 4, 1.9)
-    truth = table([("a,0902", person, 1), ("b,0902", person, 1)])
+    truth = stack_results([("a,0902", person, 1), ("b,0902", person, 1)])
 
     def ap(*rows, of=truth, **settings):
-        return ava_mean_ap(table(rows), of, [1], **settings)[1][1]
+        return ava_mean_ap(stack_results(rows), of, [1], **settings)[1][1]
     assert ap(("a,0902", half, 1, 0.5)) == 0.5                                 # IoU of exactly 1/2 counts, no + 1
     assert ap(("a,0902", less, 1, 0.5)) == 0
     assert ap(("a,0902", person, 1, 0.5), ("b,0902", person, 1, 0.4)) == 1
@@ -329,9 +329,9 @@ def test_map_by_hand():
     assert ap(("a,0902", (4, 0, 0, 4), 1, 0.9), ("a,0902", person, 1, 0.5)) == 0.5     # no area: not even false
     assert ap(("a,0902", (4, 0, 0, 4), 1, 0.9), ("a,0902", person, 1, 0.5), cap=1) == 0    # but it fills the cap
     assert ap(("c,0902", person, 1, math.nan), ("a,0902", person, 1, 0.1)) == 0.5      # nan is last
-    pair = table([("a,0902", (0, 0, 4, 4), 1), ("a,0902", (0, 0, 4, 5), 1)])   # a box goes to the one it overlaps most,
+    pair = stack_results([("a,0902", (0, 0, 4, 4), 1), ("a,0902", (0, 0, 4, 5), 1)])  # a box goes to the one it overlaps most,
     assert ap(("a,0902", (0, 0, 4, 4), 1, 0.9), ("a,0902", (0, 0, 4, 4), 1, 0.8), of=pair) == 0.5     # even if taken
-    pair = table([("a,0902", (0, 0, 4, 4), 1), ("a,0902", (1, 0, 5, 4), 1)])   # of equal overlaps the first row's
+    pair = stack_results([("a,0902", (0, 0, 4, 4), 1), ("a,0902", (1, 0, 5, 4), 1)])  # of equal overlaps the first row's
     assert ap(("a,0902", (0.5, 0, 4.5, 4), 1, 0.9), ("a,0902", (0, 0, 4, 4), 1, 0.8), of=pair) == 0.5
     zigzag = [("a,0902", person, 1, 0.9), ("c,0902", person, 1, 0.8), ("d,0902", person, 1, 0.7), ("b,0902", person, 1, 0.6)]
     assert ap(*zigzag) == pytest.approx(0.5 * 1 + 0.5 * 0.5)                   # precision 1, 1/2, 1/3, 1/2: envelope

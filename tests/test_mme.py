@@ -13,8 +13,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mme
 import mofo
-from common import (FlowEstimator, RowGenerator, UserError, normalize, patchify, sincos_positions, take, toy_flow, toy_video,
-                    unpatchify)
+from common import (FlowEstimator, RowGenerator, UserError, gather_tokens, normalize, patchify, sincos_positions,
+                    toy_flow, toy_video, unpatchify)
 from mme import (MME, NOISE, MaskedAutoencoder, frames_to_read, grid_points, hog, pixel_target, position_loss, position_target,
                  shape_loss, shape_target, to_tokens, trajectories, tube_mask)
 from test_data import golden_arrays
@@ -743,7 +743,7 @@ def test_gradients_of_each_term_alone_reach_the_encoder_and_of_both_every_parame
     if term != "both":
         targets, valid, _ = model.targets(clips)
         predictions, masked = model.predict(normalize(model.seen(clips)), tube_mask(3, (2, 4, 4), 0.7, seeded()))
-        target, known = take(targets[term], masked), valid.gather(1, masked)
+        target, known = gather_tokens(targets[term], masked), valid.gather(1, masked)
         loss = position_loss(predictions[term], target, known) if term == "position" else shape_loss(predictions[term], target)
     loss.backward()
     without = {n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0}

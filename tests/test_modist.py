@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import modist
 from common import (FlowEstimator, Item, ResNet3D, RowGenerator, Video, collate, load_weights, make_backbone,
-                    make_optimizer, parse_config, restore, spatial_gradient, to_device, unit, unnormalize)
+                    make_optimizer, parse_config, resume_or_init, spatial_gradient, to_device, to_float01, unnormalize)
 from modist import RECIPES, Config, MoDist, flow_edges, info_nce, motion_maps, preview, projection, sample_clips, two_starts
 from test_data import SHARED, error_of, numbers, tiny_video
 
@@ -91,7 +91,7 @@ class Flow:
 
     def __call__(self, clips):
         self.seen.append(clips)
-        x = unit(clips)
+        x = to_float01(clips)
         return 7 * x[:, :2].diff(dim=2).transpose(1, 2) + 3
 
 
@@ -230,7 +230,7 @@ def test_frame_differences_equal_numpy_and_need_no_flow():
     clips = clips_uint8(2, 4, 6)
     values = clips.numpy().astype(float) / 255
     expected = np.abs(values[:, :, 1:] - values[:, :, :-1]).mean(1)
-    for x in (clips, unit(clips)):
+    for x in (clips, to_float01(clips)):
         maps = motion_maps(x, None, "frame_diff")
         assert maps.shape == (2, 3, 3, 6, 6) and maps.dtype == torch.float32
         for channel in maps.unbind(1):
@@ -1092,7 +1092,7 @@ def test_init_from_rgb_alone_is_copied_into_the_keys(prefix, tmp_path):
     kept = copy.deepcopy({n: v for n, v in model.state_dict().items() if not n.startswith(("encoder.", "keys.", "updates"))})
     for p in model.keys.parameters():
         p.data.add_(1)
-    assert restore(None, str(tmp_path / "rgb.pt"), model, None, None) == 0
+    assert resume_or_init(None, str(tmp_path / "rgb.pt"), model, None, None) == 0
     state = model.state_dict()
     for name, value in source.encoder.state_dict().items():
         assert torch.equal(state["encoder." + name], value), name
@@ -1109,7 +1109,7 @@ def test_init_from_a_whole_checkpoint_takes_everything(tmp_path):
     for p in source.keys.parameters():
         p.data.add_(0.1)
     torch.save(dict(model=source.state_dict()), tmp_path / "last.pt")
-    restore(None, str(tmp_path / "last.pt"), model, None, None)
+    resume_or_init(None, str(tmp_path / "last.pt"), model, None, None)
     state = model.state_dict()
     assert all(torch.equal(v, state[n]) for n, v in source.state_dict().items())
 
@@ -1118,7 +1118,7 @@ def test_init_from_motion_alone_or_another_width_is_refused(tmp_path):
     source = residual(1)
     for state in ({"motion." + k: v for k, v in source.motion.state_dict().items()}, residual(3, width=0.125).state_dict()):
         torch.save(dict(model=state), tmp_path / "x.pt")
-        assert "x.pt" in error_of(restore, None, str(tmp_path / "x.pt"), residual(2), None, None)
+        assert "x.pt" in error_of(resume_or_init, None, str(tmp_path / "x.pt"), residual(2), None, None)
 
 
 # ---- preview -----------------------------------------------------------------------------------------------------------
@@ -1163,7 +1163,7 @@ def test_preview_shows_frames_flow_and_motion_in_time(monkeypatch, kind, motion)
         own = rows[per_pair * pair:per_pair * (pair + 1)]
         for side, b in enumerate((2 * pair, 2 * pair + 1)):
             left = slice(4 * side, 4 * side + 4)
-            torch.testing.assert_close(own[0][left], unit(firsts[b])[:, shown].transpose(0, 1))
+            torch.testing.assert_close(own[0][left], to_float01(firsts[b])[:, shown].transpose(0, 1))
             if not motion:
                 continue
             maps = motion_maps(firsts, Flow(), kind, 1.0)[b]
@@ -1194,7 +1194,7 @@ def test_preview_frames_the_own_second_moment_among_the_matches(monkeypatch, mot
     preview(model, clips, "x.png")
     rows, firsts = kept[0][1], clips[::2]
     torch.testing.assert_close(asked[0] if motion else unnormalize(asked[0]),
-                               motion_maps(firsts, None, "frame_diff") if motion else unit(firsts)[:, :, [0, 2]])
+                               motion_maps(firsts, None, "frame_diff") if motion else to_float01(firsts)[:, :, [0, 2]])
     torch.testing.assert_close(unnormalize(seen[0])[:, 0, 0, 0, 0] * 255, torch.tensor([40.0, 80, 120, 160]), atol=0.05, rtol=0)
     expected = [sorted(range(4), key=lambda j: -dot(q, near[j].tolist()))[:3] for q in query.tolist()]
     framed = 0

@@ -12,8 +12,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-from common import (VITS, Block, Attention, FlowEstimator, RowGenerator, UserError, ViT, multi_scale_crop, normalize, patchify,
-                    read_clips, sincos_positions, spatial_gradient, toy_flow, toy_video, tvl1, unpatchify, warp)
+from common import (Attention, Block, FlowEstimator, RowGenerator, UserError, VITS, ViT, multi_scale_crop, normalize,
+                    patchify, read_clips, sincos_positions, spatial_gradient, toy_flow, toy_video, tvl1, unpatchify,
+                    warp)
 from mofo import MOFO, MaskedAutoencoder, find_motion, motion_box, motion_map, motion_tube_mask, pixel_target
 from test_data import SHARED, golden_arrays
 

@@ -356,7 +356,7 @@ def test_compiled_blocks_give_the_eager_result_without_recompiling():
     model, eager = mofo.MaskedAutoencoder(**sizes), mofo.MaskedAutoencoder(**sizes)
     eager.load_state_dict(model.state_dict())
     names = list(model.state_dict())
-    common.wrap(model, env, compile=True)
+    common.wrap_model(model, env, compile=True)
     assert list(model.state_dict()) == names
     clips = torch.randn(2, 3, 4, 32, 32)
     found = torch.zeros(2, dtype=torch.bool)
