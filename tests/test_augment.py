@@ -1,7 +1,6 @@
 """RandAugment, random erasing, mixup and cutmix against slow loops written from the specification, and their statistics."""
 import math
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -9,21 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 from common import RAND_AUGMENT, RowGenerator, box_mask, mix, rand_augment, random_erasing, symmetric_beta
 from finetune import soft_targets
+from conftest import seeded
 
 torch.set_num_threads(1)
 NAMES = ["autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "colour", "contrast",
          "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y"]
-
-
-def seeded(seed=0, first=0, total=None):
-    generator = torch.Generator() if total is None else RowGenerator()
-    if total is not None:
-        generator.first, generator.total = first, total
-    return generator.manual_seed(seed)
 
 
 def noise_clips(*shape, seed=0, last=False):

@@ -13,47 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import finetune
 import mofo
 from common import (Clips, Env, Item, Listing, StepSampler, UserError, ViT, adamw, clip_indices, collate, cosine_lr,
                     find_videos, load_file, load_weights, loader, parse_config, plan_run, rand, save_checkpoint)
+from conftest import SHARED, error_of, golden_arrays, numbers, put, tiny_video
 
 CPU = torch.device("cpu")
-SHARED = Path(__file__).resolve().parents[2] / "shared"                     # golden numbers, real clips: tests skip without it
-
-
-def golden_arrays(name):
-    """The arrays of a golden file as tensors, by name; skips the test where the file is not."""
-    path = SHARED / "golden" / name
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    return {k: torch.from_numpy(v) for k, v in np.load(path).items()}
-
-
-def tiny_video(path, frames=12, fps=10, side=32, codec="libx264", options={"qp": "0"}):
-    """Frame n is grey 8 + 4 n, so that a picture tells its number (see `numbers`)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, fps, width=side, height=side, pix_fmt="yuv420p", options=options)
-        for n in range(frames):
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((side, side, 3), 8 + 4 * n, np.uint8))))
-        file.mux(stream.encode())
-    return path
-
-
-def numbers(clips):
-    """Pictures (..., H, W, 3) of tiny videos -> frame numbers (...); scaling darkens them by up to 2 levels."""
-    return ((np.asarray(clips, float).mean((-3, -2, -1)) - 7) / 4).round().astype(int)
-
-
-def put(root, text={}, videos=()):
-    """Write files below root: text {name: content}, and something with a video's name for each of videos (listing opens none)."""
-    for name, content in {**text, **dict.fromkeys(videos, "x")}.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content.encode())
-    return root
 
 
 def labels(listing):
@@ -63,14 +30,6 @@ def labels(listing):
 
 def counts(listing):
     return tuple(map(int, re.search(r"(\d+) listed, (\d+) found, (\d+) missing, (\d+) empty", listing.summary).groups()))
-
-
-def error_of(function, *args, **kwargs):
-    """The message of the UserError, which must be one line."""
-    with pytest.raises(UserError) as info:
-        function(*args, **kwargs)
-    assert "\n" not in str(info.value) and str(info.value).startswith("error: ")
-    return str(info.value)
 
 
 # ---- 1. The published layouts ----------------------------------------------------------------------------------------

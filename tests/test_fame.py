@@ -2,7 +2,6 @@
 import colorsys
 import copy
 import math
-import sys
 from collections import Counter
 from itertools import permutations, product
 from pathlib import Path
@@ -15,26 +14,18 @@ import torchvision
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import fame
 from common import (BACKBONES, Bottleneck, ConvNet, Env, Queue, ResNet3D, RowGenerator, UserError, VITS,
                     all_reduce_mean, blur, colour_jitter, ema_update, load_weights, make_backbone, make_optimizer,
                     normalize, parse_config, random_resized_crop, resume_or_init, to_float01, toy_video, wrap_model)
 from fame import FAME, RECIPES, Config, colour_bins, derangement, foreground_mask, frame_difference, info_nce, merge, spread
-from test_data import golden_arrays
+from conftest import golden_arrays, seeded
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 VIT = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=1, heads=3)
 LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)
-
-
-def seeded(seed=0, first=0, total=None):
-    generator = torch.Generator() if total is None else RowGenerator()
-    if total is not None:
-        generator.first, generator.total = first, total
-    return generator.manual_seed(seed)
 
 
 def tiny(encoder=None, seed=0, **changes):

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import signal
-import sys
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import roi_align
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import fame
 import finetune
@@ -28,8 +26,8 @@ import mcl
 import modist
 from common import DATA_SETS, Item, UserError, VideoInfo, load_file, make_backbone, parse_config
 from finetune import Classifier, Config, Detector, KeyFrame, MotionFocus, RECIPES, check, person_clip, train_clips
-from test_data import put
-from test_run import lines, miniature, run, start
+from conftest import lines, put, run, start
+from test_run import miniature
 
 ENV = common.Env(torch.device("cpu"), 0, 1, None)
 QUIET = dict(randaugment="none", erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)         # nothing is random

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import struct
-import sys
 from argparse import Namespace
 from pathlib import Path, PosixPath
 
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import common
 import fame
 import finetune

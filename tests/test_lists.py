@@ -1,7 +1,6 @@
 """AVA key frames and EPIC-KITCHENS-100 with two labels, in miniature trees of the published layouts."""
 import csv
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetune
 from common import Clips, collate, find_videos, loader, UserError, VideoError
 from finetune import ava_listing, epic_participants, epic_subsets, time_in_file, key_frame_indices

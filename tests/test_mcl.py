@@ -1,7 +1,6 @@
 """MCL against slow loops written from the specification, the released code's numbers, and the truth of the toy data."""
 import copy
 import math
-import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,23 +15,15 @@ from torch import nn
 from torchvision.io import read_image
 from torchvision.transforms import functional as tv
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mcl
 from common import (Bottleneck, Item, ResNet3D, RowGenerator, Video, collate, crop_resize, load_weights, make_backbone,
                     resume_or_init, to_device, to_float01, toy_flow, toy_video, unnormalize)
 from mcl import (CURVE, GRID, MCL, Config, alignment_loss, alignment_map, clip_map, hot_box, motion_boundary, motion_crop,
                  motion_target, preview, random_starts, sample_clips, split, tournament)
-from test_data import error_of, golden_arrays, numbers
+from conftest import error_of, golden_arrays, numbers, seeded
 
 torch.set_num_threads(1)
 VIT = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3)
-
-
-def seeded(seed=0, first=0, total=None):
-    generator = torch.Generator() if total is None else RowGenerator()
-    if total is not None:
-        generator.first, generator.total = first, total
-    return generator.manual_seed(seed)
 
 
 def noise(*shape, seed=0, least=0.0, most=1.0, dtype=torch.float32):

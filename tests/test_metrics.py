@@ -1,7 +1,6 @@
 """Retrieval, EPIC-KITCHENS, AVA and the support vector machine against slow loops written from the protocols' texts."""
 import math
 import random
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -10,16 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import UserError
 from finetune import action_to_verb_noun, ava_mean_ap, epic_accuracy, retrieval_recall, squared_hinge_svm
+from conftest import seeded
 
 torch.set_num_threads(1)
 KS = (1, 5, 10, 20, 50)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # ---- Retrieval -----------------------------------------------------------------------------------------------------

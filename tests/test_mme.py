@@ -1,6 +1,5 @@
 """MME against slow loops written from the paper and its code, the released HOG's numbers, and the truth of the toy data."""
 import math
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -10,22 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mme
 import mofo
 from common import (FlowEstimator, RowGenerator, UserError, gather_tokens, normalize, patchify, sincos_positions,
                     toy_flow, toy_video, unpatchify)
 from mme import (MME, NOISE, MaskedAutoencoder, frames_to_read, grid_points, hog, pixel_target, position_loss, position_target,
                  shape_loss, shape_target, to_tokens, trajectories, tube_mask)
-from test_data import golden_arrays
+from conftest import golden_arrays, seeded
 
 torch.set_num_threads(1)
 TINY = dict(image_size=32, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3, decoder_dim=12, decoder_depth=1,
             decoder_heads=2)                                                    # 2 x 4 x 4 tokens, of which 22 are hidden
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def tiny(target="trajectory", length=3, stride=2, flow=None, ratio=0.7, **changes):

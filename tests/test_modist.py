@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import signal
-import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,25 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import modist
 from common import (FlowEstimator, Item, ResNet3D, RowGenerator, Video, collate, load_weights, make_backbone,
                     make_optimizer, parse_config, resume_or_init, spatial_gradient, to_device, to_float01, unnormalize)
 from modist import RECIPES, Config, MoDist, flow_edges, info_nce, motion_maps, preview, projection, sample_clips, two_starts
-from test_data import SHARED, error_of, numbers, tiny_video
+from conftest import SHARED, error_of, numbers, seeded, tiny_video
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 VIT = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=1, heads=3)
 ROOT2 = math.sqrt(2)
-
-
-def seeded(seed=0, first=0, total=None):
-    generator = torch.Generator() if total is None else RowGenerator()
-    if total is not None:
-        generator.first, generator.total = first, total
-    return generator.manual_seed(seed)
 
 
 def noise(*shape, seed=0):

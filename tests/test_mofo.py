@@ -1,6 +1,5 @@
 """MOFO against slow loops written from the papers, the public VideoMAE's numbers, and the truth of the toy data."""
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +9,18 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 from common import (Attention, Block, FlowEstimator, RowGenerator, UserError, VITS, ViT, multi_scale_crop, normalize,
                     patchify, read_clips, sincos_positions, spatial_gradient, toy_flow, toy_video, tvl1, unpatchify,
                     warp)
 from mofo import MOFO, MaskedAutoencoder, find_motion, motion_box, motion_map, motion_tube_mask, pixel_target
-from test_data import SHARED, golden_arrays
+from conftest import SHARED, golden_arrays, seeded
 
 torch.set_num_threads(1)
 RAFT = SHARED / "weights" / "raft_small.pth"
 TINY = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3, decoder_dim=12, decoder_depth=1,
             decoder_heads=2)
 needs_raft = pytest.mark.skipif(not RAFT.exists(), reason=f"{RAFT} is not here")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def tiny(seed=0, **changes):

@@ -23,9 +23,8 @@ import mme
 import modist
 import mofo
 from common import UserError, parse_config
-from test_data import put, tiny_video
+from conftest import REPO, lines, losses, put, run, start, tiny_video
 
-REPO = Path(__file__).resolve().parents[1]
 METHODS = dict(mofo=mofo.MOFO, mme=mme.MME, fame=fame.FAME, mcl=mcl.MCL, modist=modist.MoDist)
 SCRIPTS = list(METHODS)
 CONTRASTIVE = ("fame", "mcl", "modist")
@@ -38,13 +37,11 @@ EXACT = dict(fame=["--no-merge"],                                        # backg
              modist=["--cross-weight", "0", "--backbone", "vit_tiny"])   # others have batch norm, per process on CPUs
 
 
-@pytest.fixture(scope="session")
-def workplace(tmp_path_factory):
-    """A directory in which the toy data has been written once, for all tests."""
-    place = tmp_path_factory.mktemp("workplace")
-    common.make_toy(place / "data/toy/64px", "train", 24)
-    common.make_toy(place / "data/toy/64px", "test", 16)
-    return place
+def wait_for_steps(out, count, process):
+    for _ in range(600):
+        if process.poll() is not None or (Path(out, "log.jsonl").exists() and len(lines(out)) >= count):
+            return
+        time.sleep(0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -53,35 +50,6 @@ def here(workplace, monkeypatch):
     yield
     for number in (signal.SIGTERM, signal.SIGINT):                       # the loop has put its own handlers there
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-
-
-def run(script, *argv):
-    """The script's main in this process."""
-    module = importlib.import_module(script)
-    module.main(parse_config(module.Config, module.RECIPES, [str(a) for a in argv]))
-
-
-def start(script, *argv, processes=1):
-    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                      f"--nproc_per_node={processes}"]
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    return subprocess.Popen([*launch, str(REPO / f"{script}.py"), *map(str, argv)], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def lines(out):
-    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-
-
-def losses(out):
-    return {line["step"]: line["loss"] for line in lines(out)}
-
-
-def wait_for_steps(out, count, process):
-    for _ in range(600):
-        if process.poll() is not None or (Path(out, "log.jsonl").exists() and len(lines(out)) >= count):
-            return
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,12 @@ import os
 import random
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Clips, Item, Video, VideoError, multi_scale_crop, probe, read_clips
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "videos"
