@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torchvision.ops import roi_align
+from torchvision.ops import box_iou, roi_align
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -221,203 +221,132 @@ RECIPES = {
 # ---- 2. What only evaluation reads: EPIC's subsets, AVA -------------------------------------------------------------
 
 def epic_subsets(root):
-    """EPIC-KITCHENS-100 below root -> ids of the tail verbs, ids of the tail nouns, unseen participants: three sets.
-
-    From EPIC_100_tail_{verbs,nouns}.csv (the column `verb` or `noun`, else the first that holds integers only) and
-    EPIC_100_unseen_participant_ids_validation.csv ("P18" ...).  A file that is not there gives an empty set and a
-    note, one without ids a UserError.
-    """
+    """EPIC-KITCHENS-100 below root -> ids of the tail verbs, ids of the tail nouns, unseen participants ("P18" ...):
+    three sets, from EPIC_100_tail_verbs.csv, EPIC_100_tail_nouns.csv and
+    EPIC_100_unseen_participant_ids_validation.csv; a file that is not there gives an empty set and a note."""
     files, sets = {path.name.lower(): path for path in reversed(list(list_files(root)))}, []
-    for kind, name, form in (("verb", "tail_verbs", r"\d+"), ("noun", "tail_nouns", r"\d+"),
-                             ("participant_id", "unseen_participant_ids_validation", r"P\d+")):
+    for column, name, kind in (("verb", "tail_verbs", int), ("noun", "tail_nouns", int),
+                               ("participant_id", "unseen_participant_ids_validation", str)):
         path = files.get(f"epic_100_{name}.csv")
         if path is None:
             print0(f"note: no EPIC_100_{name}.csv below {root}: no results for that part of the test set")
-            sets.append(set())
-            continue
-        columns = sorted(zip(*csv.reader(read_lines(path))), key=lambda column: column[0] != kind)
-        columns = [c[not re.fullmatch(form, c[0]):] for c in columns]      # without the header, if there is one
-        ids = next((c for c in columns if c and all(re.fullmatch(form, x) for x in c)), None)
-        if ids is None:
-            raise UserError(f"{path}: no column of {'participants like P18' if 'P' in form else 'class ids'}")
-        sets.append({x if "P" in form else int(x) for x in ids})
+        try:
+            sets.append({kind(row[column]) for row in csv.DictReader(read_lines(path))} if path else set())
+        except (KeyError, ValueError):
+            raise UserError(f"{path}: expected a column {column!r} of {kind.__name__}") from None
     return tuple(sets)
 
 
-def epic_participants(items):
-    """The participant, "P01" ..., of each item of an EPIC-KITCHENS listing: films are named by them."""
-    return [Path(item.path).stem[:3].upper() for item in items]
-
-
-AVA_LAYOUT = ("films named by YouTube id, whole or cut to seconds 900-1801 (videos_15min), and the files of "
-              "ava_v2.2.zip: ava_{train,val}_v2.2.csv and others")
-AVA_BOXES = "ava_detection_val_boxes_and_labels.csv", "ava_val_predicted_boxes.csv"   # SlowFast's, feature banks'
+AVA_BOXES = "ava_detection_val_boxes_and_labels.csv", "ava_val_predicted_boxes.csv"
+AVA_LAYOUT = ("Expected there, in any depth: videos named by YouTube id, whole or cut to seconds 900-1801 "
+              "(videos_15min); the files of ava_v2.2.zip; for a test detected people, "
+              f"{AVA_BOXES[0]} (of SlowFast's ava_annotations.tar) or {AVA_BOXES[1]} (of long-term feature banks). "
+              "--root DIR names another place, --boxes FILE other people; --boxes gt takes the true boxes, an oracle")
 
 
 class KeyFrame(NamedTuple):
-    """An example for `Clips`: the people in a film at one second."""
+    """An example for `Clips`: the people in a video at one second."""
     path: str
     label: int              # its own place in the list: `labels` of a batch tell which key frames it holds
-    frame: str              # "video,0902", the key in annotations: the file's name may differ in case
-    second: int             # of the whole film, whatever the file holds
-    boxes: np.ndarray       # (n, 4) float32: x1, y1, x2, y2 in [0, 1] of the picture
+    frame: str              # "video,0902", the key in annotations
+    second: int             # of the whole video, whatever the file holds
+    boxes: np.ndarray       # (n, 4) float32: x1, y1, x2, y2 in [0, 1] of the frame
     scores: np.ndarray      # (n,) float32, the person detector's; 1 for ground truth
-    actions: object = None  # (n, 80) bool, column i = action id i + 1; None where boxes were detected
-
-
-class AvaListing(NamedTuple):
-    """A split of AVA.
-
-    The ground truth has all rows: also those of excluded frames and of all 80 actions, which the metric drops, and
-    those of films that are not there, which therefore count as missed.
-    """
-    items: list             # of KeyFrame, by film and second
-    classes: list           # names of the 80 actions; class i has the id i + 1
-    class_ids: list         # the ids that are evaluated, from 1 on: 60 of v2.2
-    ground_truth: dict      # frame [m strings "video,0902"], box (m, 4) in [0, 1], label (m,) ids from 1 on
-    excluded: set           # of frames "video,0902"
-    missing: list           # films that are listed but not there, or empty
-    summary: str
+    actions: np.ndarray     # (n, 80) bool, column i = action id i + 1; none where boxes were detected
 
 
 def ava_listing(root, split, boxes="", min_score=0.8):
-    """List a split, train or test (= val), of AVA v2.2 below root, in any depth -> AvaListing.
+    """List a split, train or test (= val), of AVA v2.2 below root, in any depth -> Listing of KeyFrames by video and
+    second, and the truth: a dict of ground_truth, class_ids and excluded as `ava_mean_ap` takes them.
 
     train: ground-truth boxes; rows with the same box are one person with several actions.  test: boxes of a person
-    detector with score >= min_score (VideoMAE .8, MaCLR .9), from the file `boxes`, a path or a name below root ("":
-    one of AVA_BOXES), with lines video,second,x1,y1,x2,y2,label,score.  Detections at seconds without annotation have
-    items, too: they are false positives.  boxes="gt" tests on ground-truth boxes: an oracle, to be named as such.
+    detector with score >= min_score (VideoMAE .8, MaCLR .9) from the file `boxes`, a path or a name below root; "" is
+    one of AVA_BOXES; "gt" tests on ground-truth boxes, an oracle.  Detections at seconds without annotation have
+    items, too: they are false positives.  The truth has all rows: those of videos that are not there count as missed.
 
-    root "" is $VIDEO_ROOT/ava, else data/ava.  No film is opened.  Films are joined by exact stem (YouTube ids are
-    case sensitive), then by lower-cased stem.  Raises UserError for a file that is not there, with file and line for
-    a line that is not as published, and if there is no film.
+    root "" is $VIDEO_ROOT/ava, else data/ava.  No video is opened.  Raises UserError for a file that is not there, if
+    there is no video, and with file and line for what is not as published.
     """
-    if split not in ("train", "test"):
-        raise UserError(f"--train-split {split}: ava has train, test")
     root = data_root("ava", root)
-    paths = list(list_files(root))                                        # none where there is no such directory
-    files = {path.name.lower(): path for path in reversed(paths)}          # the first of several
+    paths = list(reversed(list(list_files(root))))                         # reversed: of several, dicts keep the first
+    files = {path.name.lower(): path for path in paths}
+    videos = {path.stem: path for path in paths if path.suffix.lower() in VIDEO_FILES}
 
-    def need(name):
-        if name in files:
-            return files[name]
-        raise UserError(f"--data ava: no {name} below {root}. Expected there, in any depth: {AVA_LAYOUT}; or name "
-                        "another place with --root DIR")
+    def find(*names):
+        for name in names:
+            if name.lower() in files:
+                return files[name.lower()]
+        raise UserError(f"--data ava: no {' or '.join(names)} below {root}. {AVA_LAYOUT}")
     part = "train" if split == "train" else "val"
-    annotations = need(f"ava_{part}_v2.2.csv")
-    truth = _ava_rows(annotations, "video,second,x1,y1,x2,y2,action,person")
-    excluded = _ava_rows(need(f"ava_{part}_excluded_timestamps_v2.2.csv"), "video,second")
-    excluded = {f"{video},{second:04d}" for video, second, *_ in excluded}
-    names = evaluated = _pbtxt(need("ava_action_list_v2.2_for_activitynet_2019.pbtxt"))
-    if "ava_action_list_v2.2.pbtxt" in files:
-        names = _pbtxt(files["ava_action_list_v2.2.pbtxt"])
-    classes = [names.get(i, f"action {i}") for i in range(1, 81)]
+    rows = read_ava(find(f"ava_{part}_v2.2.csv"), "video,second,x1,y1,x2,y2,action,person")
+    excluded = {frame for frame, *_ in read_ava(find(f"ava_{part}_excluded_timestamps_v2.2.csv"), "video,second")}
+    actions = find("ava_action_list_v2.2_for_activitynet_2019.pbtxt")      # 60 times item { name: "sit" id: 11 }
+    text = actions.read_text(encoding="utf-8-sig", errors="replace")
+    names = {int(number): name for name, number in re.findall(r'name:\s*"([^"]+)"\s*(?:label_)?id:\s*(\d+)\b', text)}
+    if not names or len(names) != text.count("{") or not names.keys() <= set(range(1, 81)):
+        raise UserError(f"{actions}: expected blocks item {{ name: \"...\" id: 1 to 80 }}, each id once")
+    truth = dict(class_ids=sorted(names), excluded=excluded,
+                 ground_truth=dict(frame=[frame for frame, *_ in rows], box=np.array([box for _, box, *_ in rows]),
+                                   label=np.array([action for _, _, action, _ in rows])))
 
-    videos = dict.fromkeys(video for video, *_ in truth)                   # each once, in order
-    exact = {path.stem: path for path in reversed(paths) if path.suffix.lower() in VIDEO_FILES}
-    folded = {stem.lower(): path for stem, path in exact.items() if stem not in videos}
-    found = {video: exact.get(video, folded.get(video.lower())) for video in videos}
-    if not any(found.values()):
-        raise UserError(f"--data ava: none of the {len(videos)} films of {annotations} is below {root}. Listed: "
-                        f"{list(videos)[:2]}, found: {list(exact)[:2]}. Expected: {AVA_LAYOUT}")
-    listing = make_listing(f"ava {split}", [(video, path, video) for video, path in found.items()], classes)
-    there = {item.label: item.path for item in listing.items}
-
-    people = {}                                                            # by (video, second), then by box
-    if split == "train" or boxes == "gt":
-        source = "of the ground truth" + (", an oracle" if split == "test" else "")
-        for video, second, box, action, _ in truth:
-            people.setdefault((video, second), {}).setdefault(box, np.zeros(80, bool))[action - 1] = True
-    else:
-        file = _ava_box_file(boxes, files, root)
-        source = f"of {file} with score >= {min_score}"
-        for video, second, box, _, score in _ava_rows(file, "video,second,x1,y1,x2,y2,label,score"):
-            if score >= min_score and 902 <= second <= 1798:
-                people.setdefault((video, second), {})[box] = score        # a box may have a row per label
-    items = []
-    for (video, second), group in sorted(people.items()):
-        frame = f"{video},{second:04d}"
-        values = np.array(list(group.values()))                            # (n, 80) actions or (n,) scores
-        if video in there and frame not in excluded:
-            scores, actions = (values, None) if values.ndim == 1 else (np.ones(len(values)), values)
-            items.append(KeyFrame(there[video], len(items), frame, second, np.array(list(group), np.float32),
-                                  scores.astype(np.float32), actions))
-    note = f"{len(items)} key frames, {sum(len(item.boxes) for item in items)} boxes {source}"
-    if listing.missing and split == "test":
-        note += f"; {len(listing.missing)} films cannot be read, their ground truth counts as missed"
+    listed = dict.fromkeys(frame.rpartition(",")[0] for frame, *_ in rows)                 # each once, in order
+    if not listed.keys() & videos.keys():
+        raise UserError(f"--data ava: none of the {len(listed)} listed videos is below {root}. Listed: "
+                        f"{list(listed)[:2]}, found: {list(videos)[:2]}. {AVA_LAYOUT}")
+    listing = make_listing(f"ava {split}", [(name, videos.get(name), name) for name in listed],
+                           [names.get(i, f"action {i}") for i in range(1, 81)])
+    source = "the ground truth"
+    if split == "test" and boxes != "gt":
+        source = Path(boxes) if Path(boxes).is_file() else find(*[boxes] if boxes else AVA_BOXES)
+        rows = [row for row in read_ava(source, "video,second,x1,y1,x2,y2,label,score") if row[3] >= min_score]
+    there, people, items = {item.label: item.path for item in listing.items}, {}, []
+    for frame, box, action, score in rows:
+        if frame.rpartition(",")[0] in there and frame not in excluded:
+            _, does = people.setdefault(frame, {}).setdefault(box, (score, np.zeros(80, bool)))
+            if action:
+                does[action - 1] = True
+    for frame, group in sorted(people.items()):
+        video, _, second = frame.rpartition(",")
+        scores, does = zip(*group.values())
+        items.append(KeyFrame(there[video], len(items), frame, int(second), np.array(list(group), np.float32),
+                              np.array(scores, np.float32), np.array(does)))
+    summary = f"{listing.summary}; {len(items)} key frames, boxes of {source}"
     if not items:
-        raise UserError(f"--data ava: nothing to read: {note}. Is it a file of this split?")
-    print0(f"ava {split}: {note}")
-    ground_truth = dict(frame=[f"{video},{second:04d}" for video, second, *_ in truth],
-                        box=np.array([row[2] for row in truth]), label=np.array([row[3] for row in truth]))
-    return AvaListing(items, classes, sorted(evaluated), ground_truth, excluded, listing.missing,
-                      f"{listing.summary}; {note}")
+        raise UserError(f"--data ava: nothing to read: {summary}, with score >= {min_score}. Is it of this split?")
+    print0(summary)
+    return listing._replace(items=items, summary=summary), truth
 
 
-def _ava_box_file(boxes, files, root):
-    if boxes and Path(boxes).is_file():
-        return Path(boxes)
-    for name in [Path(boxes).name.lower()] if boxes else AVA_BOXES:
-        if name in files:
-            return files[name]
-    raise UserError(f"--boxes {boxes or 'FILE'}: no such file of detected people, which a test on AVA needs. Put "
-                    f"{AVA_BOXES[0]} (of SlowFast's ava_annotations.tar) or {AVA_BOXES[1]} (of long-term feature "
-                    f"banks) below {root}, or name one; --boxes gt tests on ground-truth boxes, which is an oracle")
-
-
-def _ava_rows(path, columns):
-    """Lines of a csv without header -> [(video, second, box (4 floats) or (), action id or 1, score or 0)]."""
+def read_ava(path, columns):
+    """Lines of a csv file without header -> [(frame "video,0902", box x1, y1, x2, y2 or (), action id or None, score
+    or 1)]."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-        line = line.strip()
-        if not line:
-            continue
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        lines = csv.DictReader(file, columns.split(","))
         try:
-            fields = dict(zip(columns.split(","), line.split(","), strict=True))
-            box = tuple(float(fields[side]) for side in ("x1", "y1", "x2", "y2") if side in fields)
-            action, score = int(fields.get("action", 1)), float(fields.get("score", 0))
-            in_range = all(-0.1 < x < 1.1 for x in box) and 1 <= action <= 80 and 0 <= score <= 1       # NaN is not
-            if not fields["video"] or not in_range:
-                raise ValueError
-            rows.append((fields["video"], int(fields["second"]), box, action, score))
-        except ValueError:
-            raise UserError(f"{path}:{number}: expected {columns} with box and score in [0, 1], action 1 to 80; got "
-                            f"{line[:80]!r}") from None
+            for line in lines:
+                box = tuple(float(line[side]) for side in ("x1", "y1", "x2", "y2") if side in line)
+                action = int(line["action"]) if "action" in line else None
+                score, known = float(line.get("score", 1)), action in (None, *range(1, 81))
+                if None in line or not known or not all(-0.1 < x < 1.1 for x in (*box, score)):    # NaN is not
+                    raise ValueError
+                rows.append((f"{line['video']},{int(line['second']):04d}", box, action, score))
+        except (ValueError, TypeError, csv.Error):                         # TypeError: a line that is too short
+            raise UserError(f"{path}:{lines.line_num}: expected {columns} with box and score in [0, 1], action 1 to "
+                            "80") from None
     return rows
 
 
-def _pbtxt(path):
-    """{id: name} from the blocks `item { name: "sit" id: 11 }` or `label { name: "sit" label_id: 11 ... }`."""
-    text, names = path.read_text(encoding="utf-8-sig", errors="replace"), {}
-    for block in re.finditer(r"\{([^{}]*)(\}?)", text):
-        name = re.search(r'\bname:\s*"([^"]+)"', block[1])
-        number = re.search(r"\b(?:label_)?id:\s*(\d+)\b", block[1])
-        if not (name and number and block[2] and 1 <= int(number[1]) <= 80):
-            line = text.count("\n", 0, block.start()) + 1
-            raise UserError(f"{path}:{line}: expected item {{ name: \"...\" id: 1 to 80 }}")
-        names[int(number[1])] = name[1]
-    if not names or text.count("}") != len(names):
-        raise UserError(f"{path}: expected items {{ name: \"...\" id: 1 }}, each id once")
-    return names
-
-
-def time_in_file(second, seconds):
-    """Where an annotated second of a film lies in a file that is `seconds` long, in seconds.
-
-    Whole films last half an hour and more; a file of up to 905 s is the part from 900 s on (videos_15min).
-    """
-    return second - 900 if seconds <= 905 else second
-
-
 def key_frame_indices(video, second, frames, stride):
-    """Frame numbers (frames,) of a clip, `stride` apart, centred on an annotated second of an AVA film.
+    """Frame numbers (frames,) of a clip, `stride` apart, centred on an annotated second of an AVA video.
 
-    c - half, c - half + stride, ... with half = frames * stride // 2, clipped to the film (SlowFast, VideoMAE).  The
+    c - half, c - half + stride, ... with half = frames * stride // 2, clipped to the video (SlowFast, VideoMAE).  The
     stride counts frames at 30 per second, as theirs; at another (mean) rate each distance from c is scaled, then
-    rounded.  Raises VideoError if the file ends before that second.
+    rounded.  A file of up to 905 s is the part from 900 s on (videos_15min), a longer one the whole video.  Raises
+    VideoError if it ends before that second.
     """
     info = video.info
-    time = time_in_file(second, info.seconds)
+    time = second - 900 if info.seconds <= 905 else second
     if not 0 <= time <= info.seconds:
         raise VideoError(f"{video.path}: lasts {info.seconds:.1f} s, without the annotated second {second}")
     offsets = (stride * np.arange(frames) - frames * stride // 2) * info.fps / 30
@@ -486,7 +415,7 @@ def person_clip(video, item, rng, cfg, size, frames, train=False):
     """A clip around an AVA key frame -> dict(clips uint8 (1, frames, H, W, 3), boxes (n, 4) in pixels of it, actions
     (n, 80), count (1,)).  Training: a random square of side `size` of the frame whose short side is 256 to 320 x
     size / 224.  Testing: the whole frame, short side --test-size, long side a multiple of 16."""
-    indices, (height, width) = key_frame_indices(video, item.second, frames, cfg.stride), video.info[2:4]
+    height, width = video.info.height, video.info.width
     if train:
         side = int(min(height, width) * 224 / rng.uniform(256, 320))
         x, y = rng.integers(width - side + 1), rng.integers(height - side + 1)
@@ -494,13 +423,13 @@ def person_clip(video, item, rng, cfg, size, frames, train=False):
     else:
         scale = (cfg.test_size or size) / min(height, width)
         crop, shape = (0, 0, width, height), tuple(max(1, round(s * scale / 16)) * 16 for s in (height, width))
-    corner, extent = np.array(crop[:2] * 2), np.array([crop[2] - crop[0], crop[3] - crop[1]] * 2)
-    boxes = (item.boxes * np.array([width, height] * 2) - corner) / extent * np.array(shape[::-1] * 2)
-    boxes = boxes.clip(0, np.array(shape[::-1] * 2)).astype(np.float32)
-    actions = np.zeros((len(boxes), 80), bool) if item.actions is None else item.actions
+    x1, y1, x2, y2 = crop
+    boxes = (item.boxes * ([width, height] * 2) - [x1, y1] * 2) / ([x2 - x1, y2 - y1] * 2)         # in [0, 1] of it
+    boxes, actions = (boxes.clip(0, 1) * (shape[::-1] * 2)).astype(np.float32), item.actions
     if train:                                                                  # people outside the crop
         inside = (boxes[:, 2:] - boxes[:, :2]).min(1) > 1
         boxes, actions = boxes[inside], actions[inside]
+    indices = key_frame_indices(video, item.second, frames, cfg.stride)
     return dict(clips=read_views(video, [indices], [crop], shape), boxes=boxes, actions=actions,
                 count=np.array([len(boxes)]))
 
@@ -725,15 +654,10 @@ def accuracy(scores, read, labels, classes):
     """
     def percent(right):
         return 100 * right.float().mean().item()
-
-    hits = scores.topk(min(5, scores.shape[1]), 1).indices == labels[:, None]  # (N, 5): is the k-th guess right?
-    first, any_of_5 = hits[:, 0] & read, hits.any(1) & read                    # (N,)
-    per_class = {}
-    for i, name in enumerate(classes):
-        of_class = labels == i
-        if of_class.any():
-            per_class[name] = percent(first[of_class])
-    return dict(acc1=percent(first), acc5=percent(any_of_5), mean_class=sum(per_class.values()) / len(per_class),
+    hits = (scores.topk(min(5, scores.shape[1]), 1).indices == labels[:, None]) & read[:, None]    # is guess k right?
+    first = hits[:, 0]
+    per_class = {name: percent(first[labels == i]) for i, name in enumerate(classes) if (labels == i).any()}
+    return dict(acc1=percent(first), acc5=percent(hits.any(1)), mean_class=sum(per_class.values()) / len(per_class),
                 per_class=per_class)
 
 
@@ -770,50 +694,36 @@ def epic_accuracy(verb_logits, noun_logits, verb, noun, read=None, tail=None, un
     """EPIC-KITCHENS-100 from a verb and a noun head -> {verb, noun, action}_{top1, top5} in percent.
 
     Logits (N, V), (N, M), or logarithms of probabilities averaged over views, -inf included; verb, noun (N,) are the
-    true ids.  All V * M pairs compete as actions, occurring or not, by log p(verb) + log p(noun): action top-1 is
-    right where verb and noun both are.  Rows with read (N,) False are wrong, and so are ties.  tail = (tail verb ids,
-    tail noun ids) adds tail_{verb, noun, action}_top1 over the rows whose verb, whose noun, either is in the tail;
-    unseen (N,) bool, kitchens not trained on, adds unseen_{...}_top1.  A subset without rows is left out.
+    true ids.  All V * M pairs compete as actions, occurring or not, by log p(verb) + log p(noun).  Rows with read
+    (N,) False are wrong, and so are ties.  tail = (tail verb ids, tail noun ids) adds tail_{verb, noun, action}_top1
+    over the rows whose verb, whose noun, either is in the tail; unseen (N,) bool, kitchens not trained on, adds
+    unseen_{...}_top1.  A subset without rows is left out.
     """
-    tops, owns, hits = [], [], {}
-    for name, logits, true in (("verb", verb_logits, verb), ("noun", noun_logits, noun)):
-        scores = logits.double().log_softmax(1)                                # float32 would tie among 29,100 pairs
-        owns.append(scores.gather(1, true[:, None])[:, 0])
-        tops.append(scores.topk(min(6, scores.shape[1])).values)               # the 6 best pairs are made of these
-        hits |= {f"{name}_top{k}": in_top_k(scores, owns[-1], k) for k in (1, 5)}
-    pairs = (tops[0][:, :, None] + tops[1][:, None]).flatten(1)                # (N, 36)
-    hits["action_top1"] = hits["verb_top1"] & hits["noun_top1"]
-    hits["action_top5"] = in_top_k(pairs, owns[0] + owns[1], 5)
-    subsets = {name: torch.ones_like(verb, dtype=torch.bool) for name in hits}  # which rows a figure is the mean of
-    names = ("verb", "noun", "action")
-    if tail is not None:
-        tails = [torch.isin(true, torch.tensor(sorted(ids)).to(true)) for true, ids in zip((verb, noun), tail)]
-        subsets |= {f"tail_{name}_top1": rows for name, rows in zip(names, (*tails, tails[0] | tails[1]))}
-    if unseen is not None:
-        subsets |= {f"unseen_{name}_top1": unseen for name in names}
-    right = {name: hit if read is None else hit & read for name, hit in hits.items()}
-    return {name: 100 * right[name.removeprefix("tail_").removeprefix("unseen_")][rows].double().mean().item()
-            for name, rows in subsets.items() if rows.any()}
+    every, nothing = torch.ones_like(verb, dtype=torch.bool), torch.zeros_like(verb, dtype=torch.bool)
+    read, unseen = every if read is None else read, nothing if unseen is None else unseen
+    verbs, nouns = verb_logits.double().log_softmax(1), noun_logits.double().log_softmax(1)        # float32 would tie
+    of_verb, of_noun = verbs.gather(1, verb[:, None])[:, 0], nouns.gather(1, noun[:, None])[:, 0]
+    v, n = (scores.topk(min(6, scores.shape[1])).values for scores in (verbs, nouns))
+    pairs = (v[:, :, None] + n[:, None]).flatten(1)                            # (N, 36), the 6 best of all among them
+    rare_verb, rare_noun = (torch.isin(true, torch.tensor(sorted(ids)).to(true))
+                            for true, ids in zip((verb, noun), tail or ((), ())))
+    result = {}
+    for name, scores, own, rare in (("verb", verbs, of_verb, rare_verb), ("noun", nouns, of_noun, rare_noun),
+                                    ("action", pairs, of_verb + of_noun, rare_verb | rare_noun)):
+        top1, top5 = (in_top_k(scores, own, k) & read for k in (1, 5))
+        for figure, right, rows in ((f"{name}_top1", top1, every), (f"{name}_top5", top5, every),
+                                    (f"tail_{name}_top1", top1, rare), (f"unseen_{name}_top1", top1, unseen)):
+            if rows.any():
+                result[figure] = 100 * right[rows].double().mean().item()
+    return result
 
 
-def action_to_verb_noun(action_probabilities, actions, verbs, nouns):
-    """MOFO's single head: p of actions (N, A) -> p of the verbs (N, verbs) and of the nouns (N, nouns), by summing.
+def action_to_verb_noun(probabilities, pairs):
+    """MOFO's single head: p of actions (N, A), their verb and noun ids (A, 2) -> p of verbs (N, V), p of nouns (N, M).
 
-    actions: the A names "verb id:noun id".  A verb or noun of no action gets 0 (MOFO's code: the p of action 0).
-    Raises UserError on a name of another form or an id out of range.
+    Each the sum over its actions; a verb or noun of no action gets 0 (MOFO's code: the p of action 0).
     """
-    try:
-        ids = torch.tensor([[int(part) for part in name.split(":")] for name in actions])
-        inside = ids.shape == (action_probabilities.shape[1], 2) and bool(((ids >= 0) & (ids < torch.tensor(
-            [verbs, nouns]))).all())
-    except ValueError:
-        inside = False
-    if not inside:
-        raise UserError(f"actions {list(actions)[:3]} ...: expected {action_probabilities.shape[1]} names like 3:17, "
-                        f"verb below {verbs} and noun below {nouns}")
-    zeros = action_probabilities.new_zeros
-    return tuple(zeros(len(action_probabilities), count).index_add(1, column.to(action_probabilities.device),
-                 action_probabilities) for count, column in zip((verbs, nouns), ids.T))
+    return [probabilities @ F.one_hot(ids).to(probabilities) for ids in pairs.T]
 
 
 def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=None):
@@ -828,60 +738,45 @@ def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=N
     script does; all, our choice, with None.  Equal scores keep the order of rows, nan ranks last.  Raises UserError
     if no ground truth is left.
     """
-    number = {name: i for i, name in enumerate({*detections["frame"], *ground_truth["frame"]})}
-    excluded = set(excluded)
-    banned = np.array([name in excluded for name in number], bool)
+    wanted, excluded = set(class_ids), set(excluded)
+    order = np.argsort(-np.asarray(detections["score"], np.float64), kind="stable")        # best first, nan last
+    box, true_box = (torch.from_numpy(np.asarray(table["box"], np.float64).reshape(-1, 4))
+                     for table in (detections, ground_truth))
+    label, true_label = (torch.as_tensor(table["label"]) for table in (detections, ground_truth))
 
-    def columns(table):
-        frame = np.array([number[name] for name in table["frame"]], np.int64)
-        label = np.asarray(table["label"])
-        return frame, np.asarray(table["box"]).reshape(-1, 4), label, np.isin(label, list(class_ids)) & ~banned[frame]
-
-    frame, box, label, kept = columns(detections)
-    true_frame, true_box, true_label, true_kept = columns(ground_truth)
-    score = np.asarray(detections["score"], np.float64)
-    if not true_kept.any():
-        raise UserError(f"AVA: none of {len(true_kept)} ground-truth rows has one of the {len(class_ids)} classes "
-                        "and a frame that is not excluded: check the class list and the annotations")
-    if cap is not None:
-        rows = np.flatnonzero(kept)
-        rows = rows[np.lexsort((-score[rows], frame[rows]))]                   # frame after frame, best first
-        place = np.arange(len(rows)) - np.searchsorted(frame[rows], frame[rows])   # within its frame
-        kept[rows[place >= cap]] = False
-    kept &= (box[:, 0] < box[:, 2]) & (box[:, 1] < box[:, 3])                  # after the cap, like the leaderboard
-    ap = {}
+    def rows_of_frames(frames, labels, order):
+        """{frame: numbers of its rows that count, in this order}"""
+        rows, labels = {}, labels.tolist()
+        for i in order:
+            if labels[i] in wanted and frames[i] not in excluded:
+                rows.setdefault(frames[i], []).append(i)
+        return rows
+    truth = rows_of_frames(ground_truth["frame"], true_label, range(len(true_label)))
+    if not truth:
+        raise UserError("AVA: no ground truth of these classes on frames that count: is the class list of this data?")
+    kept, right = torch.zeros(2, len(order), dtype=torch.bool)
+    for frame, rows in rows_of_frames(detections["frame"], label, order.tolist()).items():
+        rows = torch.tensor(rows[:cap])
+        rows = rows[(box[rows, :2] < box[rows, 2:]).all(1)]                    # after the cap, like the leaderboard
+        kept[rows] = True
+        if frame not in truth:
+            continue
+        overlap = box_iou(box[rows], true_box[truth[frame]])                   # (detections, true boxes)
+        overlap[label[rows][:, None] != true_label[truth[frame]]] = 0
+        most, theirs = overlap.max(1)                                          # of equal ones the first
+        taken = set()
+        for row, value, mine in zip(rows.tolist(), most.tolist(), theirs.tolist()):
+            right[row] = value >= iou and mine not in taken
+            if right[row]:
+                taken.add(mine)
+    counted, ap = torch.tensor([i for rows in truth.values() for i in rows]), {}
+    kept, right, label = (column[order] for column in (kept, right, label))
     for c in class_ids:
-        truth, found = np.flatnonzero(true_kept & (true_label == c)), np.flatnonzero(kept & (label == c))
-        found = found[np.argsort(-score[found], kind="stable")]
-        right = true_detections(frame[found], box[found], true_frame[truth], true_box[truth], iou)     # (found,)
-        precision = right.cumsum() / np.arange(1, len(right) + 1)
-        envelope = np.maximum.accumulate(precision[::-1])[::-1]
-        ap[c] = float(envelope[right].sum() / len(truth)) if len(truth) else math.nan    # recall steps where right
+        hits, total = right[kept & (label == c)], int((true_label[counted] == c).sum())
+        precision = hits.cumsum(0) / torch.arange(1.0, len(hits) + 1, dtype=torch.float64)
+        envelope = precision.flip(0).cummax(0).values.flip(0)                  # recall grows where a detection is right
+        ap[c] = envelope[hits].sum().item() / total if total else math.nan
     return float(np.nanmean(list(ap.values()))), ap
-
-
-def true_detections(frame, box, true_frame, true_box, iou):
-    """Which detections, given best first, are true -> (n,) bool.
-
-    What a detection takes does not depend on the others, hence no loop: of all pairs that share a frame the best of
-    each detection, and of those that take the same true box the first.
-    """
-    order = np.argsort(true_frame, kind="stable")
-    true_frame, true_box = true_frame[order], true_box[order]
-    first = np.searchsorted(true_frame, frame)
-    count = np.searchsorted(true_frame, frame, "right") - first                # true boxes on the detection's frame
-    mine = np.repeat(np.arange(len(frame)), count)                             # (pairs,) detection
-    theirs = np.arange(len(mine)) + np.repeat(first - count.cumsum() + count, count)       # (pairs,) true box
-    a, b = box[mine].astype(np.float64), true_box[theirs].astype(np.float64)
-    shared = (np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])).clip(0).prod(1)
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).clip(0).prod(1) for x in (a, b))
-    overlap = shared / (area_a + area_b - shared)
-    pair = np.lexsort((-overlap, mine))                                        # of equal overlaps the earlier box
-    pair = pair[np.unique(mine[pair], return_index=True)[1]]                   # one per detection, best first
-    pair = pair[overlap[pair] >= iou]
-    right = np.zeros(len(frame), bool)
-    right[mine[pair[np.unique(theirs[pair], return_index=True)[1]]]] = True
-    return right
 
 
 # ---- 7. Classifiers on fixed features -------------------------------------------------------------------------------
@@ -910,36 +805,27 @@ def squared_hinge_svm(features, labels, classes, C=1.0):
     """One-vs-rest linear SVMs without bias, as in MCL (LIBLINEAR -s 2): (N, D), labels (N,) -> (D, classes).
 
     Minimises 1/2 |w|^2 + C sum max(0, 1 - y w.x)^2 per class, features as they are; the class of x is the argmax of
-    x @ W.  Newton's method, float64: pooled features are positive, so the curvature varies 1e7-fold with direction
+    x @ W.  Newton's method in float64: pooled features are positive, so the curvature varies 1e7-fold with direction
     and first-order solvers crawl.  The loss is quadratic as long as the same rows violate the margin, hence exact
-    after a dozen steps; stops at a gradient 1e-8 of that at 0 (LIBLINEAR: about 1e-4 for 100 classes).  Raises
-    UserError if it does not get there.
+    after some dozen steps.
     """
-    x, y = features.double(), F.one_hot(labels, classes).double() * 2 - 1      # y (N, classes) of -1, 1
-    ridge = torch.eye(x.shape[1]).to(x) / (2 * C)
-
-    def solve(matrix, right):
-        return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
-    W = 2 * solve(x.T @ x + ridge, x.T @ y)                                    # twice least squares: few violations
-    enough, margins = 1e-8 * (2 * C * x.T @ y).norm(dim=0), y * (x @ W)
+    x, signs = features.double(), F.one_hot(labels, classes).double() * 2 - 1  # signs (N, classes) of -1, 1
+    eye = torch.eye(x.shape[1]).to(x)
+    W = 2 * torch.linalg.solve(eye + 2 * C * x.T @ x, 2 * C * x.T @ signs)     # twice least squares: few violations
     for c in range(classes):
-        w, sign, margin = W[:, c], y[:, c], margins[:, c]
-        for _ in range(100):
-            active = margin < 1                                                # only these rows have a say
-            rows, signs = x[active], sign[active, None]
-            if (w - 2 * C * rows.T @ (signs[:, 0] - rows @ w)).norm() <= enough[c]:
+        w, y = W[:, c], signs[:, c]
+
+        def loss(w):
+            return w.square().sum() / 2 + C * (1 - y * (x @ w)).clamp(min=0).square().sum()
+        for _ in range(1000):
+            rows = y * (x @ w) < 1                                             # only these have a say
+            target = torch.linalg.solve(eye + 2 * C * x[rows].T @ x[rows], 2 * C * x[rows].T @ y[rows])
+            step = target - w
+            if step.norm() <= 1e-8 * w.norm():
                 break
-            if len(rows) < x.shape[1]:                                         # the smaller of two equal systems
-                target = rows.T @ solve(rows @ rows.T + ridge[:len(rows), :len(rows)], signs)
-            else:
-                target = solve(rows.T @ rows + ridge, rows.T @ signs)
-            step = target[:, 0] - w
-            change, low, high = sign * (x @ step), 0.0, 8.0
-            for _ in range(50):                                                # exact line search: the slope's zero
-                t = (low + high) / 2
-                slope = step @ (w + t * step) - 2 * C * change @ (1 - margin - t * change).clamp(min=0)
-                low, high = (t, high) if slope < 0 else (low, t)
-            w, margin = w + t * step, margin + t * change
+            while loss(w + step) > loss(w) * (1 + 1e-12):                      # more than rounding: too far
+                step = step / 2
+            w = w + step
         else:
             raise UserError(f"the SVM of class {c} did not converge: are all features finite?")
         W[:, c] = w
@@ -1016,7 +902,7 @@ def classify(model, items, cfg, env, views, what="testing"):
     return *stack_results(results, len(items)), errors
 
 
-def detect(model, test, cfg, env):
+def detect(model, test, truth, cfg, env):
     """Actions of the people in AVA's key frames -> figures, errors.  A box has a score for each of the 80 actions."""
     config = model.network.config
     sample = partial(person_clip, cfg=cfg, size=config["image_size"], frames=config["frames"])
@@ -1035,7 +921,7 @@ def detect(model, test, cfg, env):
     found = dict(frame=frames, box=np.concatenate(boxes), label=labels, score=np.concatenate(scores))
     if cfg.out and env.rank == 0:
         np.savez(Path(cfg.out) / "scores.npz", **found)
-    mean, ap = ava_mean_ap(found, test.ground_truth, test.class_ids, test.excluded)
+    mean, ap = ava_mean_ap(found, **truth)
     per_class = {test.classes[c - 1]: 100 * value for c, value in ap.items() if not math.isnan(value)}
     return dict(mAP=100 * mean, per_class=per_class), errors
 
@@ -1059,10 +945,9 @@ def compute_metrics(scores, read, labels, classes, test, cfg):
     else:
         pairs = torch.tensor([[int(part) for part in name.split(":")] for name in classes])
         verb, noun = pairs[labels].T
-        both = action_to_verb_noun(logs.softmax(1), classes, *(pairs.amax(0) + 1).tolist())
-        verb_logs, noun_logs = (part.log() for part in both)
+        verb_logs, noun_logs = (part.log() for part in action_to_verb_noun(logs.softmax(1), pairs))
     verbs, nouns, people = epic_subsets(data_root(cfg.data, cfg.root))
-    unseen = torch.tensor([name in people for name in epic_participants(test.items)])
+    unseen = torch.tensor([Path(item.path).stem[:3].upper() in people for item in test.items])     # P18_01.MP4
     epic = epic_accuracy(verb_logs, noun_logs, verb, noun, read, (verbs, nouns), unseen)
     if len(sizes) == 1:                                                        # actions are those of the head itself
         epic = {name: value for name, value in epic.items() if "action" not in name}
@@ -1260,8 +1145,8 @@ def main(cfg):
     if cfg.mode in ("predict", "extract"):
         return apply(cfg, env, out, views, content)
     if cfg.data == "ava":
-        listing = ava_listing(cfg.root, "train") if cfg.mode == "finetune" else None
-        test = ava_listing(cfg.root, "test", cfg.boxes, cfg.min_score)
+        listing = ava_listing(cfg.root, "train")[0] if cfg.mode == "finetune" else None
+        test, truth = ava_listing(cfg.root, "test", cfg.boxes, cfg.min_score)
         classes, sizes = test.classes, [80]
     else:
         listing, test = find_splits(cfg, content)
@@ -1291,7 +1176,7 @@ def main(cfg):
             return shutdown()                                                  # stopped by a signal
         model.eval()
         if cfg.data == "ava":
-            result, errors = detect(model, test, cfg, env)
+            result, errors = detect(model, test, truth, cfg, env)
         else:
             scores, read, errors = classify(model, test.items, cfg, env, views)
             result = compute_metrics(scores, read, test_labels, classes, test, cfg)
