@@ -720,12 +720,14 @@ def layer_decay_groups(network, lr, weight_decay, decay, vectors=0.0):
     return list(groups.values())
 
 
-def build_network(cfg, outputs=0, classes=None):
-    """The network that --init describes, with its weights (unless --random-init) -> network, content of the file.
-    Without outputs it has the norms of the file.  One that is trained takes the head over only for the same classes."""
+def build_network(cfg, content, outputs=0, classes=None):
+    """The network that `content`, the checkpoint of --init, describes, with its weights (unless --random-init).
+
+    Without outputs it has the norms of the file.  One that is trained takes the head over only for the same classes.
+    Its side and frames go to cfg.
+    """
     if cfg.model not in BACKBONES:
         raise UserError(f"--model {cfg.model}: choose {', '.join(BACKBONES)}")
-    content = load_file(cfg.init)
     public = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
     backbone = ({} if "image_size" in content["backbone"] else public) | content["backbone"]
     backbone |= {key: value for key in ("image_size", "frames") if (value := getattr(cfg, key))}
@@ -748,7 +750,16 @@ def build_network(cfg, outputs=0, classes=None):
         report = load_weights(network, cfg.init, True if training else "all", new)
         print0(f"{cfg.init}: {len(report.loaded)} tensors loaded, new here {report.missing[:4]}, not used "
                f"{len(report.unexpected)} {report.unexpected[:3]}")
-    return network, content
+    cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]
+    return network
+
+
+def build_classifier(cfg, env, content, classes):
+    """A Classifier on the device, with a head for each of head_sizes(classes)."""
+    network, flow = build_network(cfg, content, len(classes), classes).to(env.device), None
+    if cfg.focused:
+        flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+    return Classifier(network, head_sizes(classes), cfg, flow).eval()
 
 
 # ---- 6. Metrics -----------------------------------------------------------------------------------------------------
@@ -1034,18 +1045,16 @@ def stack_results(results, count):
 
 def extract(network, items, cfg, env, views, what):
     """Features (N, views, dim) of listed videos, read (N,) bool, errors."""
-    size, frames = network.config["image_size"], network.config["frames"]
-    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or size, frames=frames, views=views)
+    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or cfg.image_size, frames=cfg.frames, views=views)
     results, errors = run_inference(lambda clips, n: network(normalize(clips, network.config)).float().cpu()
-                            .unflatten(0, (n, -1)), items, sample, cfg, env, what)
+                                    .unflatten(0, (n, -1)), items, sample, cfg, env, what)
     return *stack_results(results, len(items)), errors
 
 
-def classify(model, items, cfg, env, views, what="testing"):
+def classify(model, items, cfg, env, what="testing"):
     """Scores (N, all classes), the mean over views, read (N,) bool, errors."""
-    config = model.network.config
-    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or config["image_size"], frames=config["frames"],
-                     views=views)
+    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or cfg.image_size, frames=cfg.frames,
+                     views=grid_of(cfg.views))
     results, errors = run_inference(lambda clips, n: model.scores(clips).cpu().unflatten(0, (n, -1)).mean(1), items,
                                     sample, cfg, env, what)
     return *stack_results(results, len(items)), errors
@@ -1053,8 +1062,7 @@ def classify(model, items, cfg, env, views, what="testing"):
 
 def detect(model, test, cfg, env):
     """Actions of the people in AVA's key frames -> figures, errors.  A box has a score for each of the 80 actions."""
-    config = model.network.config
-    sample = partial(person_clip, cfg=cfg, size=config["image_size"], frames=config["frames"])
+    config, sample = model.network.config, partial(person_clip, cfg=cfg, size=cfg.image_size, frames=cfg.frames)
 
     def compute(batch, n):
         scores = model.logits(normalize(batch["clips"], config), batch["boxes"], batch["count"]).sigmoid()
@@ -1163,8 +1171,13 @@ TRAINED_WITH = ("label", "focused", "sampling", "stride", "fps", "frames", "imag
                 "test_short", "raw_crop", "average", "unit_features", "min_score", "times_score", "flow")
 
 
+def grid_of(views):
+    """"2x3" -> (2, 3): clips in time, crops in space."""
+    return tuple(map(int, views.split("x")))
+
+
 def check(cfg):
-    """Raise UserError for settings that make no sense -> views (T, S) of test and of training videos."""
+    """Raise UserError for settings that make no sense."""
     forms = dict(views=r"[1-9]\d*x[1-9]\d*", train_views=r"[1-9]\d*x[1-9]\d*", drops=r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?")
     for name, form in forms.items():
         if not re.fullmatch(form, getattr(cfg, name)):
@@ -1173,23 +1186,18 @@ def check(cfg):
     if cfg.data == "ava" and (cfg.mode not in ("finetune", "test") or cfg.focused or cfg.repeats > 1 or cfg.split > 1):
         raise UserError(f"--data ava has --mode finetune and test, no --focused and no --repeats above 1, one --split; "
                         f"got --mode {cfg.mode}")
-    return [tuple(map(int, views.split("x"))) for views in (cfg.views, cfg.train_views)]
 
 
-def inherit_settings(cfg):
-    """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise ->
-    content of the checkpoint, {} in the other modes."""
-    if cfg.mode not in ("test", "predict", "export") or not cfg.init:
-        return {}
-    content = load_file(cfg.init)
+def inherit_settings(cfg, content):
+    """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise."""
     made = content.get("config")
-    if isinstance(made, dict) and made.get("mode") in ("finetune", "linear"):
+    if cfg.mode in ("test", "predict", "export") and isinstance(made, dict) and \
+            made.get("mode") in ("finetune", "linear"):
         for name in set(TRAINED_WITH) - getattr(cfg, "given", set()):
             setattr(cfg, name, made.get(name, getattr(cfg, name)))
-    return content
 
 
-def origin(init):
+def checkpoint_name(init):
     """A short name for where weights come from: the run, the folder, or the file."""
     path = Path(init).resolve()
     return path.parent.name if path.stem in ("last", "model", "pytorch_model") else path.stem
@@ -1270,83 +1278,91 @@ def class_ids(test, classes, cfg):
 
 
 def main(cfg):
-    content = inherit_settings(cfg)
-    views, train_views = check(cfg)
     if not cfg.init:
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
-    env = setup(cfg.seed)
-    cfg.out = cfg.out or f"{run_directory(f'finetune-{cfg.mode}', cfg)}-{'random-' * cfg.random_init}{origin(cfg.init)}"
-    out = Path(cfg.out)
+    content = load_file(cfg.init)
+    content.pop("optimizer", None)                                             # large, and of no use here
+    inherit_settings(cfg, content)
+    check(cfg)
+    env, out = setup(cfg.seed), run_directory(f"finetune-{cfg.mode}", cfg)
+    cfg.out = cfg.out or f"{out}-{'random-' * cfg.random_init}{checkpoint_name(cfg.init)}"
     if cfg.mode == "export":
-        return export(cfg, out, content)
-    if cfg.mode in ("predict", "extract"):
-        return apply(cfg, env, out, views, content)
-    if cfg.data == "ava":
-        listing = ava_listing(cfg.root, "train") if cfg.mode == "finetune" else None
-        test = ava_listing(cfg.root, "test", cfg.boxes, cfg.min_score)
-        classes, sizes = test.classes, [80]
+        export(cfg, content)
+    elif cfg.mode == "predict":
+        predict(cfg, env, content)
+    elif cfg.mode == "extract":
+        extract_features(cfg, env, content)
+    elif cfg.data == "ava":
+        detection(cfg, env, content)
+    elif cfg.mode in ("finetune", "test") or cfg.mode == "linear" and cfg.classifier == "trained":
+        classification(cfg, env, content)
     else:
-        listing, test = find_splits(cfg, content)
-        classes = listing.classes if listing else named_classes(cfg, content) or test.classes
-        sizes, test_labels = head_sizes(classes), class_ids(test, classes, cfg)
-        if cfg.mode == "test" and classes is test.classes:
-            print0(f"{cfg.init} does not name its classes: they are taken to be the data's, in the same order")
-    out.mkdir(parents=True, exist_ok=True)
-    with_head = cfg.mode in ("finetune", "test") or cfg.mode == "linear" and cfg.classifier == "trained"
-    if len(sizes) > 1 and not with_head:
-        raise UserError(f"--label {cfg.label}: --mode {cfg.mode} takes one label, verb, noun or action")
-    network, _ = build_network(cfg, len(classes) if with_head and cfg.data != "ava" else 0, classes)
-    network.to(env.device)
-    size, frames = cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]
-    if with_head:
-        flow = None
-        if cfg.focused:
-            flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
-        model = Detector(network, cfg) if cfg.data == "ava" else Classifier(network, sizes, cfg, flow)
-        sample = partial(train_clips, cfg=cfg, size=size, frames=frames)
-        if cfg.data == "ava":
-            sample = partial(person_clip, cfg=cfg, size=size, frames=frames, train=True)
-        if cfg.mode == "linear":
-            for name, p in network.named_parameters():
-                p.requires_grad = name.startswith("head.")
-        if cfg.mode != "test" and not train(cfg, env, listing, model, sample):
-            return shutdown()                                                  # stopped by a signal
-        model.eval()
-        if cfg.data == "ava":
-            result, errors = detect(model, test, cfg, env)
-        else:
-            scores, read, errors = classify(model, test.items, cfg, env, views)
-            result = compute_metrics(scores, read, test_labels, classes, test, cfg)
-            save_scores(out, env, test.items, scores, read, test_labels, classes)
-    else:
-        network.eval()
-        query, read, errors = extract(network, test.items, cfg, env, views, "testing")       # (N, views, dim)
-        gallery, known, train_errors = extract(network, listing.items, cfg, env, train_views, "training features")
-        labels = torch.tensor([item.label for item in listing.items])[known].to(env.device)
-        gallery, query, errors = gallery[known].to(env.device), query.to(env.device), train_errors + errors
-        if cfg.mode == "linear":
-            x = gallery.mean(1)
-            if cfg.classifier == "svm":
-                scores = query.mean(1) @ squared_hinge_svm(x, labels, len(classes))
-            else:
-                scores = fit_linear(x, labels, len(classes), cfg.l2)(query).softmax(-1).mean(1)
-        elif cfg.mode == "knn":
-            gallery, query = (F.normalize(x, dim=-1).mean(1) for x in (gallery, query))
-            scores = knn_scores(gallery, labels, query, len(classes), cfg.neighbours)
-        if cfg.mode == "retrieval":
-            if cfg.center:                                                     # FAME: each clip counts the same
-                gallery, query = F.normalize(gallery, dim=-1), F.normalize(query, dim=-1)
-            recall = retrieval_recall(gallery.mean(1), labels, query.mean(1), test_labels.to(env.device),
-                                      center=cfg.center, read=read.to(env.device))
-            result = {f"R@{k}": value for k, value in recall.items()}
-        else:
-            result = accuracy(scores.cpu(), read, test_labels, classes)
-            save_scores(out, env, test.items, scores.cpu(), read, test_labels, classes)
-    report(cfg, env, out, result, errors, len(test.items))
+        fixed_features(cfg, env, content)
     shutdown()
 
 
-def report(cfg, env, out, result, errors, videos):
+def classification(cfg, env, content):
+    """--mode finetune, test and, with --classifier trained, linear."""
+    listing, test = find_splits(cfg, content)
+    classes = listing.classes if listing else named_classes(cfg, content) or test.classes
+    labels = class_ids(test, classes, cfg)
+    if cfg.mode == "test" and classes is test.classes:
+        print0(f"{cfg.init} does not name its classes: they are taken to be the data's, in the same order")
+    model = build_classifier(cfg, env, content, classes)
+    if cfg.mode == "linear":
+        for name, p in model.network.named_parameters():
+            p.requires_grad = name.startswith("head.")
+    sample = partial(train_clips, cfg=cfg, size=cfg.image_size, frames=cfg.frames)
+    if cfg.mode == "test" or train(cfg, env, listing, model, sample):          # else a signal stopped it
+        scores, read, errors = classify(model.eval(), test.items, cfg, env)
+        result = compute_metrics(scores, read, labels, classes, test, cfg)
+        report(cfg, env, result, errors, len(test.items))
+        save_scores(cfg, env, test.items, scores, read, labels, classes)
+
+
+def detection(cfg, env, content):
+    """--data ava: finetune, test."""
+    listing = ava_listing(cfg.root, "train") if cfg.mode == "finetune" else None
+    test = ava_listing(cfg.root, "test", cfg.boxes, cfg.min_score)
+    model = Detector(build_network(cfg, content, classes=test.classes).to(env.device), cfg)
+    sample = partial(person_clip, cfg=cfg, size=cfg.image_size, frames=cfg.frames, train=True)
+    if cfg.mode == "test" or train(cfg, env, listing, model, sample):
+        report(cfg, env, *detect(model.eval(), test, cfg, env), len(test.items))
+
+
+def fixed_features(cfg, env, content):
+    """--mode linear, knn and retrieval, on features as they are."""
+    listing, test = find_splits(cfg, content)
+    classes = listing.classes
+    if len(head_sizes(classes)) > 1:
+        raise UserError(f"--label {cfg.label}: --mode {cfg.mode} takes one label, verb, noun or action")
+    test_labels = class_ids(test, classes, cfg)
+    network = build_network(cfg, content).to(env.device).eval()
+    query, read, errors = extract(network, test.items, cfg, env, grid_of(cfg.views), "testing")  # (N, views, dim)
+    gallery, known, train_errors = extract(network, listing.items, cfg, env, grid_of(cfg.train_views),
+                                           "training features")
+    labels = torch.tensor([item.label for item in listing.items])[known].to(env.device)
+    gallery, query = gallery[known].to(env.device), query.to(env.device)
+    if cfg.mode == "retrieval":
+        if cfg.center:                                                         # FAME: each clip counts the same
+            gallery, query = F.normalize(gallery, dim=-1), F.normalize(query, dim=-1)
+        recall = retrieval_recall(gallery.mean(1), labels, query.mean(1), test_labels.to(env.device),
+                                  center=cfg.center, read=read.to(env.device))
+        result = {f"R@{k}": value for k, value in recall.items()}
+    else:
+        if cfg.mode == "knn":
+            gallery, query = (F.normalize(x, dim=-1).mean(1) for x in (gallery, query))
+            scores = knn_scores(gallery, labels, query, len(classes), cfg.neighbours)
+        elif cfg.classifier == "svm":
+            scores = query.mean(1) @ squared_hinge_svm(gallery.mean(1), labels, len(classes))
+        else:
+            scores = fit_linear(gallery.mean(1), labels, len(classes), cfg.l2)(query).softmax(-1).mean(1)
+        result = accuracy(scores.cpu(), read, test_labels, classes)
+        save_scores(cfg, env, test.items, scores.cpu(), read, test_labels, classes)
+    report(cfg, env, result, train_errors + errors, len(test.items))
+
+
+def report(cfg, env, result, errors, videos):
     """Print the result and write it to results.json, its numbers named by the views that they were made with."""
     if env.rank:
         return
@@ -1355,20 +1371,22 @@ def report(cfg, env, out, result, errors, videos):
     results = dict(named, per_class=per_class, mode=cfg.mode, recipe=cfg.recipe, init=cfg.init,
                    random_init=cfg.random_init, data=cfg.data, label=cfg.label, train_split=cfg.train_split,
                    videos=videos, unreadable=errors)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    path = directory(cfg) / "results.json"
+    path.write_text(json.dumps(results, indent=1))
     for name, value in sorted(per_class.items(), key=lambda pair: pair[1]):
         print0(f"  {value:6.2f}  {name}")
     for error in errors:
         print0(f"not read (counts as wrong): {error}")
     numbers = "  ".join(f"{name} {value:.2f}" for name, value in named.items())
-    print0(f"{numbers}  on {videos} videos -> {out / 'results.json'}")
+    print0(f"{numbers}  on {videos} videos -> {path}")
 
 
-def save_scores(out, env, items, scores, read, labels, classes):
+def save_scores(cfg, env, items, scores, read, labels, classes):
     """Write scores.npz, what every test video got, and per head a picture of the confusion matrix: a row per true
     class, from top to bottom, the share of its videos (white 0, black 1) that was given each class."""
     if env.rank:
         return
+    out = directory(cfg)
     np.savez(out / "scores.npz", names=[item.path for item in items], scores=scores.numpy(), read=read.numpy(),
              labels=labels.numpy(), classes=classes)
     parts = scores.split(head_sizes(classes), 1)
@@ -1379,61 +1397,66 @@ def save_scores(out, env, items, scores, read, labels, classes):
         save_image(1 - F.interpolate(share[None, None], scale_factor=max(1, 512 // n)), out / f"confusion{name}.png")
 
 
-def apply(cfg, env, out, views, content):
-    """--mode predict: print the classes of any videos and write predictions.csv; extract: write features.npz."""
-    part = cfg.part or ("test" if cfg.data in DATA_SETS else "all")
-    listing = find_listing(cfg.data, part, cfg.label * (cfg.mode == "extract"), cfg)
-    items, classes = listing.items, named_classes(cfg, content) if cfg.mode == "predict" else None
-    if cfg.mode == "predict" and not classes:
+def directory(cfg):
+    """--out, made where it is not there."""
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    return Path(cfg.out)
+
+
+def any_videos(cfg, label=""):
+    """What predict and extract read: --part of a data set, or any videos."""
+    return find_listing(cfg.data, cfg.part or ("test" if cfg.data in DATA_SETS else "all"), label, cfg)
+
+
+def predict(cfg, env, content):
+    """Print the classes of any videos and write predictions.csv."""
+    items, classes, path = any_videos(cfg).items, named_classes(cfg, content), directory(cfg) / "predictions.csv"
+    if not classes:
         raise UserError(f"--mode predict: {cfg.init} does not say its classes; name them with --classes FILE")
-    network, _ = build_network(cfg, len(classes or ()))
-    network.to(env.device).eval()
-    out.mkdir(parents=True, exist_ok=True)
-    if cfg.mode == "extract":
-        features, read, errors = extract(network, items, cfg, env, views, "features")
-        path = out / "features.npz"
-        if env.rank == 0:
-            np.savez(path, names=[item.path for item in items], features=features.mean(1).numpy(),
-                     views=features.numpy(), read=read.numpy(), labels=[item.label for item in items],
-                     classes=listing.classes)
-    else:
-        flow = None
-        if cfg.focused:
-            flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
-        sizes, path = head_sizes(classes), out / "predictions.csv"
-        model = Classifier(network, sizes, cfg, flow).eval()
-        scores, read, errors = classify(model, items, cfg, env, views, "predicting")
-        scores = scores if cfg.average == "softmax" else torch.cat([x.softmax(1) for x in scores.split(sizes, 1)], 1)
-        rows, first = [], 0
-        for part in scores.split(sizes, 1):                                    # of one head each
-            best = part.topk(min(5, part.shape[1]))
-            for item, ok, values, places in zip(items, read.tolist(), best.values.tolist(), best.indices.tolist()):
-                names = [classes[first + i] for i in places]
-                told = (names[0], ";".join(names), ";".join(f"{v:.4f}" for v in values))
-                rows.append((item.path, *(told if ok else ("", "", ""))))      # not read: no class
-            first += part.shape[1]
-        if env.rank == 0:
-            with open(path, "w", newline="") as file:
-                csv.writer(file).writerows([("path", "label", "top5", "scores"), *rows])
-        for name, _, names, values in [row for row in rows if row[1]][:20]:
-            print0(name, *(f" {float(v):.2f} {n}" for n, v in zip(names.split(";")[:3], values.split(";"))))
+    model = build_classifier(cfg, env, content, classes)
+    scores, read, errors = classify(model, items, cfg, env, "predicting")
+    rows = []
+    for part, names in zip(scores.split(model.sizes, 1), split_by_head(classes)):
+        part = part.softmax(1) if cfg.average == "logits" else part
+        best = part.topk(min(5, len(names)))
+        for item, ok, values, places in zip(items, read.tolist(), best.values.tolist(), best.indices.tolist()):
+            told = [names[i] for i in places], [f"{value:.4f}" for value in values]
+            rows.append((item.path, *((told[0][0], *map(";".join, told)) if ok else ("", "", ""))))
+    if env.rank == 0:
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([("path", "label", "top5", "scores"), *rows])
+    for name, _, names, values in [row for row in rows if row[1]][:20]:
+        print0(name, *(f" {float(v):.2f} {n}" for n, v in zip(names.split(";")[:3], values.split(";"))))
+    tell_errors(errors, f"{int(read.sum())} of {len(items)} videos -> {path}")
+
+
+def extract_features(cfg, env, content):
+    """Write features.npz: per video and view, and their mean."""
+    listing, path = any_videos(cfg, cfg.label), directory(cfg) / "features.npz"
+    network = build_network(cfg, content).to(env.device).eval()
+    features, read, errors = extract(network, listing.items, cfg, env, grid_of(cfg.views), "features")
+    if env.rank == 0:
+        np.savez(path, names=[item.path for item in listing.items], features=features.mean(1).numpy(),
+                 views=features.numpy(), read=read.numpy(), labels=[item.label for item in listing.items],
+                 classes=listing.classes)
+    tell_errors(errors, f"{int(read.sum())} of {len(listing.items)} videos -> {path}")
+
+
+def tell_errors(errors, last):
     for error in errors:
         print0(f"not read: {error}")
-    print0(f"{int(read.sum())} of {len(items)} videos -> {path}")
-    shutdown()
+    print0(last)
 
 
-def export(cfg, out, content):
-    """--mode export: write a folder that Hugging Face transformers loads."""
-    head = re.compile(r"((module|backbone)\.)*(head|classifier)\.weight")
-    outputs = next((len(x) for name, x in content["model"].items() if head.fullmatch(name)), 0)
-    network, _ = build_network(cfg, outputs)
-    classes = named_classes(cfg, content) or [str(i) for i in range(outputs)]
+def export(cfg, content):
+    """Write a folder that Hugging Face transformers loads."""
     if cfg.focused:
         raise UserError("--mode export: MOFO's motion-focused head has no counterpart in Hugging Face's VideoMAE")
-    export_huggingface(network, classes, out)
-    print0(f"{out}: config.json, preprocessor_config.json, model.safetensors")
-    shutdown()
+    head = re.compile(r"((module|backbone)\.)*(head|classifier)\.weight")
+    outputs = next((len(x) for name, x in content["model"].items() if head.fullmatch(name)), 0)
+    classes = named_classes(cfg, content) or [str(i) for i in range(outputs)]
+    export_huggingface(build_network(cfg, content, outputs), classes, cfg.out)
+    print0(f"{cfg.out}: config.json, preprocessor_config.json, model.safetensors")
 
 
 if __name__ == "__main__":
