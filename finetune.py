@@ -516,8 +516,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.network, self.sizes, self.cfg, self.flow = network, sizes, cfg, flow
         ops, magnitude, p = RANDAUGMENTS[cfg.randaugment]
-        self.randaugment = transforms.Compose([transforms.RandomApply(
-            [transforms.RandAugment(1, magnitude, interpolation="bilinear", fill=128)], p) for _ in range(ops)])
+        self.randaugment = [transforms.RandomApply([transforms.RandAugment(
+            1, magnitude, interpolation="bilinear", fill=128)], p) for _ in range(ops)]
         self.erasing = transforms.RandomErasing(cfg.erasing, (0.02, 1 / 3), (0.3, 3.3), value="random")
         self.mixing = [kind(alpha=alpha) for kind, alpha in ((transforms.MixUp, cfg.mixup),
                                                              (transforms.CutMix, cfg.cutmix)) if alpha]
@@ -564,8 +564,8 @@ class Classifier(nn.Module):
         targets = torch.cat([soft_targets(own, n, c.label_smoothing) for own, n in zip(labels.T, self.sizes)], 1)
         with torch.no_grad():
             clips = flip(clips, generator)[0] if c.flip else clips
-            if c.randaugment != "none":
-                clips = per_clip(self.randaugment, clips, generator)
+            if self.randaugment:
+                clips = per_clip(transforms.Compose(self.randaugment), clips, generator)
             inside = self.inside(clips) if c.focused else None
             if c.jitter or c.grey:
                 clips = colour_jitter(to_float01(clips), generator, hue=c.hue, p=c.jitter, grey=c.grey)
