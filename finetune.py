@@ -963,7 +963,7 @@ def detect(model, test, truth, cfg, env):
     labels = np.tile(np.arange(1, 81), len(frames) // 80)
     found = dict(frame=frames, box=np.concatenate(boxes), label=labels, score=np.concatenate(scores))
     if cfg.out and env.rank == 0:
-        np.savez(Path(cfg.out) / "scores.npz", **found)
+        np.savez(directory(cfg) / "scores.npz", **found)
     mean, ap = ava_mean_ap(found, **truth)
     per_class = {test.classes[c - 1]: 100 * value for c, value in ap.items() if not math.isnan(value)}
     return dict(mAP=100 * mean, per_class=per_class), errors
