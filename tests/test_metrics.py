@@ -30,18 +30,11 @@ def test_accuracy_counts_unread_as_wrong_and_skips_absent_classes():
 
 def slow_recall(gallery, gallery_labels, query, query_labels, ks, center, read):
     """Sort the gallery for every query in Python; of equally near videos those of other classes come first."""
-    def mean(rows):
-        return [sum(column) / len(rows) for column in zip(*rows)]
-
-    def ready(row, middle):
-        row = [a - b for a, b in zip(row, middle)] if center else row
-        length = math.sqrt(sum(a * a for a in row))
-        return [a / length for a in row] if length else row
-    gallery, query, read = gallery.double().tolist(), query.double().tolist(), read.tolist()
-    of_gallery, of_query = mean(gallery), mean([row for row, known in zip(query, read) if known])
-    gallery, query = [ready(row, of_gallery) for row in gallery], [ready(row, of_query) for row in query]
-    found = dict.fromkeys(ks, 0)
-    for row, label, known in zip(query, query_labels.tolist(), read):
+    def ready(rows, used):
+        rows = rows.double() - used.double().mean(0) if center else rows.double()
+        return [(row / row.norm() if row.any() else row).tolist() for row in rows]
+    found, gallery, query = dict.fromkeys(ks, 0), ready(gallery, gallery), ready(query, query[read])
+    for row, label, known in zip(query, query_labels.tolist(), read.tolist()):
         order = sorted((-sum(a * b for a, b in zip(row, other)), other_label == label)
                        for other, other_label in zip(gallery, gallery_labels.tolist()))
         for k in ks:
@@ -201,7 +194,7 @@ def slow_map(found, real, class_ids, excluded, iou, cap):
 
 
 
-def scene(seed, distinct=False):
+def scene(seed):
     """Rows of detections and of true boxes: detections near them, doubles, strays and boxes of no area."""
     rng, true, found = random.Random(seed), [], []
     for name in [f"video{i % 3},{902 + i:04d}" for i in range(12)]:
@@ -214,8 +207,8 @@ def scene(seed, distinct=False):
             x1, y1, x2, y2 = rng.choice(people) if people and rng.random() < 0.8 else (0.25, 0.25, 0.5, 0.5)
             box = (x1 + rng.choice((0, 0, 1 / 32)), y1, x2, y2 - rng.choice((0, 0, 1 / 16)))
             box = rng.choice(((box[2], *box[1:]), (*box[:3], box[1]))) if rng.random() < 0.1 else box
-            score = rng.randrange(1, 9) / 8
-            found += [(name, box, c, rng.random() if distinct else score) for c in rng.sample(range(1, 7), 3)]
+            score = rng.randrange(1, 9) / 8                                     # so few that there are ties
+            found += [(name, box, c, score) for c in rng.sample(range(1, 7), 3)]
     rng.shuffle(found)
     return found, true
 
@@ -231,14 +224,6 @@ def test_map_is_that_of_the_loop(seed, iou, cap):
     assert 0 < mean < 1 and math.isnan(ap[9]) and list(ap) == classes
     halves = table(found) | dict(box=np.array([row[1] for row in found], np.float32))
     assert ava_mean_ap(halves, table(real), classes, set(excluded), iou, cap)[0] == mean       # sixteenths are exact
-
-
-@pytest.mark.parametrize("cap", [None, 5])
-def test_map_does_not_depend_on_the_order_of_rows(cap):
-    found, real = scene(0, distinct=True)
-    mean = ava_mean_ap(table(found), table(real), range(1, 7), cap=cap)[0]
-    shards = found[0::3] + found[1::3] + found[2::3]                           # three processes' rows, put together
-    assert ava_mean_ap(table(shards), table(real[::-1]), range(1, 7), cap=cap)[0] == pytest.approx(mean)
 
 
 def test_map_by_hand():
@@ -324,9 +309,8 @@ def test_svm_classes_are_independent_and_rows_have_no_order():
     assert W.dtype == torch.float32 and W.shape == (12, 3)
     two = squared_hinge_svm(x, (labels == 1).long(), 2)                        # class 1 against the others
     assert torch.allclose(two[:, 1], W[:, 1], atol=1e-6) and torch.allclose(two[:, 0], -two[:, 1], atol=1e-6)
-    order = torch.randperm(120, generator=seeded())
-    assert torch.allclose(squared_hinge_svm(x[order], labels[order], 3), W, atol=1e-6)
-    assert torch.allclose(squared_hinge_svm(torch.cat([x, x]), torch.cat([labels, labels]), 3, 0.5), W, atol=1e-6)
+    twice = squared_hinge_svm(torch.cat([x, x.flip(0)]), torch.cat([labels, labels.flip(0)]), 3, 0.5)
+    assert torch.allclose(twice, W, atol=1e-6)
     assert not squared_hinge_svm(torch.zeros(6, 4), torch.arange(6) % 3, 3).any()      # features that say nothing
     with pytest.raises(UserError, match="finite"):
         squared_hinge_svm(torch.full((6, 4), float("nan")), torch.arange(6) % 3, 3)
