@@ -149,16 +149,6 @@ def test_missing_and_empty_videos_are_named_and_their_ground_truth_stays(tmp_pat
     assert len(truth["ground_truth"]["frame"]) == 7 and truth["excluded"] == set()
 
 
-def test_where_ava_is_looked_for(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("VIDEO_ROOT", raising=False)
-    assert "data/ava" in error_of(ava_listing, "", "train") and "nowhere" in error_of(ava_listing, "nowhere", "train")
-    ava(tmp_path / "data/ava")
-    monkeypatch.setenv("VIDEO_ROOT", str(tmp_path / "data"))
-    monkeypatch.chdir("/")
-    assert len(ava_listing("", "train")[0].items) == 3
-
-
 # ---- 2. Clips around key frames --------------------------------------------------------------------------------------
 
 def fake(fps, frames, seconds):
