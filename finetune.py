@@ -295,32 +295,38 @@ def ava_listing(root, split, boxes="", min_score=0.8):
                  ground_truth=dict(frame=[frame for frame, *_ in rows], box=np.array([box for _, box, *_ in rows]),
                                    label=np.array([action for _, _, action, _ in rows])))
 
-    listed = dict.fromkeys(frame.rpartition(",")[0] for frame, *_ in rows)                 # each once, in order
-    if not listed.keys() & videos.keys():
-        raise UserError(f"--data ava: none of the {len(listed)} listed videos is below {root}. Listed: "
-                        f"{list(listed)[:2]}, found: {list(videos)[:2]}. {AVA_LAYOUT}")
+    listed = dict.fromkeys(video_of(frame) for frame, *_ in rows)          # each once, in order
     listing = make_listing(f"ava {split}", [(name, videos.get(name), name) for name in listed],
                            [names.get(i, f"action {i}") for i in range(1, 81)])
     source = "the ground truth"
     if split == "test" and boxes != "gt":
         source = Path(boxes) if Path(boxes).is_file() else find(*[boxes] if boxes else AVA_BOXES)
         rows = [row for row in read_ava(source, "video,second,x1,y1,x2,y2,label,score") if row[3] >= min_score]
-    there, people, items = {item.label: item.path for item in listing.items}, {}, []
-    for frame, box, action, score in rows:
-        if frame.rpartition(",")[0] in there and frame not in excluded:
-            _, does = people.setdefault(frame, {}).setdefault(box, (score, np.zeros(80, bool)))
-            if action:
-                does[action - 1] = True
-    for frame, group in sorted(people.items()):
-        video, _, second = frame.rpartition(",")
-        scores, does = zip(*group.values())
-        items.append(KeyFrame(there[video], len(items), frame, int(second), np.array(list(group), np.float32),
-                              np.array(scores, np.float32), np.array(does)))
-    summary = f"{listing.summary}; {len(items)} key frames, boxes of {source}"
+    there = {item.label: item.path for item in listing.items}
+    items = key_frames([row for row in rows if video_of(row[0]) in there and row[0] not in excluded], there)
+    note = f"ava {split}: {len(items)} key frames, boxes of {source}"
     if not items:
-        raise UserError(f"--data ava: nothing to read: {summary}, with score >= {min_score}. Is it of this split?")
-    print0(summary)
-    return listing._replace(items=items, summary=summary), truth
+        raise UserError(f"{note}, with score >= {min_score}: nothing to read. Is that file of this split?")
+    print0(note)
+    return listing._replace(items=items, summary=f"{listing.summary}; {note}"), truth
+
+
+def video_of(frame):
+    return frame[:-5]                                                      # of "video,0902"
+
+
+def key_frames(rows, paths):
+    """Rows of `read_ava` -> KeyFrames by video and second; rows with the same box are one person."""
+    frames, items = {}, []
+    for frame, box, action, score in rows:
+        _, does = frames.setdefault(frame, {}).setdefault(box, (score, np.zeros(80, bool)))
+        if action:
+            does[action - 1] = True
+    for frame, people in sorted(frames.items()):
+        scores, actions = zip(*people.values())
+        items.append(KeyFrame(paths[video_of(frame)], len(items), frame, int(frame[-4:]),
+                              np.array(list(people), np.float32), np.array(scores, np.float32), np.array(actions)))
+    return items
 
 
 def read_ava(path, columns):
@@ -711,11 +717,10 @@ def retrieval_recall(gallery, gallery_labels, query, query_labels, ks=(1, 5, 10,
     """Recall@k of nearest-neighbour retrieval -> {k: percent of queries with their class among the k nearest}.
 
     gallery (N, D), query (Q, D): a feature per video, the mean over its clips, of any length; labels (N,), (Q,).
-    Near is cosine, in float64 because TF32 would reorder neighbours.  center=True first subtracts from either set
-    its own mean; FAME, whose protocol that is, also normalises every clip before the mean over clips (the caller's
-    part).  A query with read (Q,) False is a miss and not part of the mean.  A k beyond the gallery is all of it.
-    Our choice for ties: a video of another class as near (to 1e-12) as the nearest of the right one precedes it, so
-    the order of rows never matters, and features that are all alike, or nan, find nothing.
+    Near is cosine, in float64 because TF32 would reorder neighbours.  center=True (FAME) first subtracts from either
+    set its own mean.  A query with read (Q,) False is a miss and not part of the mean.  A k beyond the gallery is all
+    of it.  Our choice for ties: a video of another class as near (to 1e-12) as the nearest of the right one precedes
+    it, so the order of rows never matters, and features that are all alike, or nan, find nothing.
     """
     gallery, query = gallery.double(), query.double()
     read = torch.ones_like(query_labels, dtype=torch.bool) if read is None else read

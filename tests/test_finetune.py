@@ -339,7 +339,7 @@ def test_views_at_test_time(frames, first, last, height, width, views):
     item = Item("video.mp4", 0, first / 10, math.inf if last + 1 == frames else last / 10)
     for sampling, stride, more, side in (
             ("dense", 3, dict(), short), ("dense", 1, dict(raw_crop=True), min(short, 224)),
-            ("dense", 1.5, dict(stride=3, fps=20.0), short),             # as many seconds as at that rate; this one has 10
+            ("dense", 1.5, dict(stride=3, fps=20.0), short),  # as many seconds as at 20; this one has 10
             ("dense", 3, dict(test_short=20), round(short * 16 / 20)), ("uniform", 4, dict(test_short=9), short)):
         cfg, steps = Config(**dict(sampling=sampling, stride=stride) | more), [round(stride * i) for i in range(8)]
         assert finetune.test_clips(video, item, None, cfg, 16, 8, views).shape == (T * S, 8, 16, 16, 3)
@@ -1068,10 +1068,10 @@ def test_a_file_of_class_names(lists, tune, tmp_path, capsys):
 # ---- 11. Mistakes ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, message", [
-    *((f"--{setting}", f"{setting.split()[0]}") for setting in (
+    *((f"--{setting}", setting.split()[0]) for setting in (
         "drops 60;120", "drops 60,", "randaugment timm", "recipe moco", "optimizer lamb", "average mean", "views 0x3",
         "sampling random", "classifier mlp", "train-views 2", "mixup 2", "label-smoothing -1", "aspect 0.5",
-        "test-batch 0", "model vit_giant", "batch 6", "part all --mode extract", "boxes nowhere.csv --data ava --root AVA")),
+        "test-batch 0", "model vit_giant", "batch 6", "part all --mode extract", "boxes no.csv --data ava --root AVA")),
     ("--data ava --mode knn", "--data ava has --mode"), ("--data ava --root nowhere", "no ava_train_v2.2.csv"),
     ("--data epic --root EPIC --label verb-noun --mode knn", "takes one label"), ("--frames 3", "tubelet_size 2"),
     ("--data OWN/val/b_whole", "has no labels"), ("--mode predict", "does not say its classes|does not fit"),

@@ -133,11 +133,11 @@ GOOD, SEEN = "1j20qq1JyX4,0902,0.1,0.2,0.3,0.4,12,1", "1j20qq1JyX4,0902,0.1,0.2,
         ACTIONS.replace("11", "81"), ACTIONS.replace("11", "0"))),
     (VAL, None, "no ava_val_v2.2.csv below .*ava_v2.2.zip.*--root"), (NAMES, None, "no ava_action_list"),
     (EXCLUDED, None, "no ava_val_excluded"), (BOXES, None, f"no .*labels.csv or {LTFB} .*--boxes gt .* an oracle"),
-    (VAL, GOOD.replace("1j20qq1JyX4", "elsewhere"), r"none of the 1 .* Listed: \['elsewhere'\], found: \["),
-    (BOXES, "", "nothing to read"), (BOXES, SEEN.replace("0.9", "0.7"), "nothing to read: .*labels.csv.* 0.8")])
+    (VAL, GOOD.replace("1j20qq1JyX4", "elsewhere"), "1 listed, 0 found"), (BOXES, "", "nothing to read"),
+    (BOXES, SEEN.replace("0.9", "0.7"), "labels.csv.* 0.8: nothing to read")])
 def test_what_is_not_as_published_is_named(tmp_path, name, text, message):
     error = error_of(ava_listing, ava(tmp_path, {name: text}), "test")
-    assert re.search(message, error) and str(tmp_path) in error
+    assert re.search(message, error)
     assert "expected" not in message or f"{tmp_path / name}:{message}" in error                     # file and line
 
 
