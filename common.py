@@ -2219,7 +2219,6 @@ class Log:
         self.out, self.env, self.plan, self.every = out, env, plan, every
         self.tried = self.bad = self.not_finite = 0
         self.waited, self.began, self.logged = 0.0, time.perf_counter(), start
-        self.named = set()
         if env.rank == 0:
             path = out / "log.jsonl"                            # forget what was logged after the checkpoint
             lines = path.read_text().splitlines() if path.exists() else []
@@ -2238,25 +2237,27 @@ class Log:
         self.waited += time.perf_counter() - began
         self.tried += len(batch["names"]) + len(batch["errors"])
         self.bad += len(batch["errors"])
-        for error in set(batch["errors"]) - self.named:
-            self.named.add(error)
+        path = self.out / "bad_videos.txt"                      # of earlier runs and of other processes, too
+        listed = path.read_text().splitlines() if batch["errors"] and path.exists() else []
+        for error in sorted({*batch["errors"]} - {*listed}):
             tqdm.write(f"skipped {error}")
-            with open(self.out / "bad_videos.txt", "a") as file:
+            with open(path, "a") as file:
                 file.write(error + "\n")
-        if batch["clips"] is None or not batch["read"].all() or (self.tried >= 20 and self.bad > 0.2 * self.tried):
+        chance = 3 * math.sqrt(0.2 * 0.8 * self.tried)          # of 10 % a few tries may hold more than a fifth
+        if not batch["read"].all() or self.tried >= 20 and self.bad > 0.2 * self.tried + chance:
             raise UserError(f"{self.bad} of {self.tried} videos could not be read, more than a fifth; the last: "
-                            f"{batch['errors'][-1]}. All are in {self.out / 'bad_videos.txt'}")
+                            f"{batch['errors'][-1]}. All are in {path}")
         clips, labels = to_device(batch["clips"], self.env.device), batch["labels"].to(self.env.device)
         return dict(batch, clips=clips, labels=labels)
 
-    def finite(self, loss, names):
+    def finite(self, loss, norm, names):
         """False if the step must be skipped; after three of them in a row raises UserError with the videos' names."""
-        self.not_finite = 0 if math.isfinite(loss) else self.not_finite + 1
+        self.not_finite = 0 if math.isfinite(loss + norm) else self.not_finite + 1
         if self.not_finite:
-            print0(f"the loss is {loss}: step skipped")
+            print0(f"the loss is {loss}, the gradient's norm {norm}: step skipped")
         if self.not_finite == 3:
-            raise UserError("the loss is not finite for 3 steps in a row; last.pt is from before. Videos of the last "
-                            f"batch: {', '.join(names)}")
+            raise UserError("loss or gradient is not finite for 3 steps in a row; last.pt is from before. Videos of "
+                            f"the last batch: {', '.join(names)}")
         return not self.not_finite
 
     def step(self, step, loss, flow=None, **values):
