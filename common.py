@@ -79,9 +79,8 @@ def parse_config(Config, recipes, argv=None):
         f"Recipes: {', '.join(recipes)}. Defaults below are those of the class; a recipe overrides them."))
     for field in dataclasses.fields(Config):
         name, kind, text = "--" + field.name.replace("_", "-"), types[field.name], comments.get(field.name, "")
-        text, interval = text.replace("%", "%%"), _interval(field, kind, text)
-        intervals[field.name] = interval
-        text += f", in {interval}" * (interval not in text) + f" (default: {field.default})"
+        interval = intervals[field.name] = _interval(field, kind, text)
+        text = f"{text}{f', in {interval}' * (interval not in text)} (default: {field.default})".replace("%", "%%")
         if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         elif typing.get_origin(kind) is typing.Literal:
@@ -141,8 +140,8 @@ def _interval(field, kind, comment):
 
 def _inside(value, interval):
     low, high = map(float, interval[1:-1].split(", "))
-    return (low <= value if interval[0] == "[" else low < value) and (
-        value <= high if interval[-1] == "]" else value < high)
+    open_end = value == low and interval[0] == "(" or value == high and interval[-1] == ")"
+    return low <= value <= high and not open_end
 
 
 # ---- 2. Processes and devices --------------------------------------------------------------------------------------
@@ -208,19 +207,14 @@ def all_gather(x):
     return torch.cat(parts)
 
 
-def barrier():
-    """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def once_per_disk(function):
     """Call the function on the first process, then on the first one of each node: where nodes share a disk it finds
     its work done, where they do not each has it."""
     for variable in ("RANK", "LOCAL_RANK"):
         if int(os.environ.get(variable, 0)) == 0:
             function()
-        barrier()
+        if dist.is_initialized():
+            dist.barrier()
 
 
 class RowGenerator(torch.Generator):
@@ -2072,8 +2066,7 @@ def vit_sizes(name):
 @functools.cache
 def can_compile():
     """Whether torch.compile has the C compiler that it needs; says so once if not."""
-    names = os.environ.get("CC"), "cc", "gcc", "clang"
-    found = any(shutil.which(name) for name in names if name)
+    found = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
     if not found:
         print0("warning: torch.compile needs a C compiler and there is none: running eagerly, more slowly")
     torch._dynamo.config.recompile_limit = 64              # blocks, stages and scales share code, each has its graph
@@ -2290,11 +2283,9 @@ class Log:
     def close(self, stopped):
         """Say how the run ended and, if it was stopped, how to go on."""
         self.bar.close()
-        if stopped:
-            print0(f"stopped and saved; the same command goes on from {self.out / 'last.pt'}")
-        else:
-            files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
-            print0(f"trained: {', '.join(str(file) for file in files if file.exists())}")
+        files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
+        print0(f"stopped and saved; the same command goes on from {files[0]}" if stopped else
+               f"trained: {', '.join(str(file) for file in files if file.exists())}")
 
 
 # ---- 12. Pictures --------------------------------------------------------------------------------------------------
