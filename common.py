@@ -79,9 +79,8 @@ def parse_config(Config, recipes, argv=None):
         f"Recipes: {', '.join(recipes)}. Defaults below are those of the class; a recipe overrides them."))
     for field in dataclasses.fields(Config):
         name, kind, text = "--" + field.name.replace("_", "-"), types[field.name], comments.get(field.name, "")
-        text, interval = text.replace("%", "%%"), _interval(field, kind, text)
-        intervals[field.name] = interval
-        text += f", in {interval}" * (interval not in text) + f" (default: {field.default})"
+        interval = intervals[field.name] = _interval(field, kind, text)
+        text = f"{text}{f', in {interval}' * (interval not in text)} (default: {field.default})".replace("%", "%%")
         if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         elif typing.get_origin(kind) is typing.Literal:
@@ -141,8 +140,8 @@ def _interval(field, kind, comment):
 
 def _inside(value, interval):
     low, high = map(float, interval[1:-1].split(", "))
-    return (low <= value if interval[0] == "[" else low < value) and (
-        value <= high if interval[-1] == "]" else value < high)
+    open_end = value == low and interval[0] == "(" or value == high and interval[-1] == ")"
+    return low <= value <= high and not open_end
 
 
 # ---- 2. Processes and devices --------------------------------------------------------------------------------------
@@ -208,19 +207,14 @@ def all_gather(x):
     return torch.cat(parts)
 
 
-def barrier():
-    """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def once_per_disk(function):
     """Call the function on the first process, then on the first one of each node: where nodes share a disk it finds
     its work done, where they do not each has it."""
     for variable in ("RANK", "LOCAL_RANK"):
         if int(os.environ.get(variable, 0)) == 0:
             function()
-        barrier()
+        if dist.is_initialized():
+            dist.barrier()
 
 
 class RowGenerator(torch.Generator):
@@ -2072,8 +2066,7 @@ def vit_sizes(name):
 @functools.cache
 def can_compile():
     """Whether torch.compile has the C compiler that it needs; says so once if not."""
-    names = os.environ.get("CC"), "cc", "gcc", "clang"
-    found = any(shutil.which(name) for name in names if name)
+    found = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
     if not found:
         print0("warning: torch.compile needs a C compiler and there is none: running eagerly, more slowly")
     torch._dynamo.config.recompile_limit = 64              # blocks, stages and scales share code, each has its graph
@@ -2219,7 +2212,6 @@ class Log:
         self.out, self.env, self.plan, self.every = out, env, plan, every
         self.tried = self.bad = self.not_finite = 0
         self.waited, self.began, self.logged = 0.0, time.perf_counter(), start
-        self.named = set()
         if env.rank == 0:
             path = out / "log.jsonl"                            # forget what was logged after the checkpoint
             lines = path.read_text().splitlines() if path.exists() else []
@@ -2238,25 +2230,27 @@ class Log:
         self.waited += time.perf_counter() - began
         self.tried += len(batch["names"]) + len(batch["errors"])
         self.bad += len(batch["errors"])
-        for error in set(batch["errors"]) - self.named:
-            self.named.add(error)
+        path = self.out / "bad_videos.txt"                      # of earlier runs and of other processes, too
+        listed = path.read_text().splitlines() if batch["errors"] and path.exists() else []
+        for error in sorted({*batch["errors"]} - {*listed}):
             tqdm.write(f"skipped {error}")
-            with open(self.out / "bad_videos.txt", "a") as file:
+            with open(path, "a") as file:
                 file.write(error + "\n")
-        if batch["clips"] is None or not batch["read"].all() or (self.tried >= 20 and self.bad > 0.2 * self.tried):
+        chance = 3 * math.sqrt(0.2 * 0.8 * self.tried)          # of 10 % a few tries may hold more than a fifth
+        if not batch["read"].all() or self.tried >= 20 and self.bad > 0.2 * self.tried + chance:
             raise UserError(f"{self.bad} of {self.tried} videos could not be read, more than a fifth; the last: "
-                            f"{batch['errors'][-1]}. All are in {self.out / 'bad_videos.txt'}")
+                            f"{batch['errors'][-1]}. All are in {path}")
         clips, labels = to_device(batch["clips"], self.env.device), batch["labels"].to(self.env.device)
         return dict(batch, clips=clips, labels=labels)
 
-    def finite(self, loss, names):
+    def finite(self, loss, norm, names):
         """False if the step must be skipped; after three of them in a row raises UserError with the videos' names."""
-        self.not_finite = 0 if math.isfinite(loss) else self.not_finite + 1
+        self.not_finite = 0 if math.isfinite(loss + norm) else self.not_finite + 1
         if self.not_finite:
-            print0(f"the loss is {loss}: step skipped")
+            print0(f"the loss is {loss}, the gradient's norm {norm}: step skipped")
         if self.not_finite == 3:
-            raise UserError("the loss is not finite for 3 steps in a row; last.pt is from before. Videos of the last "
-                            f"batch: {', '.join(names)}")
+            raise UserError("loss or gradient is not finite for 3 steps in a row; last.pt is from before. Videos of "
+                            f"the last batch: {', '.join(names)}")
         return not self.not_finite
 
     def step(self, step, loss, flow=None, **values):
@@ -2289,11 +2283,9 @@ class Log:
     def close(self, stopped):
         """Say how the run ended and, if it was stopped, how to go on."""
         self.bar.close()
-        if stopped:
-            print0(f"stopped and saved; the same command goes on from {self.out / 'last.pt'}")
-        else:
-            files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
-            print0(f"trained: {', '.join(str(file) for file in files if file.exists())}")
+        files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
+        print0(f"stopped and saved; the same command goes on from {files[0]}" if stopped else
+               f"trained: {', '.join(str(file) for file in files if file.exists())}")
 
 
 # ---- 12. Pictures --------------------------------------------------------------------------------------------------

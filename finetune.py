@@ -690,11 +690,11 @@ def build_network(cfg, content, outputs=0, classes=None):
 
 
 def build_classifier(cfg, env, content, classes):
-    """A Classifier on the device, with a head for each of head_sizes(classes)."""
+    """A Classifier on the device, with a linear head for each of heads(classes)."""
     network, flow = build_network(cfg, content, len(classes), classes).to(env.device), None
     if cfg.focused:
         flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
-    return Classifier(network, head_sizes(classes), cfg, flow).eval()
+    return Classifier(network, [len(names) for names in heads(classes)], cfg, flow).eval()
 
 
 # ---- 6. Metrics -----------------------------------------------------------------------------------------------------
@@ -974,15 +974,15 @@ def detect(model, test, truth, cfg, env):
     return dict(mAP=100 * mean, per_class=per_class), errors
 
 
-def head_sizes(classes):
-    """Classes of each linear head: one, or EPIC's two, whose names begin with verb: and noun:."""
-    verbs = sum(name.startswith("verb:") for name in classes)
-    return [verbs, len(classes) - verbs] if verbs else [len(classes)]
+def heads(classes):
+    """Names of the classes of each linear head: one, or EPIC's two, whose names begin with verb: and noun:."""
+    verbs = [name for name in classes if name.startswith("verb:")]
+    return [verbs, classes[len(verbs):]] if verbs else [classes]
 
 
 def compute_metrics(scores, read, labels, classes, test, cfg):
     """What the tables print, in percent, from scores (N, all classes) and labels (N,) or (N, 2)."""
-    sizes, result = head_sizes(classes), {}
+    sizes, result = [len(names) for names in heads(classes)], {}
     if len(sizes) == 1:
         result = accuracy(scores, read, labels, classes)
     if cfg.data != "epic" or cfg.label not in ("verb-noun", "action"):
@@ -1028,23 +1028,24 @@ def train(cfg, env, listing, model, sample):
             rate = lr * 0.1 ** sum(step >= epoch * plan.per_epoch for epoch in drops)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        total = 0.0
+        means = {}
         for micro in range(plan.accum):
             batch = log.next_batch(batches)
             generator = plan.generator(env, cfg.seed, step, micro)
             with env.autocast(), nullcontext() if env.world == 1 or micro == plan.accum - 1 else net.no_sync():
                 loss, stats = net(batch["clips"], batch["labels"], generator)
             scaler.scale(loss / plan.accum).backward()
-            total = total + loss.detach() / plan.accum
+            for name, value in dict(stats, loss=loss.detach()).items():
+                means[name] = means.get(name, 0.0) + value / plan.accum
         scaler.unscale_(optimizer)
         norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
-        status = torch.stack([total, total.new_tensor(float(stop.received))])
-        total, stopping = all_reduce_mean(status).tolist()                     # the one wait for the device in a step
-        if log.finite(total, batch["names"]):
+        status = torch.stack([means.pop("loss"), norm, norm.new_tensor(float(stop.received))])
+        total, norm, stopping = all_reduce_mean(status).tolist()               # the one wait for the device in a step
+        if log.finite(total, norm if not scaler.is_enabled() else 0.0, batch["names"]):    # fp16: the scaler's matter
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        log.step(step, total, model.flow, lr=rate, grad_norm=norm, **stats)
+        log.step(step, total, model.flow, lr=rate, grad_norm=norm, **means)
         last = step + 1 == plan.steps or stopping
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
             save_checkpoint(out / "last.pt", cfg, listing, step + 1, network, network, optimizer, scaler)
@@ -1140,31 +1141,22 @@ def find_splits(cfg, content):
     return listing, test
 
 
-def split_by_head(classes):
-    """Names of classes -> a list per head."""
-    first = head_sizes(classes)[0]
-    return [part for part in (classes[:first], classes[first:]) if part]
-
-
 def class_ids(test, classes, cfg):
     """Labels of a listing as places in `classes`, joined by the names of the classes -> (N,), or (N, 2) for two heads.
 
     Names that are numbers and no class of their own are places already, which a note says.
     """
     labels, columns = torch.tensor([item.label for item in test.items]).view(len(test.items), -1), []
-    for column, own, names in zip(labels.T, split_by_head(classes), split_by_head(test.classes)):
-        place = {name: i for i, name in enumerate(own)}
-        numbers = {str(i): i for i in range(len(own))}
-        unknown = sorted(set(names) - place.keys() - numbers.keys())
-        if unknown and cfg.mode == "test":
-            raise UserError(f"--mode test: {cfg.init} knows the classes {own[:3]} ..., the data has {unknown[:3]}")
-        if unknown:
-            raise UserError(f"--data {cfg.data}: the test split has classes that the training split has not: "
-                            f"{unknown[:3]}")
-        if set(names) - place.keys():
+    for column, own, names in zip(labels.T, heads(classes), heads(test.classes)):
+        place = {str(i): i for i in range(len(own))} | {name: i for i, name in enumerate(own)}
+        if unknown := sorted(set(names) - place.keys()):
+            whose = cfg.init if cfg.mode == "test" else "the training split"
+            raise UserError(f"--data {cfg.data}: the test videos have classes that {whose} has not: {unknown[:3]}; it "
+                            f"has {own[:3]} ...")
+        if set(names) - set(own):
             print0(f"note: classes that are numbers are taken as places: 0 = {own[0]}")
-        columns.append(torch.tensor([(numbers | place)[names[i]] for i in column.tolist()]))
-    return columns[0] if len(columns) == 1 else torch.stack(columns, 1)
+        columns.append(torch.tensor([place[names[i]] for i in column.tolist()]))
+    return torch.stack(columns, 1).squeeze(1)
 
 
 def main(cfg):
@@ -1224,7 +1216,7 @@ def fixed_features(cfg, env, content):
     """--mode linear, knn and retrieval, on features as they are."""
     listing, test = find_splits(cfg, content)
     classes = listing.classes
-    if len(head_sizes(classes)) > 1:
+    if len(heads(classes)) > 1:
         raise UserError(f"--label {cfg.label}: --mode {cfg.mode} takes one label, verb, noun or action")
     test_labels = class_ids(test, classes, cfg)
     network = build_network(cfg, content).to(env.device).eval()
@@ -1279,7 +1271,7 @@ def save_scores(cfg, env, items, scores, read, labels, classes):
     out = directory(cfg)
     np.savez(out / "scores.npz", names=[item.path for item in items], scores=scores.numpy(), read=read.numpy(),
              labels=labels.numpy(), classes=classes)
-    parts = scores.split(head_sizes(classes), 1)
+    parts = scores.split([len(names) for names in heads(classes)], 1)
     for part, own, name in zip(parts, labels.view(len(labels), -1).T, ("", "_noun")):
         n = part.shape[1]
         counts = torch.bincount((own * n + part.argmax(1))[read], minlength=n * n).view(n, n)
@@ -1306,7 +1298,7 @@ def predict(cfg, env, content):
     model = build_classifier(cfg, env, content, classes)
     scores, read, errors = classify(model, items, cfg, env, "predicting")
     rows = []
-    for part, names in zip(scores.split(model.sizes, 1), split_by_head(classes)):
+    for part, names in zip(scores.split(model.sizes, 1), heads(classes)):
         part = part.softmax(1) if cfg.average == "logits" else part
         best = part.topk(min(5, len(names)))
         for item, ok, values, places in zip(items, read.tolist(), best.values.tolist(), best.indices.tolist()):
