@@ -407,21 +407,18 @@ class MCL(nn.Module):
 
 # ---- 6. Preview ----------------------------------------------------------------------------------------------------
 
-CURVE = 24                                           # points of a video's motion curve
-
-
 @torch.no_grad()
 def preview(model, batch, path):
-    """Write what the method sees in an even number of videos, two side by side, four rows each.
+    """Write what the method sees in each video, two rows of eight tiles.
 
-    The rows: motion over the video (black), spans of the candidates (grey) and of the chosen clips (red: query and
-    first key, blue: other keys); query clip with the box of its hottest cells (red) and the crop (yellow), its motion
-    map, the query as the network sees it at its start and end; target over time; where the network looks, over time.
+    Above: two candidates for the first clip, each with its motion map; the chosen one has the box of its hottest
+    cells (red) and the query's crop (yellow).  Then the motion in the query, over time.  Below: the query as the
+    network sees it, and where the network looks, at the same times.
     """
     model.eval()
     device, tile = batch["clips"].device, 112
     generator = torch.Generator(device).manual_seed(0)
-    clips, maps, _, chosen = model.choose(batch["clips"], generator)
+    clips, maps, every, chosen = model.choose(batch["clips"], generator)
     B, _, _, _, H, W = clips.shape
     query, box, flipped = model.view(clips[:, 0, :, :-1], maps[:, 0], generator)
     key, *_ = model.view(clips[:, 0, :, :-1], maps[:, 0], generator)
@@ -430,28 +427,18 @@ def preview(model, batch, path):
         _, k = model.embed(model.keys["encoder"], model.keys["heads"], key)
         P = model.look((q["inter"] * k["inter"]).sum(1), X)
     M = motion_target(model.query_motion(clips[:, 0], box, flipped), P.shape[1:])
-    curve = motion_boundary(model.flow(batch["curve"])).mean((1, 2)).unflatten(0, (B, -1)).cpu()    # (B, CURVE)
-    hot = hot_box(maps[:, 0])[0] * constant((W / GRID[2], H / GRID[1]) * 2, device)
-    shown = torch.linspace(0, P.shape[1] - 1, 4).round().long()
-    blocks = []
+    seen = unnormalize(query[:, :, ::query.shape[2] // P.shape[1]], model.encoder.config).transpose(1, 2)
+    candidates = to_float01(batch["clips"][:, :, 0]).unflatten(0, (B, 3, -1))[:, 0, [0, -1]]            # (B, 2, 3, H, W)
+    hot, crop = hot_box(maps[:, 0])[0] * (tile / GRID[2]), box * constant((tile / W, tile / H) * 2, device)
+    times, rows = torch.linspace(0, P.shape[1] - 1, 4).round().long(), []
     for i in range(B):
-        times, height = torch.linspace(0, 4 * tile - 1, CURVE), 0.9 * tile * (1 - curve[i] / curve[i].max())
-        row = torch.full((1, 3, tile, 4 * tile), 0.95)
-        row = draw_lines(row, torch.stack([times, height], 1)[None, None], (0, 0, 0))
-        spans = (4 * tile * batch["spans"][i].flatten(0, 1)).round().int().tolist()         # of 3 K candidates
-        for j, (start, end) in enumerate(spans):
-            clip, candidate = divmod(j, len(spans) // 3)
-            colour = ((0.8, 0.1, 0.1), (0.1, 0.2, 0.9), (0.1, 0.2, 0.9))[clip]
-            colour = colour if candidate == chosen[i, clip] else (0.7, 0.7, 0.7)
-            row[..., tile - 24 + 4 * j:tile - 21 + 4 * j, start:end] = torch.tensor(colour)[:, None, None]
-        frame = F.interpolate(to_float01(clips[i, 0, :, :1]).transpose(0, 1).cpu(), (2 * H, 2 * W))
-        frame = draw_box(draw_box(frame, 2 * hot[i]), 2 * box[i], "yellow")
-        ends = unnormalize(query[i, :, [0, -1]], model.encoder.config).transpose(0, 1).cpu()
-        second = [F.interpolate(x, (tile, tile)) for x in (frame, map_to_rgb(maps[i, :1]), ends)]
-        blocks.append([torch.cat(row.split(tile, 3)), torch.cat(second), map_to_rgb(M[i, shown]),
-                       map_to_rgb(P[i, shown])])
-    save_sheet(path, [torch.cat([F.interpolate(x, (tile, tile)) for x in pair]) for a, b in
-                      zip(blocks[::2], blocks[1::2]) for pair in zip(a, b)], tile)
+        frames = F.interpolate(candidates[i].cpu(), (tile, tile))
+        choice = chosen[i, 0]
+        frames[choice] = draw_box(draw_box(frames[choice, None], hot[i]), crop[i], "yellow")[0]
+        above = [frames[:1], map_to_rgb(every[i, 0, :1]), frames[1:], map_to_rgb(every[i, 0, -1:]), map_to_rgb(M[i, times])]
+        below = [seen[i, times].cpu(), map_to_rgb(P[i, times])]
+        rows += [torch.cat([F.interpolate(x, (tile, tile)) for x in row]) for row in (above, below)]
+    save_sheet(path, rows, tile)
     model.train()
 
 
@@ -476,30 +463,21 @@ def random_starts(first, last, span, candidates, rng):
     return np.concatenate(starts).reshape(3, candidates), before
 
 
-def sample_clips(video, item, rng, cfg, curve=False):
+def sample_clips(video, item, rng, cfg):
     """cfg.repeats samples of a video -> dict(clips: uint8 (3 K repeats, frames + 1, height, width, 3), K candidates
-    for each of three clips, order: (repeats,) is the first clip before the others?); with `curve` also pairs of
-    frames over the video and the spans (repeats, 3, K, 2) of the candidates in it, in [0, 1]."""
+    for each of three clips, order: (repeats,) is the first clip before the others?)."""
     (first, last), span, K = item_frames(video, item), cfg.stride * cfg.frames, 2 if cfg.motion_clips else 1
     size, (height, width) = (cfg.frame_height, cfg.frame_width), (video.info.height, video.info.width)
     scale = min(height / size[0], width / size[1])
     h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-    starts, orders, indices, crops = [], [], [], []
+    orders, indices, crops = [], [], []
     for _ in range(cfg.repeats):
-        start, before = random_starts(first, last, span, K, rng)
+        starts, before = random_starts(first, last, span, K, rng)
         x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
-        starts.append(start)
         orders.append(before)
-        indices += [np.minimum(s + cfg.stride * np.arange(cfg.frames + 1), last) for s in start.ravel()]
-        crops += [(x, y, x + w, y + h)] * start.size
-    out = dict(clips=read_views(video, indices, crops, size), order=np.array(orders, np.int64))
-    if curve:
-        times = np.linspace(first, max(first, last - cfg.stride), CURVE).astype(int)
-        pairs = [np.minimum([t, t + cfg.stride], last) for t in times]
-        ends = np.stack(starts)[..., None] + [0, span]
-        out["curve"] = read_views(video, pairs, crops[:1] * CURVE, size)
-        out["spans"] = ((ends - first) / (last - first + 1)).clip(0, 1).astype(np.float32)
-    return out
+        indices += [np.minimum(start + cfg.stride * np.arange(cfg.frames + 1), last) for start in starts.ravel()]
+        crops += [(x, y, x + w, y + h)] * starts.size
+    return dict(clips=read_views(video, indices, crops, size), order=np.array(orders, np.int64))
 
 
 def main(cfg):
@@ -523,8 +501,7 @@ def main(cfg):
     optimizer = make_optimizer(cfg.optimizer, model, lr, cfg.weight_decay, env.device)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
-    sample = partial(sample_clips, cfg=replace(cfg, repeats=1), curve=True)
-    examples = example_clips(Clips(listing.items, sample, cfg.seed))
+    examples = example_clips(dataset)
 
     # >>> same: loop
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)

@@ -261,34 +261,32 @@ class MoDist(nn.Module):
 
 @torch.no_grad()
 def preview(model, clips, path):
-    """Write what the method sees in clips (2 B, 3, F, H, W) uint8, B even, two videos side by side.
-
-    The rows: RGB frames of the first moment; flow and what the motion network sees of it, in time; the sum of the
-    motion maps and the three second moments whose RGB is most similar to it, best first, the own one framed.
-    """
+    """Write what the method sees in clips (2 B, 3, F, H, W) uint8, a row for each video: its first moment's RGB at
+    start and end, flow and what the motion network sees of it at the middle, and the sum of all of that; then the
+    three second moments whose RGB is most similar to it, best first, the own one framed."""
     model.eval()
-    (first, second), keys = clips.unflatten(0, (-1, 2)).unbind(1), model.keys
-    shown = torch.linspace(0, first.shape[2] - 2, 4).round().long()
+    first, second = clips.unflatten(0, (-1, 2)).unbind(1)
     rgb = [to_float01(x[:, :, :-1:model.rgb_step]) for x in (first, second)]
-    frames = to_float01(first[:, :, shown]).transpose(1, 2).cpu()                           # (B, 4, 3, H, W)
-    rows, tile = [frames], frames.shape[-2:]
+    visual, keys = [normalize(x, model.encoder.config) for x in rgb], model.keys
+    columns, middle = [rgb[0][:, :, 0], rgb[0][:, :, -1]], first.shape[2] // 2              # each (B, 3, H, W)
     if hasattr(model, "motion"):
         maps = motion_maps(first, model.flow, model.motion_input, model.edge_clip)          # (B, 3, F - 1, h, w)
         if model.motion_input != "frame_diff":
-            field = model.flow(first)[:, shown]                                             # (B, 4, 2, h, w)
-            rows.append(torch.stack([F.interpolate(flow_picture(x), tile) for x in field]))
-        rows.append(F.interpolate(maps[:, :, shown].abs().cpu(), (4, *tile)).transpose(1, 2))
-        query, about = model.motion_head(model.motion(maps)), maps.abs().mean(2)
+            columns.append(flow_picture(model.flow(first)[:, middle]))
+        total = maps.abs().sum(2)
+        columns += [maps[:, :, middle].abs(), total / total.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)]
+        query = model.motion_head(model.motion(maps))
     else:
-        query, about = model.head(model.encoder(normalize(rgb[0], model.encoder.config))), frames[:, 0]
-    found = F.normalize(keys["head"](keys["encoder"](normalize(rgb[1], model.encoder.config))), dim=1)
-    best = (F.normalize(query, dim=1) @ found.T).argsort(1, descending=True)[:, :3].cpu()   # (B, 3)
-    about = F.interpolate(about.cpu() / about.amax((1, 2, 3), keepdim=True).cpu().clamp(min=1e-6), tile)
-    picture = rgb[1][:, :, rgb[1].shape[2] // 2].cpu()                                      # (B, 3, H, W)
-    framed = draw_box(picture, torch.tensor([0, 0, tile[1] - 1, tile[0] - 1]))
-    matches = [torch.stack([framed[j] if j == i else picture[j] for j in row]) for i, row in enumerate(best.tolist())]
-    rows.append(torch.cat([about[:, None], torch.stack(matches)], 1))                       # (B, 4, 3, H, W)
-    save_sheet(path, [row[i:i + 2].flatten(0, 1) for i in range(0, len(first) // 2 * 2, 2) for row in rows])
+        query = model.head(model.encoder(visual[0]))
+    found = F.normalize(keys["head"](keys["encoder"](visual[1])), dim=1)
+    best = (F.normalize(query, dim=1) @ found.T).argsort(1, descending=True).cpu()          # (B, B)
+    frames = rgb[1][:, :, rgb[1].shape[2] // 2].cpu()                                       # (B, 3, H, W)
+    H, W = frames.shape[-2:]
+    framed = draw_box(frames, torch.tensor([0, 0, W - 1, H - 1]))
+    for match in best[:, :3].T:                                                             # (B,) of each place
+        own = match == torch.arange(len(match))
+        columns.append(torch.where(own[:, None, None, None], framed[match], frames[match]))
+    save_sheet(path, torch.stack([F.interpolate(x.cpu(), (H, W)) for x in columns], 1))
     model.train()
 
 
