@@ -19,8 +19,8 @@ from those is used; these are our choices, or differ from them, and why
  2. Flow is computed in the training step, on the crop that the RGB network sees: both modalities of a moment share
     crop and flip.  Only RGB gets colour jitter and blur.
  3. Each query is compared with the queue of its key's modality; the two cross-modal directions are summed.
- 4. Keys are encoded with running instead of batch statistics, averaged over steps as the key encoder's weights are,
-    as in fame.py, instead of shuffling clips across GPUs.  On several GPUs the queries' batch norm is synchronised.
+ 4. Keys are encoded with running statistics instead of shuffling clips across GPUs, as in fame.py.  On several GPUs
+    the queries' batch norm is synchronised.
  5. Optimiser, schedule and crops are those that Feichtenhofer et al. (2021, https://arxiv.org/abs/2104.14558) use for
     MoCo on the same network; the momentum of the keys is constant.  Colour jitter is one affine map per clip.
  6. RGB is normalised with ImageNet's mean and deviation or those of --init (released: .45 and .225).
@@ -163,6 +163,12 @@ def info_nce(query, key, negatives, temperature):
     return F.softplus(other.logsumexp(1) - own).mean()
 
 
+def top1(query, key):
+    """How often (%) the own key is the most similar one: query, key (B, D)."""
+    own = torch.arange(len(query), device=query.device)
+    return 100 * ((query.detach() @ key.T).argmax(1) == own).float().mean()
+
+
 def projection(dim, hidden=2048, outputs=128):
     """Two linear layers; init N(0, .01) as released."""
     head = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
@@ -224,37 +230,27 @@ class MoDist(nn.Module):
 
         def embed(network, head, x):
             return F.normalize(head(network(x)).float(), dim=1)                 # (B, outputs)
+        zv = embed(self.encoder, self.head, v1)
+        zm = None if m1 is None else embed(self.motion, self.motion_head, m1)
         with torch.no_grad():
             self.keys.eval()                                                    # running statistics, see 4. above
             kv = embed(self.keys["encoder"], self.keys["head"], v2)
-        zv = embed(self.encoder, self.head, v1)
-        with torch.autocast(clips.device.type, enabled=False):
-            Qv = self.queue.keys.clone()                                        # as it is now, for backward
-            terms = dict(rgb=info_nce(zv, kv, Qv, self.temperature))
-        stats = dict(top1=self.top1(zv, kv))
-        loss = terms["rgb"]
-        if m1 is not None:
-            with torch.no_grad():
-                km = embed(self.keys["motion"], self.keys["motion_head"], m2)
-            zm = embed(self.motion, self.motion_head, m1)
-            with torch.autocast(clips.device.type, enabled=False):
+            km = None if m2 is None else embed(self.keys["motion"], self.keys["motion_head"], m2)
+        with torch.autocast(clips.device.type, enabled=False):                  # bf16 would not tell similarities apart
+            Qv, T = self.queue.keys.clone(), self.temperature                   # as they are now, for backward
+            loss = rgb = info_nce(zv, kv, Qv, T)
+            stats = dict(rgb=rgb, top1=top1(zv, kv))
+            if zm is not None:
                 Qm = self.motion_queue.keys.clone()
-                terms["cross"] = (info_nce(zv, km, Qm, self.temperature) +      # RGB -> motion
-                                  info_nce(zm, kv, Qv, self.temperature))       # motion -> RGB
-                loss = loss + self.cross_weight * terms["cross"]
+                cross = info_nce(zv, km, Qm, T) + info_nce(zm, kv, Qv, T)       # RGB -> motion, motion -> RGB
+                loss = loss + self.cross_weight * cross
+                stats |= dict(cross=cross, cross_top1=top1(zm, kv))
                 if self.motion_motion:
-                    terms["motion"] = info_nce(zm, km, Qm, self.temperature)
-                    loss = loss + terms["motion"]
-            stats["cross_top1"] = self.top1(zm, kv)
-            self.motion_queue.enqueue(km)
-        self.queue.enqueue(kv)                                                  # after all losses
-        return loss, stats | {name: term.detach() for name, term in terms.items()}
-
-    def top1(self, query, key):
-        """How often (%) the own key is the most similar one: query, key (B, outputs)."""
-        own = torch.arange(len(query), device=query.device)
-        with torch.autocast(query.device.type, enabled=False):                  # bf16 would not tell them apart
-            return 100 * ((query.detach() @ key.T).argmax(1) == own).float().mean()
+                    stats["motion"] = info_nce(zm, km, Qm, T)
+                    loss = loss + stats["motion"]
+                self.motion_queue.enqueue(km)
+            self.queue.enqueue(kv)                                              # after all losses
+        return loss, {name: value.detach() for name, value in stats.items()}
 
 
 # ---- 4. Preview ----------------------------------------------------------------------------------------------------
