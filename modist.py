@@ -268,7 +268,8 @@ def preview(model, clips, path):
     if hasattr(model, "motion"):
         maps = motion_maps(first, model.flow, model.motion_input, model.edge_clip)          # (B, 3, F - 1, h, w)
         if model.motion_input != "frame_diff":
-            columns.append(flow_picture(model.flow(first)[:, middle]))
+            flow = model.flow(first)[:, middle]                                             # (B, 2, h, w)
+            columns.append(torch.cat([flow_picture(x) for x in flow.split(1)]))             # each to its own scale
         total = maps.abs().sum(2)
         columns += [maps[:, :, middle].abs(), total / total.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)]
         query = model.motion_head(model.motion(maps))
