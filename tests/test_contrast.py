@@ -81,17 +81,21 @@ def views(model, clips, generator):
     return [x for i in (0, 0, 1, 2) for x in model.view(chosen[:, i, :, :-1], maps[:, i], generator)]
 
 
+def same(state, other):
+    """Are the tensors of the first the same in the second, by name?"""
+    return all(torch.equal(value, other[name]) for name, value in state.items())
+
+
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 @each_method
 def test_keys_start_as_a_copy_of_all_networks_and_are_not_trained(method):
     model = tiny(method)
-    state, networks = model.state_dict(), {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
-    assert networks == {"encoder", *dict(fame=["head"], mcl=["heads", "order"],
-                                         modist=["head", "motion", "motion_head"])[method]}
-    assert set(model.keys) == networks - {"order"} and model.updates == 0
-    for name, value in model.keys.state_dict().items():
-        assert torch.equal(value, state[name]) and value.data_ptr() != state[name].data_ptr()
+    trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    own = dict(fame=["head"], mcl=["heads", "order"], modist=["head", "motion", "motion_head"])[method]
+    assert trained == {"encoder", *own} and set(model.keys) == trained - {"order"}
+    assert same(model.keys.state_dict(), model.state_dict()) and model.updates == 0
+    assert not {p.data_ptr() for p in model.keys.parameters()} & {p.data_ptr() for p in model.encoder.parameters()}
     assert not any(p.requires_grad for p in model.keys.parameters()) and model.queue.keys.shape == (48, 8)
 
 
@@ -106,9 +110,7 @@ def test_update_keys_is_a_moving_average(method):
     for name, p in model.keys.named_parameters():
         torch.testing.assert_close(p.data, before[name] + 0.25)
     model.update_keys(momentum=0)
-    for name, value in model.keys.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name])
-    assert model.updates == 2
+    assert same(model.keys.state_dict(), model.state_dict()) and model.updates == 2
 
 
 @each_method
@@ -120,8 +122,7 @@ def test_running_statistics_of_the_keys_change_only_with_update_keys(method):
         before, own = copy.deepcopy(model.keys.state_dict()), query.running_var.clone()
         model(batch(method, backbone="r2plus1d_50", seed=update), seeded(update))
         assert model.encoder.training and not any(m.training for m in model.keys.modules())
-        assert all(torch.equal(v, before[k]) for k, v in model.keys.state_dict().items())
-        assert not torch.equal(own, query.running_var)
+        assert same(model.keys.state_dict(), before) and not torch.equal(own, query.running_var)
         model.update_keys()
         history.append(query.running_var.clone())                               # at first the mean of all so far
         later = 0.6 * before["encoder.stem.bn1.running_var"] + 0.4 * history[-1]
@@ -179,7 +180,7 @@ def test_ema_moves_parameters_and_float_buffers(momentum, updates):
         m = min(momentum, 1 - 1 / updates) if updates and "running" in name else momentum
         expected = m * before[name] + (1 - m) * given[name] if value.is_floating_point() else before[name]
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
-        assert torch.equal(source.state_dict()[name], given[name])
+    assert same(source.state_dict(), given)
 
 
 def test_statistics_that_are_not_finite_do_not_reach_the_keys():
@@ -200,6 +201,20 @@ def test_what_a_video_gets_does_not_depend_on_how_the_batch_is_split(method):
         for x, expected in zip(part, whole, strict=True):
             torch.testing.assert_close(x, expected[rows], atol=1e-5, rtol=0)
     assert not torch.equal(whole[0], views(model, clips, seeded(4, 0, 4))[0])
+
+
+@each_method
+def test_colours_are_jittered_as_much_as_published_and_then_blurred(method, monkeypatch):
+    calls, strengths = [], (0.3, 0.3, 0.3, 0.075, 0.1) if method == "modist" else (0.2, 0.2, 0.2, 0.05, 0.1)
+
+    def jitter(clips, generator, *args, **kwargs):
+        calls.append(inspect.signature(colour_jitter).bind(clips, generator, *args, **kwargs).arguments)
+        return clips
+    monkeypatch.setattr(MODULES[method], "colour_jitter", jitter)
+    monkeypatch.setattr(MODULES[method], "blur", lambda clips, generator: calls.append("blur") or clips)
+    views(tiny(method, colour=0.5), batch(method), seeded())
+    assert len(calls) == (8 if method == "mcl" else 4) and calls[1::2] == ["blur"] * (len(calls) // 2)
+    assert all([*call.values()][2:] == pytest.approx(strengths) for call in calls[::2])
 
 
 @each_method
@@ -235,8 +250,8 @@ def test_preview_writes_an_image_and_changes_nothing(method, backbone, changes, 
     image = read_image(str(tmp_path / "a.png"))
     assert torch.equal(image, read_image(str(tmp_path / "b.png"))), "the same videos, the same image"
     assert image.float().std() > 20 and image.shape[1] == 4 * 114 + 2 and image.shape[2] >= 7 * 114 + 2
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), stream) and model.training and model.encoder.training
+    assert same(model.state_dict(), state) and torch.equal(torch.get_rng_state(), stream)
+    assert model.training and model.encoder.training
     assert all(p.grad is None for p in model.parameters())
     now, then = (x["clips"] if method == "mcl" else x for x in (clips, given))
     assert torch.equal(now, then)
@@ -541,8 +556,7 @@ def test_moco_s_weights_start_mcl_with_its_own_head_and_equal_keys(image_network
     for i, kind in product((0, 2), ("weight", "bias")):
         got = model.heads["inter"][i].state_dict()[kind]
         assert torch.equal(got, head[f"fc.{i}.{kind}"]), "that of the query encoder, not of the momentum encoder"
-    for name, value in model.keys.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name]) or name.endswith("num_batches_tracked")
+    assert same(dict(model.keys.named_parameters()), model.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["resnet18", "narrow", "empty", "part"])
@@ -565,10 +579,10 @@ def test_init_from_a_checkpoint_of_the_method_takes_everything(method, tmp_path)
         tensor.data.add_(1)
     torch.save(dict(model=source.state_dict()), tmp_path / "last.pt")
     assert resume_or_init(None, str(tmp_path / "last.pt"), model, None, None) == 0
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
+    assert same(source.state_dict(), model.state_dict())
     again = make_backbone(**source.encoder.config)                              # and the encoder alone is all there
     assert load_weights(again, tmp_path / "last.pt").missing == []
-    assert all(torch.equal(v, source.state_dict()["encoder." + k]) for k, v in again.state_dict().items())
+    assert same(again.state_dict(), source.encoder.state_dict())
 
 
 @pytest.mark.parametrize("prefix", ["", "encoder.", "module.encoder_q."])
@@ -582,10 +596,8 @@ def test_init_from_an_encoder_alone_is_copied_into_the_keys(method, prefix, tmp_
     assert resume_or_init(None, str(tmp_path / "encoder.pt"), model, None, None) == 0
     state = model.state_dict()
     kept |= {"encoder." + name: value for name, value in source.encoder.state_dict().items()}
-    for name, value in kept.items():
-        assert torch.equal(state[name], value), name
-        if "keys." + name in state and value.is_floating_point():
-            assert torch.equal(state["keys." + name], value), name
+    assert same(kept, state)
+    assert same({"keys." + k: v for k, v in kept.items() if "keys." + k in state and v.is_floating_point()}, state)
 
 
 def test_without_weights_running_statistics_begin_with_those_of_the_first_batch():

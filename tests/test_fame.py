@@ -256,18 +256,6 @@ def test_only_the_first_view_is_merged_after_the_flip_and_before_colours_change(
     assert torch.equal(first, 1 - mirrored[::2]) and torch.equal(second, 1 - mirrored[1::2])
 
 
-def test_views_are_flipped_jittered_as_published_blurred_and_normalised(monkeypatch):
-    steps = []
-    for name in ("flip", "colour_jitter", "blur", "normalize"):
-        def step(*args, name=name, function=getattr(fame, name), **kwargs):
-            steps.append((name, kwargs))
-            return function(*args, **kwargs)
-        monkeypatch.setattr(fame, name, step)
-    tiny(colour=0.5).views(clips_uint8(), seeded())
-    jitter = ("colour_jitter", pytest.approx(dict(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, grey=0.1)))
-    assert steps == [("flip", {})] * 2 + [jitter, ("blur", {}), ("normalize", {})] * 2
-
-
 @pytest.mark.parametrize("merged", [True, False])
 def test_loss_statistics_and_queue_equal_a_computation_by_hand(merged):
     model, clips = tiny(merge=merged, temperature=0.2), clips_uint8()
