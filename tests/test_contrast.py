@@ -280,14 +280,10 @@ def test_jitter_is_the_same_for_all_frames_and_each_clip_gets_what_it_would_get_
         torch.testing.assert_close(colour_jitter(clips[i:i + 1], seeded(0, i, 6))[0], out[i], atol=1e-6, rtol=0)
     same = colour_jitter(still(1).expand(16, -1, -1, -1, -1), seeded(), p=1.0).mean((1, 2, 3, 4))
     assert same.unique().numel() == 16 and same.max() - same.min() > 0.1
+    for nothing in (dict(p=1.0, **OFF), dict(p=0.0, grey=0.0)):
+        torch.testing.assert_close(colour_jitter(clips, seeded(), **nothing), clips, atol=2e-6, rtol=0)
     wild = colour_jitter(noise(30, 3, 2, 4, 5), seeded(), 0.9, 0.9, 0.9, 0.5, p=1.0)
     assert wild.shape == (30, 3, 2, 4, 5) and wild.min() == 0 and wild.max() == 1
-
-
-@pytest.mark.parametrize("changes", [dict(p=1.0, **OFF), dict(p=0.0, grey=0.0)])
-def test_jitter_of_no_strength_or_probability_is_the_identity(changes):
-    clips = noise(20, 3, 2, 5, 7)
-    torch.testing.assert_close(colour_jitter(clips, seeded(), **changes), clips, atol=2e-6, rtol=0)
 
 
 def test_grey_clips_have_equal_colours_and_the_luma_of_before():
@@ -385,12 +381,7 @@ def test_random_crops_are_inside_and_as_large_and_wide_as_wanted(height, width, 
     assert ratio[0] / rounding <= min(aspects) and max(aspects) <= ratio[1] * rounding
     assert min(shares) < area[0] + 0.1 and min(aspects) < 0.85 and max(aspects) > 1.15
     assert np.allclose(np.mean(corners, 0), 0.5, atol=0.06) and np.min(corners) < 0.02 and np.max(corners) > 0.98
-
-
-def test_a_crop_that_never_fits_is_the_whole_frame():
-    rng = np.random.default_rng(0)
-    assert random_resized_crop(40, 80, rng, (1, 1), (0.5, 0.5)) == (0, 0, 80, 40)
-    assert random_resized_crop(50, 50, rng, (1, 1), (1, 1)) == (0, 0, 50, 50)
+    assert random_resized_crop(40, 80, rng, (1, 1), (0.5, 0.5)) == (0, 0, 80, 40), "it never fits"
 
 
 def slow_crop(image, box, size):
@@ -440,22 +431,15 @@ def test_parameter_counts_are_those_of_the_papers():
 @pytest.mark.parametrize("name, frames, size, expected", [
     ("slow_r50", 8, 64, (2048, 4, 2, 2)), ("r2plus1d_50", 16, 224, (2048, 4, 7, 7)), ("s3d", 16, 224, (1024, 2, 7, 7)),
     ("r3d_18", 16, 112, (512, 2, 7, 7)), ("r2plus1d_18", 16, 112, (512, 2, 7, 7)), ("vit_tiny", 8, 64, (192, 4, 4, 4))])
-def test_shapes_of_the_feature_maps(name, frames, size, expected):
+def test_networks_give_maps_can_be_rebuilt_from_their_config_and_take_a_head(name, frames, size, expected):
     net, clips = on_meta(name, size, frames), torch.zeros(2, 3, frames, size, size, device="meta")
     assert net.forward_map(clips).shape == (2, *expected) and net(clips).shape == (2, net.dim) == (2, expected[0])
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_a_network_can_be_rebuilt_from_its_config_and_given_a_head(name):
-    net = on_meta(name, 64, 8)
     again, classifier = on_meta(**net.config), on_meta(**net.config, num_classes=5)
     shapes = {k: v.shape for k, v in net.state_dict().items()}
     assert {k: v.shape for k, v in again.state_dict().items()} == shapes and again.config == net.config
     assert type(again) is type(net) and all(isinstance(v, (str, int, float, tuple)) for v in net.config.values())
-    extra = {k: tuple(v.shape) for k, v in classifier.state_dict().items() if k not in shapes}
-    assert extra.pop("head.weight") == (5, net.dim) and extra.pop("head.bias") == (5,)
-    assert all(k.startswith("fc_norm.") for k in extra)
-    assert classifier(torch.zeros(2, 3, 8, 64, 64, device="meta")).shape == (2, 5)
+    extra = {k for k in classifier.state_dict() if k not in shapes and not k.startswith("fc_norm.")}
+    assert extra == {"head.weight", "head.bias"} and classifier(clips).shape == (2, 5)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "", "vit", "R3D_18"])

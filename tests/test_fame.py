@@ -196,19 +196,15 @@ def test_merge_copies_every_pixel_from_one_clip_or_the_other_frame_by_frame():
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 20])
-def test_nobody_is_their_own_partner_and_everybody_is_one(count):
-    for seed in range(10):
-        partner = derangement(count, seeded(seed))
+def test_nobody_is_their_own_partner_and_everybody_else_is_equally_often(count):
+    generator, often, rounds = seeded(), torch.zeros(count, count), 400 * (count - 1)
+    for _ in range(rounds):
+        partner = derangement(count, generator)
         assert partner.shape == (count,) and sorted(partner.tolist()) == list(range(count))
-        assert (partner != torch.arange(count)).all() and torch.equal(partner, derangement(count, seeded(seed)))
-
-
-def test_every_other_clip_is_partner_equally_often():
-    generator, count = seeded(), torch.zeros(5, 5)
-    for _ in range(2000):
-        count[torch.arange(5), derangement(5, generator)] += 1
-    others = count[~torch.eye(5, dtype=torch.bool)]
-    assert (count.diag() == 0).all() and ((others - 500).abs() < 100).all()
+        often[torch.arange(count), partner] += 1
+    others = often[~torch.eye(count, dtype=torch.bool)]
+    assert (often.diag() == 0).all() and ((others - 400).abs() < 100).all()
+    assert torch.equal(derangement(count, seeded(3)), derangement(count, seeded(3)))
 
 
 # ---- InfoNCE ---------------------------------------------------------------------------------------------------------
