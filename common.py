@@ -31,6 +31,7 @@ import zipfile
 from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from fractions import Fraction
 from functools import partial
 from itertools import count, dropwhile, islice, pairwise
 from pathlib import Path
@@ -225,9 +226,10 @@ def rand(rows, *shape, generator=None, device="cpu"):
 # key packet before a wanted frame on, as long as all is as it should be.  What is odd takes the sure way: decode from
 # the start and count.  mp4 and mov list their packets in the header, so only the groups (a key packet up to the next
 # one) that hold wanted frames are read, whatever the length.  Of other files all packets are read, though not decoded.
-# Long films are better copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
+# Long videos are better copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
 
 FAST = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4"}             # codecs in which a packet is a frame, as a rule
+BYTE_PLANES = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
 
 
 class VideoError(ValueError):
@@ -247,10 +249,11 @@ class Video(contextlib.AbstractContextManager):
 
     def __init__(self, path):
         self.path, self.file, self.counted = os.fspath(path), None, False   # counted: it takes the sure way
-        self._either_way(lambda: self.counted or self._find_groups())
+        self._either_way(lambda: self.counted or self._list_packets())
 
     def __exit__(self, *_):
-        self.file and self.file.close()
+        if self.file:
+            self.file.close()
 
     def _either_way(self, job, *args):
         """job(*args) the fast way or, if anything fails there, the sure one, where the file is at fault."""
@@ -276,116 +279,116 @@ class Video(contextlib.AbstractContextManager):
 
     def _count(self):
         self._open()
-        tick, frames = self.stream.time_base, [(f.pts, _upright(f)[:2]) for f in self.file.decode(self.stream)]
-        if not frames:
+        frames, tick = self.file.decode(self.stream), self.stream.time_base
+        first = next(frames, None)
+        if first is None:
             raise VideoError("no frames")
-        times, (self.sides, *_) = zip(*frames)
+        times = [first.pts, *(frame.pts for frame in frames)]
+        self.first, self.total, self.counted = _upright(first), len(times), True
         self.times = sorted(int(n / self.rate / tick) if None in times else t for n, t in enumerate(times))
         if self.times[-1] > self.times[0]:                                  # the header's rate may be that of packets
             self.rate = (len(times) - 1) / ((self.times[-1] - self.times[0]) * tick)
-        self.keys, self.counted = [0, len(times)], True
 
-    def _find_groups(self):
+    def _list_packets(self):
         self._open()
-        codec, index, self.packets, self.times, self.packed = self.codec, self.stream.index_entries, None, None, False
+        codec, index, self.packets, self.times = self.codec, self.stream.index_entries, None, None
         packets = (p for p in self.file.demux(self.stream) if p.size)
         head = next(packets)
         # Only the first packet tells some things, such as x264's build, whose faults are imitated.
         frame = [*codec.decode(head), *codec.decode(None)][0]
         codec.flush_buffers()
-        self.sides = _upright(frame)[:2]
+        self.first = _upright(frame)
         fast = codec.name in FAST and head.is_keyframe and frame.key_frame and not frame.interlaced_frame
-        if codec.name != "mpeg4" and 0 < self.stream.frames == len(index) and head.pts <= self.stream.start_time:
-            keys = [0]                                                      # films have 100,000s of packets: use keys
-            while (k := index.search_timestamp(index[keys[-1]].timestamp + 1, backward=False)) > 0:
-                keys.append(k)
-            self.keys = [*keys, len(index)]                                 # where each group begins; the total
-            fast &= not any(e.is_discard for e in (*index[:self.keys[1]], *index[keys[-1]:len(index)]))   # edit lists
+        if codec.name != "mpeg4" and 0 < self.stream.frames == len(index):
+            self.total = len(index)                                         # edit lists cut at both ends
+            fast &= head.pts <= self.stream.start_time and not any(e.is_discard for e in index[:17] + index[-17:])
         else:
-            self.packets = [head, *packets]
-            self.times = sorted(p.dts if p.pts is None else p.pts for p in self.packets)
-            self.packed = codec.name == "mpeg4" and _number_pictures(self.packets)
-            pts = [p.pts for p in self.packets]
-            fast &= pts[0] == min(pts) and len({*pts}) == len(pts) and not any(p.is_discard for p in self.packets)
-            back = pts != sorted(pts)                                       # time stamps are those of display
-            fast &= back == codec.has_b_frames or codec.name == "mpeg4" and not back
-            keys = [i for i, p in enumerate(self.packets) if p.is_keyframe and not (self.packed and i)]
-            self.keys = [*keys, len(pts)]
+            packets = [head, *packets]
+            self.times = sorted(p.dts if p.pts is None else p.pts for p in packets)
+            self.packets, self.total = _mpeg4_pictures(packets) if codec.name == "mpeg4" else packets, len(packets)
+            shown = {p.pts for p in self.packets if not p.is_discard}
+            fast &= len(shown) == self.total and self.packets[0].pts == min(shown)
         if not fast:
             raise VideoError
 
     @property
     def info(self):
-        ticks, frames = self.stream.duration or 0, self.keys[-1]
-        seconds = max(0, ticks * self.stream.time_base) or max(0, self.file.duration or 0) / 1e6 or frames / self.rate
-        return VideoInfo(frames, float(self.rate), *self.sides, float(seconds))
+        seconds = max(0, (self.stream.duration or 0) * self.stream.time_base) or max(0, self.file.duration or 0) / 1e6
+        return VideoInfo(self.total, float(self.rate), self.first.height, self.first.width,
+                         float(seconds or self.total / self.rate))
 
-    def _group(self, j):
-        """Group j -> [(packet, display ordinal)] in decode order; fails if it does not fit the index."""
-        a, b = self.keys[j:j + 2]
-        packets = self.packets and self.packets[a:b]
-        if packets is None:
-            times = [entry.timestamp for entry in self.stream.index_entries[a:b]]
+    def _group(self, n):
+        """The group that holds frame n -> [(packet, frame number)] in decode order; fails if it is not as listed."""
+        # What is decoded before a key packet is shown before everything from that packet on, in open groups too:
+        # so the numbers of a group's frames are those of its packets, in order of display.
+        listed = self.packets or self.stream.index_entries
+        start = next(i for i in range(n, -1, -1) if listed[i].is_keyframe)
+        stop = next((i for i in range(n + 1, self.total) if listed[i].is_keyframe), self.total)
+        packets = listed[start:stop]
+        if not self.packets:
+            times = [entry.timestamp for entry in packets]
             self.file.seek(times[0], stream=self.stream)
-            *packets, after = islice(dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream)), b - a + 1)
-            if [p.dts for p in packets] != times or not packets[0].is_keyframe or after.size and not after.is_keyframe:
+            rest = dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream))
+            *packets, after = islice(rest, stop - start + 1)
+            if [p.dts for p in packets] != times or after.size and not after.is_keyframe:
                 raise VideoError
-        # What is decoded before a key packet is shown before everything from that packet on, in open groups too.
         shown = sorted({p.pts for p in packets if not p.is_discard})
-        ordinal = dict(zip(shown, range(a, b), strict=True))
-        return [(p, ordinal[p.pts]) for p in packets]
+        numbers = dict(zip(shown, range(start, stop), strict=True))
+        return [(p, numbers[p.pts]) for p in packets]
 
     def index_at(self, seconds):
-        """Ordinal of the frame on display `seconds` after the first one appears, clamped to the video."""
+        """Number of the frame on display `seconds` after the first one appears, clamped to the video."""
         return self._either_way(self._index_at, seconds)
 
     def _index_at(self, seconds):
         ticks = int((seconds + 5e-4) / self.stream.time_base)               # some containers round to milliseconds
         if self.times is not None:
             return max(bisect_right(self.times, self.times[0] + ticks) - 1, 0)
-        index, now = self.stream.index_entries, self.stream.start_time + ticks
-        # pts >= dts: the frame is in the last group whose key packet has dts <= now, or in one before it.
-        for j in range(bisect_right(self.keys[1:-1], now, key=lambda k: index[k].timestamp), -1, -1):
-            known = [n for p, n in self._group(j) if p.pts <= now]
-            if known or j == 0:
-                return max(known, default=0)
+        now = self.stream.start_time + ticks
+        n = self.stream.index_entries.search_timestamp(now)                 # of the last key packet with dts <= now
+        while n >= 0:                                                       # pts >= dts: it is there or before
+            group = self._group(n)
+            if shown := [k for p, k in group if p.pts <= now]:
+                return max(shown)
+            n = min(k for _, k in group) - 1
+        return 0
 
     def _frames(self, wanted):
-        """Set of ordinals -> yields (ordinal, frame), each once; fails if a frame is not the expected one."""
+        """Set of frame numbers -> yields (number, frame), each once; fails if a frame is not the expected one."""
         if self.counted:
             self._open()                                                    # flushing would leave some state behind
             frames = enumerate(islice(self.file.decode(self.stream), max(wanted) + 1))
             yield from ((n, frame) for n, frame in frames if n in wanted)
             return
-        runs, last = [], None                                               # each decoded from a key packet on
-        for j in sorted({bisect_right(self.keys, n) - 1 for n in wanted}):
-            run = self._group(j)
-            if any(n in wanted and p.pts < run[0][0].pts for p, n in run):  # open group: its first frames on display
-                run = (runs.pop() if last == j - 1 else self._group(j - 1)) + run     # refer to the group before it
-            runs, last = [*runs, run], j
+        runs, end = [], 0                                                   # each is decoded from a key packet on
+        for n in sorted(wanted):
+            if n >= end:
+                run = self._group(n)
+                start, stop = min(k for _, k in run), max(k for _, k in run) + 1
+                if any(k in wanted and p.pts < run[0][0].pts for p, k in run):  # open group: its first frames on display
+                    run = (runs.pop() if start == end else self._group(start - 1)) + run  # refer to the group before it
+                runs, end = [*runs, run], stop
         for run in runs:
-            key = run[0][0].pts
-            ordinals, last = {p.pts: n for p, n in run if p.pts >= key}, None
-            stop, end = max(wanted & {*ordinals.values()}), max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
-            # Time stamps that go back are those of display.  Then frames that no other refers to can be left out, as
-            # can what follows the last wanted packet.  Without that proof, all are compared, and one more if need be.
-            unsure = self.packed or all(a.pts < b.pts for (a, _), (b, _) in pairwise(run[:end]))
-            for p, n in [*(run if unsure else run[:end]), (None, None)]:    # None drains the decoder
-                if self.codec.name in ("h264", "mpeg4"):
-                    self.codec.skip_frame = "DEFAULT" if unsure or n in wanted else "NONREF"
+            numbers, key, last = {p.pts: n for p, n in run}, run[0][0].pts, None
+            # Time stamps that go back are those of display.  Then frames that no other refers to can be left out.
+            # What follows the last wanted packet can, too, unless the order of display is not known.
+            back = any(a.pts > b.pts for (a, _), (b, _) in pairwise(run))
+            if back or not self.codec.has_b_frames or self.codec.name == "mpeg4":
+                run = run[:1 + max(i for i, (_, n) in enumerate(run) if n in wanted)]
+            skip = back and self.codec.name in ("h264", "mpeg4")
+            for p, n in [*run, (None, None)]:                               # None drains the decoder
+                self.codec.skip_frame = "NONREF" if skip and n not in wanted else "DEFAULT"
                 for frame in self.codec.decode(p):
                     if last is None and frame.pts < key:                    # it refers to what is before the key packet
                         continue
-                    n = ordinals[frame.pts]
+                    n = numbers[frame.pts]
                     first = frame.pts == key and frame.key_frame
-                    fits = first if last is None else n == last + 1 if unsure else n > last
+                    fits = first if last is None else n > last if back else n == last + 1
                     if not fits or frame.is_corrupt or frame.interlaced_frame:      # a field may be a packet of its own
                         raise VideoError
                     last = n
                     if n in wanted:
                         yield n, frame
-                if last is not None and last >= stop + (unsure and self.codec.has_b_frames):
-                    break
             self.codec.flush_buffers()
 
     def read(self, indices, size=None, crop=None):
@@ -397,82 +400,86 @@ class Video(contextlib.AbstractContextManager):
         indices, (total, _, height, width, _) = [int(i) for i in indices], self.info
         if not indices or min(indices) < 0 or max(indices) >= total:
             raise ValueError(f"{self.path}: indices {indices} do not fit its {total} frames")
-        rows, boxes = {}, np.broadcast_to((0, 0, width, height) if crop is None else crop, (len(indices), 4)).tolist()
-        for row, (n, (x1, y1, x2, y2)) in enumerate(zip(indices, boxes)):   # ordinal -> box -> rows of the output
+        boxes = np.broadcast_to((0, 0, width, height) if crop is None else crop, (len(indices), 4)).tolist()
+        for x1, y1, x2, y2 in boxes:
             if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
                 raise ValueError(f"{self.path}: box {x1, y1, x2, y2} does not fit its {width} x {height} pixels")
-            rows.setdefault(n, {}).setdefault((x1, y1, x2, y2), []).append(row)
-        return self._either_way(self._read, rows, len(indices), size)
+        return self._either_way(self._read, indices, boxes, size)
 
-    def _read(self, rows, count, size):
-        out, graphs, missing = None, {}, set(rows)
-        for n, frame in self._frames(set(rows)):
-            missing.remove(n)
-            for box, where in rows[n].items():
-                image = self._picture(frame, box, size, graphs)
-                out = np.empty((count, *image.shape), np.uint8) if out is None else out
-                if image.shape != out.shape[1:]:
-                    raise VideoError("pictures of different sizes; give size")
-                out[where] = image
-        if missing:
-            raise VideoError(f"damaged, frame {min(missing)} cannot be decoded")
-        return out
+    def _read(self, indices, boxes, size):
+        images, rows, filters = [None] * len(indices), {}, functools.cache(_crop_filter)
+        for row, n in enumerate(indices):
+            rows.setdefault(n, []).append(row)
+        for n, frame in self._frames(set(indices)):
+            frame = _upright(frame)
+            for row in rows.pop(n):
+                images[row] = self._cut(frame, boxes[row], size, filters)
+        if rows:
+            raise VideoError(f"damaged, frame {min(rows)} cannot be decoded")
+        if len({image.shape for image in images}) > 1:
+            raise VideoError("pictures of different sizes; give size")
+        return np.stack(images)
 
-    def _picture(self, frame, box, size, graphs):
-        """Decoded frame -> (H, W, 3) uint8, upright; graphs keeps the filters, and what fits them, between frames."""
-        height, width, swap, down, right = _upright(frame)
-        x1, x2 = box[0] * width // self.sides[1], -(-box[2] * width // self.sides[1])     # sides change in some files
-        y1, y2 = box[1] * height // self.sides[0], -(-box[3] * height // self.sides[0])
+    def _cut(self, frame, box, size, filters):
+        """Upright frame -> the box in it, (H, W, 3) uint8."""
+        (x1, y1, x2, y2), first = box, self.first                           # sides change in some files
+        x1, x2 = x1 * frame.width // first.width, -(-x2 * frame.width // first.width)
+        y1, y2 = y1 * frame.height // first.height, -(-y2 * frame.height // first.height)
         if size is None:
-            image = frame.to_ndarray(format="rgb24", threads=1)
-            return (image.swapaxes(0, 1) if swap else image)[::down, ::right][y1:y2, x1:x2]
-        x1, x2 = (x1, x2) if right > 0 else (width - x2, width - x1)        # the box in the coded picture
-        y1, y2 = (y1, y2) if down > 0 else (height - y2, height - y1)
-        x1, y1, x2, y2, *size = (y1, x1, y2, x2, *size) if swap else (x1, y1, x2, y2, *size[::-1])
+            return frame.to_ndarray(format="rgb24", threads=1)[y1:y2, x1:x2]
         if (x2 - x1, y2 - y1) != (frame.width, frame.height):
-            if (name := frame.format.name) not in graphs:                   # the filter moves pointers: bytes only
-                parts = frame.format.components
-                graphs[name] = len({part.plane for part in parts if part.bits == 8}) == len(parts)
-            frame = frame if graphs[name] else frame.reformat(format="rgb24", threads=1)
-            key = x1, y1, x2, y2, frame.width, frame.height, frame.format.name
-            if key not in graphs:
-                graph = graphs[key] = av.filter.Graph()
-                graph.link_nodes(graph.add_buffer(None, *key[4:6], frame.format, time_base=self.stream.time_base),
-                                 graph.add("crop", f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1"),
-                                 graph.add("buffersink")).configure()
-            graphs[key].vpush(frame)
-            frame = graphs[key].vpull()
-        image = frame.reformat(*size, "rgb24", interpolation="BILINEAR", threads=1).to_ndarray(threads=1)
-        return (image.swapaxes(0, 1) if swap else image)[::down, ::right]
+            if frame.format.name not in BYTE_PLANES:                        # of others the filter mixes up the bytes
+                frame = frame.reformat(format="rgb24", threads=1)
+            crop = filters(frame.width, frame.height, frame.format.name, f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1")
+            crop.vpush(frame)
+            frame = crop.vpull()
+        return frame.reformat(size[1], size[0], "rgb24", interpolation="BILINEAR", threads=1).to_ndarray(threads=1)
+
+
+def _crop_filter(width, height, pixel_format, box):
+    graph = av.filter.Graph()
+    source = graph.add_buffer(None, width, height, pixel_format, time_base=Fraction(1, 1))
+    graph.link_nodes(source, graph.add("crop", box), graph.add("buffersink")).configure()
+    return graph
 
 
 def _upright(frame):
-    """Height and width as displayed, and the way there: transpose if `swap`, then steps `down` and `right`, 1 or -1."""
+    """A frame as displayed: turned and mirrored by the display matrix, where the file has one."""
     matrix = frame.side_data.get("DISPLAYMATRIX")                           # x' = a x + c y, y' = b x + d y
-    a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
+    if matrix is None:
+        return frame
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    image, right, down = frame.to_ndarray(format="rgb24", threads=1), a, d
     if abs(b) > abs(a):
-        return frame.width, frame.height, True, 1 - 2 * (b < 0), 1 - 2 * (c < 0)
-    return frame.height, frame.width, False, 1 - 2 * (d < 0), 1 - 2 * (a < 0)
+        image, right, down = image.swapaxes(0, 1), c, b
+    image = image[::-1 if down < 0 else 1, ::-1 if right < 0 else 1]
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
 
 
-def _number_pictures(packets):
-    """Gives packets of MPEG-4 Part 2 pts that number them in display order, which AVI does not tell -> packed?
+def _mpeg4_pictures(packets):
+    """Packets of MPEG-4 Part 2 -> one for each picture, with its number on display as pts, which AVI does not tell.
 
-    In packed streams pictures wait for the next packet, up to a tiny one that only keeps a place.  Fails for others.
+    In packed streams a picture may lie in the packet before its own, which is tiny then.  Fails for others.
     """
-    waiting, packed, reference = [], False, packets[0]
-    for i, p in enumerate(packets):
-        found = [kind[0] >> 6 for kind in re.findall(rb"\x00\x00\x01\xb6(.)", bytes(p), re.S)]
-        kind, *waiting = waiting + found * (p.size >= 20)
-        if waiting not in ([], [2]):
-            raise VideoError
-        packed |= bool(waiting)
+    begin, pictures, shown, waiting = b"\x00\x00\x01\xb6", [], [], []
+    for p in packets:
+        head, *coded = bytes(p).split(begin)
+        if p.size >= 20:
+            pictures += [head + begin + coded[0], *(begin + data for data in coded[1:])]
+    if len(pictures) - len(packets) not in (0, 1):                          # the last one may be cut off
+        raise VideoError
+    for i, data in enumerate(pictures[:len(packets)]):
+        kind, p = data[data.index(begin) + 4] >> 6, av.Packet(len(data))
+        p.update(data)
+        pictures[i], p.is_keyframe = p, kind == 0
         if kind == 2:                                                       # a B-frame: shown at once
-            p.pts = i - 1
+            shown.append(p)
         else:                                                               # shown when the next one that is none comes
-            reference.pts, reference = i - 1, p
-    reference.pts = len(packets) - 1
-    return packed
+            shown += waiting
+            waiting = [p]
+    for n, p in enumerate([*shown, *waiting]):
+        p.pts = n
+    return pictures[:len(packets)]
 
 
 def probe(path):
