@@ -365,8 +365,8 @@ class Video(contextlib.AbstractContextManager):
             if n >= end:
                 run = self._group(n)
                 start, stop = min(k for _, k in run), max(k for _, k in run) + 1
-                if any(k in wanted and p.pts < run[0][0].pts for p, k in run):  # open group: its first frames on display
-                    run = (runs.pop() if start == end else self._group(start - 1)) + run  # refer to the group before it
+                if any(k in wanted and p.pts < run[0][0].pts for p, k in run):  # what is shown before the key packet
+                    run = (runs.pop() if start == end else self._group(start - 1)) + run    # refers to the group before
                 runs, end = [*runs, run], stop
         for run in runs:
             numbers, key, last = {p.pts: n for p, n in run}, run[0][0].pts, None
@@ -543,24 +543,23 @@ def find_videos(data, root=None, split="train", label="", toy=None, fold=1):
     Raises UserError if nothing is found or the annotations do not join the files.
     """
     splits = TOY_SPLITS if data == "toy" else ("train", "test") if data in DATA_SETS else ("train", "test", "all")
-    choices = LABELS.get(data, ("",))
-    if split not in splits:
-        raise UserError(f"--train-split or --part {split}: {data} has {', '.join(splits)}")
-    if label and label not in choices:
-        raise UserError(f"--label {label}: {data} has {', '.join(choices) or 'one kind of label only'}")
-    if not 1 <= fold <= (3 if data in ("ucf101", "hmdb51") else 1):
-        raise UserError(f"--split {fold}: ucf101 and hmdb51 have 1, 2 and 3, other data has 1 only")
-    label = label or choices[0]
+    labels, folds = LABELS.get(data, ("",)), (1, 2, 3) if data in ("ucf101", "hmdb51") else (1,)
+    label = label or labels[0]
+    for flag, value, choices in (("--train-split or --part", split, splits), ("--label", label, labels),
+                                 ("--split", fold, folds)):
+        if value not in choices:
+            raise UserError(f"{flag} {value}: {data} has {', '.join(map(str, choices)) or 'no choice'}")
     if data not in DATA_SETS:
         return _own_videos(Path(data), root, split)
     if data == "ava":
-        raise UserError("--data ava is for finetune.py; pre-training takes its films as --data DIR")
+        raise UserError("--data ava is for finetune.py; pre-training takes its videos as --data DIR")
     root = data_root(data, root)
     if data == "toy":
         return _toy(root, split, label, **(toy or {}))
+    expected = f"Expected there, in any depth: {LAYOUTS[data]}"
     if not root.is_dir():
-        raise UserError(f"--data {data}: no directory {root}. Put there, in any depth: {LAYOUTS[data]}; or name "
-                        f"another place with --root DIR, or set VIDEO_ROOT so that $VIDEO_ROOT/{data} is it")
+        raise UserError(f"--data {data}: no directory {root}; name another with --root DIR, or set VIDEO_ROOT so that "
+                        f"$VIDEO_ROOT/{data} is it. {expected}")
     files, videos = {}, {}                                                 # annotation file by name, video by stem
 
     def rank(path):                                                        # k400 has replacements of corrupt files
@@ -573,16 +572,14 @@ def find_videos(data, root=None, split="train", label="", toy=None, fold=1):
             found[key] = path
     try:
         rows, classes = READERS[data](files, split, label, fold)
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"--data {data}: an annotation file below {root} is not as published "
-                        f"({type(error).__name__}: {error}). Expected: {LAYOUTS[data]}") from None
-    if rows is None and split_dir(root, split):
-        return _own_videos(root, None, split)
-    if rows is None:
-        raise UserError(f"--data {data}: no annotations below {root}. Expected there, in any depth: {LAYOUTS[data]}")
+    except Exception as error:
+        if data == "k400" and split_dir(root, split):
+            return _own_videos(root, None, split)
+        raise UserError(f"--data {data}: no annotations below {root}, or not as published ({type(error).__name__}: "
+                        f"{error}). {expected}") from None
     if not any(key in videos for key, *_ in rows):
         raise UserError(f"--data {data}: none of the {len(rows)} listed videos is below {root}. Listed: "
-                        f"{[r[0] for r in rows[:2]]}, found: {list(videos)[:2]}. Expected: {LAYOUTS[data]}")
+                        f"{[r[0] for r in rows[:2]]}, found: {list(videos)[:2]}. {expected}")
     return make_listing(f"{data} {split}", [(key, videos.get(key), *rest) for key, *rest in rows], classes)
 
 
@@ -607,22 +604,22 @@ def _size(path):
 
 def make_listing(what, rows, classes):
     """Rows (name, path or None, label[, start, stop]) -> Listing of the files with content; prints the counts."""
-    size = functools.cache(_size)                                          # many segments of a film
+    size = functools.cache(_size)                                          # many segments of a video
     items = [Item(str(path), *rest) for _, path, *rest in rows if size(path)]
     missing = list(dict.fromkeys(str(path or name) for name, path, *_ in rows if not size(path)))
     empty = sum(size(path) == 0 for _, path, *_ in rows)
     absent = len(rows) - len(items) - empty
     summary = f"{what}: {len(rows)} listed, {len(items)} found, {absent} missing, {empty} empty"
     if not items:
-        raise UserError(f"{summary}: nothing to read")
+        raise UserError(f"{summary}: nothing to read {missing[:1]}")
     summary += f", {len(classes)} classes" if classes else ""
     print0(summary)
     return Listing(items, classes, missing, summary)
 
 
+# Each reader: annotation files by name, split, label, fold -> rows (stem of a video, label[, start, stop]), class names.
+
 def _ucf101(files, split, label, fold):
-    if "classind.txt" not in files or f"{split}list0{fold}.txt" not in files:
-        return None, None
     pairs = [line.split() for line in read_lines(files["classind.txt"])]
     classes = [name for _, name in sorted((int(number), name) for number, name in pairs)]
     ids = {name.lower(): i for i, name in enumerate(classes)}              # copies differ in HandstandPushups
@@ -631,64 +628,48 @@ def _ucf101(files, split, label, fold):
 
 
 def _hmdb51(files, split, label, fold):
-    end = f"_test_split{fold}.txt"
-    lists = [files[name + end] for name in sorted(name.removesuffix(end) for name in files if name.endswith(end))]
-    classes = [path.name[:-len(end)] for path in lists]                    # in order: sword, then sword_exercise
-    wanted, rows = {"train": "1", "test": "2"}[split], []
-    for i, path in enumerate(lists):
-        for line in read_lines(path):
+    end, wanted, rows = f"_test_split{fold}.txt", "1" if split == "train" else "2", []
+    classes = sorted(name.removesuffix(end) for name in files if name.endswith(end))
+    for i, name in enumerate(classes):
+        for line in read_lines(files[name + end]):
             video, code = line.rsplit(None, 1)                             # a few names hold spaces
             if code == wanted:
                 rows.append((Path(video).stem.lower(), i))
-    return rows or None, classes
+    return rows, classes
 
 
 def _k400(files, split, label, fold):
-    names = {"train": ("train.csv", "kinetics_train.csv", "kinetics400_train.csv"),
-             "test": ("val.csv", "validate.csv", "validation.csv", "kinetics_val.csv", "kinetics400_val.csv")}
-    path = next((files[name] for name in names[split] if _size(files.get(name))), None)
-    if path is None:
-        return None, None
-    lines = read_lines(path)
-    if "youtube_id" not in lines[0]:                                       # VideoMAE's form: path label
+    ends = "train.csv" if split == "train" else ("val.csv", "validate.csv", "validation.csv")
+    path = next(path for name, path in files.items() if name.endswith(ends) and _size(path))
+    if "youtube_id" not in read_lines(path)[0]:                            # VideoMAE's form: path label
         rows, classes = _list_rows(path)
-        if not classes:
-            raise ValueError(f"no labels in {path.name}")
         return [(Path(video).stem[:11], number) for video, number in rows], classes
-    table = list(csv.DictReader(lines))
-    labels = [row["label"].replace('"', "").replace("_", " ").strip() for row in table]
-    classes = sorted(set(labels))
-    if len(classes) != 400:
-        print0(f"note: {path} names {len(classes)} classes; Kinetics-400 has 400, ids are those of the sorted names")
+    rows = [(row["youtube_id"].strip(), row["label"].replace("_", " ").strip()) for row in read_table(path)]
+    classes = sorted({name for _, name in rows})
     ids = {name: i for i, name in enumerate(classes)}
-    return [(row["youtube_id"].strip(), ids[name]) for row, name in zip(table, labels)], classes
+    return [(video, ids[name]) for video, name in rows], classes
 
 
 def _ssv2(files, split, label, fold):
     def read(name):
-        path = files.get(f"something-something-v2-{name}.json", files.get(f"{name}.json"))
-        return json.loads(path.read_text(encoding="utf-8-sig")) if path else None
-    ids, entries = read("labels"), read({"train": "train", "test": "validation"}[split])
-    if ids is None or entries is None:
-        return None, None
-    classes = sorted(ids, key=lambda name: int(ids[name]))
+        path = files.get(f"something-something-v2-{name}.json") or files[f"{name}.json"]
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    numbers, entries = read("labels"), read("train" if split == "train" else "validation")
+    classes = sorted(numbers, key=lambda name: int(numbers[name]))
     ids = {name: i for i, name in enumerate(classes)}                      # a part of the classes has gaps in its ids
     return [(e["id"].lower(), ids[e["template"].replace("[", "").replace("]", "")]) for e in entries], classes
 
 
 def _epic(files, split, label, fold):
-    tables = {s: files.get(f"epic_100_{name}.csv") for s, name in (("train", "train"), ("test", "validation"))}
-    if tables[split] is None:
-        return None, None
-    tables = {s: list(csv.DictReader(read_lines(path))) for s, path in tables.items() if path}
+    names = {"train": "epic_100_train.csv", "test": "epic_100_validation.csv"}
+    tables = {part: read_table(files[name]) for part, name in names.items() if name in files}
     pairs = {(int(row["verb_class"]), int(row["noun_class"])) for table in tables.values() for row in table}
     verbs, nouns = (_epic_names(files, kind, ids) for kind, ids in zip(("verb", "noun"), zip(*pairs)))
     actions = sorted(f"{verb}:{noun}" for verb, noun in pairs)             # the 3,806 pairs that occur
     # verb-noun: labels are pairs; the classes are the verbs, then the nouns, so that one head holds both
     both = [f"verb:{name}" for name in verbs] + [f"noun:{name}" for name in nouns]
     classes = {"verb": verbs, "noun": nouns, "action": actions, "verb-noun": both}
-    ids = {name: i for i, name in enumerate(actions)}
-    rows = []
+    ids, rows = {name: i for i, name in enumerate(actions)}, []
     for row in tables[split]:
         verb, noun = int(row["verb_class"]), int(row["noun_class"])
         target = {"verb": verb, "noun": noun, "action": ids[f"{verb}:{noun}"], "verb-noun": (verb, noun)}[label]
@@ -700,7 +681,7 @@ def _epic(files, split, label, fold):
 def _epic_names(files, kind, ids):
     """Names of the verb or noun classes from EPIC_100_{kind}_classes.csv; numbers where it has none."""
     path = files.get(f"epic_100_{kind}_classes.csv")
-    names = {int(row["id"]): row["key"] for row in csv.DictReader(read_lines(path))} if path else {}
+    names = {int(row["id"]): row["key"] for row in read_table(path)} if path else {}
     return [names.get(i, str(i)) for i in range(1 + max(*ids, *names, 0))]
 
 
@@ -709,6 +690,11 @@ READERS = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "ssv2": _ssv2, "
 
 def read_lines(path):
     return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+
+
+def read_table(path):
+    """A csv file with names of columns -> a dict per row."""
+    return list(csv.DictReader(read_lines(path)))
 
 
 def _seconds(stamp):
@@ -720,22 +706,19 @@ def _toy(root, split, label, train=1024, test=256, size=64):
     """The toy data, written on first use; in its third split, `train_biased`, the scene gives the motion away."""
     root = root / f"{size}px"
     once_per_disk(lambda: make_toy(root, split, test if split == "test" else train, size))
-    rows = [(row["path"], root / row["path"], int(row["label" if label == "motion" else "scene"]))
-            for row in csv.DictReader(read_lines(root / f"{split}.csv"))]
-    return make_listing(f"toy {split}", rows, list(TOY_CLASSES if label == "motion" else TOY_SCENES))
+    column, classes = ("label", TOY_CLASSES) if label == "motion" else ("scene", TOY_SCENES)
+    rows = [(row["path"], root / row["path"], int(row[column])) for row in read_table(root / f"{split}.csv")]
+    return make_listing(f"toy {split}", rows, list(classes))
 
 
 def _own_videos(path, root, split):
     """A directory ({train,val}/<class>/*, <class>/*, or any videos in any depth), a list file or a single video of
     the user's own; split "all" is everything below a directory."""
-    if path.suffix.lower() in VIDEO_FILES and path.is_file():
-        return make_listing(str(path), [(str(path), path, -1)], [])
+    if path.is_file() and path.suffix.lower() in VIDEO_FILES:
+        return make_listing(str(path), [(path, path, -1)], [])
     if path.is_file():
         rows, classes = _list_rows(path)
         rows = [(video, Path(root or path.parent, video), label) for video, label in rows]
-        if not any(file.exists() for _, file, _ in rows):
-            raise UserError(f"--data {path}: none of its {len(rows)} videos exists {[str(r[1]) for r in rows[:1]]}. "
-                            "Paths are relative to the list; --root DIR names another base")
         return make_listing(f"{path} {split}", rows, classes)
     if not path.is_dir():
         raise UserError(f"--data {path}: neither one of {', '.join(DATA_SETS)} nor an existing directory or list file")
@@ -743,15 +726,13 @@ def _own_videos(path, root, split):
     if split != "all" and base == path and divided:
         raise UserError(f"--data {path}: no directory {' or '.join(SPLIT_DIRS[split][:2])}, so no {split} split")
     files = [f for f in list_files(base) if f.suffix.lower() in VIDEO_FILES]
-    if not files:
-        raise UserError(f"--data {path}: no {', '.join(sorted(VIDEO_FILES))} file below {base}")
     folders = [f.relative_to(base).parts[0] if f.parent != base else "" for f in files]
     several = len(set(folders)) > 1 and not divided                        # train, val of split "all" are no classes
     classes = sorted(set(folders)) if "" not in folders and (several or base != path) else []
-    items = [Item(str(f), classes.index(c) if classes else -1) for f, c in zip(files, folders)]
+    items = [Item(f, classes.index(c) if classes else -1) for f, c in zip(files, folders)]
     if classes and base == path and split != "all":                        # it comes without a split: make one
         items = hold_out(items, split)
-    return make_listing(f"{path} {split}", [(item.path, Path(item.path), item.label) for item in items], classes)
+    return make_listing(f"{path} {split}", [(item.path, item.path, item.label) for item in items], classes)
 
 
 def split_dir(path, split):
@@ -830,18 +811,14 @@ def collate(samples):
     clips is uint8 (B, T, H, W, 3), or a dict of such: the K clips of each sample that could be read, which is what
     `read` says.  It is None if there is none.
     """
-    def join(arrays):
-        return torch.from_numpy(np.concatenate(arrays))
+    def join(found):
+        if isinstance(found[0], dict):
+            return {key: join([c[key] for c in found]) for key in found[0]}
+        return torch.from_numpy(np.concatenate(found))
 
     clips, names, labels, errors = zip(*samples)
     found = [c for c in clips if c is not None]
-    if not found:
-        joined = None
-    elif isinstance(found[0], dict):
-        joined = {key: join([c[key] for c in found]) for key in found[0]}
-    else:
-        joined = join(found)
-    return dict(clips=joined, names=list(names), labels=torch.tensor(labels),
+    return dict(clips=join(found) if found else None, names=list(names), labels=torch.tensor(labels),
                 read=torch.tensor([c is not None for c in clips]), errors=sum(errors, []))
 
 
