@@ -561,15 +561,11 @@ def find_videos(data, root=None, split="train", label="", toy=None, fold=1):
         raise UserError(f"--data {data}: no directory {root}; name another with --root DIR, or set VIDEO_ROOT so that "
                         f"$VIDEO_ROOT/{data} is it. {expected}")
     files, videos = {}, {}                                                 # annotation file by name, video by stem
-
-    def rank(path):                                                        # k400 has replacements of corrupt files
-        return bool(_size(path)), "replacement" in str(path.relative_to(root))
-    for path in list_files(root):
-        found, key = files, path.name.lower()
+    for path in list_files(root):                                          # of equals the first: k400's replacement/
         if path.suffix.lower() in VIDEO_FILES:                             # YouTube ids: 11 characters, also - and _
-            found, key = videos, path.stem[:11] if data == "k400" else path.stem.lower()
-        if key not in found or rank(path) > rank(found[key]):              # of equals the first
-            found[key] = path
+            videos.setdefault(path.stem[:11] if data == "k400" else path.stem.lower(), path)
+        else:
+            files.setdefault(path.name.lower(), path)
     try:
         rows, classes = READERS[data](files, split, label, fold)
     except Exception as error:
@@ -929,12 +925,10 @@ def toy_video(seed, split, index, size=64, frames=36, label=None):
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     plaid = 0.5 + 0.5 * np.sin(wave * u) * np.sin(wave * v)
     alpha = (_toy_depth(truth, slice(None)) + 0.5).clip(0, 1)[..., None]     # an edge that moves by fractions of a px
-    video = (1 - alpha) * _mix(dark, middle, ground) + alpha * _mix(bright, fourth, plaid)
+    background = dark + (middle - dark) * ground[..., None]
+    sprite = bright + (fourth - bright) * plaid[..., None]
+    video = (1 - alpha) * background + alpha * sprite
     return (video * 255).round().clip(0, 255).astype(np.uint8), truth
-
-
-def _mix(a, b, weight):
-    return a + (b - a) * weight[..., None]
 
 
 def _toy_grid(size):
@@ -998,15 +992,6 @@ def _toy_depth(truth, frame):
     return edge - np.linalg.norm(offset, truth["order"], axis=-3)
 
 
-def toy_flow(truth, first, second):
-    """True flow (2, H, W) in px from frame `first` to frame `second`, and the sprite's mask (H, W) in `first`."""
-    inside = _toy_depth(truth, first) > 0
-    (c1, c2), (s1, s2) = truth["centre"][[first, second]], truth["scale"][[first, second]]
-    pan = truth["camera"][second] - truth["camera"][first]
-    sprite = (c2 - c1)[:, None, None] + (_toy_grid(truth["size"]) - c1[:, None, None]) * (s2 / s1 - 1)
-    return np.where(inside, sprite, pan[:, None, None]), inside
-
-
 def make_toy(root, split, count, size=64, frames=36, seed=0):
     """Write root/<split>/<index>.mp4, the truth of each as .npz, and root/<split>.csv with lines path,label,scene.
 
@@ -1021,9 +1006,10 @@ def make_toy(root, split, count, size=64, frames=36, seed=0):
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         jobs = pool.map(write, range(count), chunksize=8)
         rows = list(tqdm(jobs, f"writing toy videos, {split}", count, unit="video", disable=None))
-    with open(f"{listing}.tmp", "w", newline="") as file:
+    temporary = f"{listing}.{os.getpid()}.tmp"
+    with open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([("path", "label", "scene"), *rows])
-    os.replace(f"{listing}.tmp", listing)
+    os.replace(temporary, listing)
 
 
 def _write_toy(root, split, size, frames, seed, index):
@@ -1032,17 +1018,17 @@ def _write_toy(root, split, size, frames, seed, index):
     if path.exists():                                                        # written after its truth: both complete
         truth = np.load(path.with_suffix(".npz"))
     else:
-        video, truth = toy_video(seed, split, index, size, frames)
-        with open(f"{path}.npz.tmp", "wb") as file:
+        (video, truth), temporary = toy_video(seed, split, index, size, frames), f"{path}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as file:
             np.savez(file, **truth)
-        os.replace(f"{path}.npz.tmp", path.with_suffix(".npz"))
-        with av.open(f"{path}.tmp", "w", format="mp4") as file:
+        os.replace(temporary, path.with_suffix(".npz"))
+        with av.open(temporary, "w", format="mp4") as file:
             stream = file.add_stream("libx264", 16, width=size, height=size, pix_fmt="yuv420p", options=dict(
                 preset="veryfast", crf="18", threads="1"))                   # one thread: the same bytes everywhere
             for frame in video:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
             file.mux(stream.encode())
-        os.replace(f"{path}.tmp", path)
+        os.replace(temporary, path)
     return f"{split}/{path.name}", int(truth["label"]), int(truth["scene"])
 
 

@@ -67,6 +67,15 @@ def seeded(seed=0, first=0, total=None):
     return generator.manual_seed(seed)
 
 
+def toy_flow(truth, first, second):
+    """True flow (2, H, W) in px from frame `first` to frame `second`, and the sprite's mask (H, W) in `first`."""
+    inside = common._toy_depth(truth, first) > 0
+    (c1, c2), (s1, s2) = truth["centre"][[first, second]], truth["scale"][[first, second]]
+    pan = truth["camera"][second] - truth["camera"][first]
+    sprite = (c2 - c1)[:, None, None] + (common._toy_grid(truth["size"]) - c1[:, None, None]) * (s2 / s1 - 1)
+    return np.where(inside, sprite, pan[:, None, None]), inside
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
     """A directory in which the toy data has been written once, for all tests."""

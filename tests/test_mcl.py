@@ -17,10 +17,10 @@ from torchvision.transforms import functional as tv
 
 import mcl
 from common import (Bottleneck, Item, ResNet3D, RowGenerator, Video, collate, crop_resize, load_weights, make_backbone,
-                    resume_or_init, to_device, to_float01, toy_flow, toy_video, unnormalize)
+                    resume_or_init, to_device, to_float01, toy_video, unnormalize)
 from mcl import (CURVE, GRID, MCL, Config, alignment_loss, alignment_map, clip_map, hot_box, motion_boundary, motion_crop,
                  motion_target, preview, random_starts, sample_clips, split, tournament)
-from conftest import error_of, golden_arrays, numbers, seeded
+from conftest import error_of, golden_arrays, numbers, seeded, toy_flow
 
 torch.set_num_threads(1)
 VIT = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3)
