@@ -16,12 +16,12 @@ H264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
 OPEN = H264 + ":open-gop=1"
 
 
-def write(path, frames=40, codec="libx264", size=(96, 128), fmt="yuv420p", pts=None, mux={}, x264="", x265="", **options):
+def write(path, frames=40, codec="libx264", size=(96, 128), fmt="yuv420p", pts=None, mux={}, x264="", x265="", **more):
     """A texture sliding past, so that every frame differs; mux: options of the container."""
     rng = np.random.default_rng(0)                                      # mostly grey: video halves colour resolution
     texture = (rng.integers(0, 200, (30, 50, 1)) + rng.integers(0, 55, (30, 50, 3))).astype(np.uint8)
     texture = texture.repeat(8, 0).repeat(8, 1)
-    options |= {"x264-params": x264} if x264 else {}
+    options = {**more, "x264-params": x264} if x264 else more
     if x265:
         codec, options = "libx265", {"x265-params": x265 + ":log-level=0"}
     with av.open(str(path), "w", options=mux) as out:
@@ -191,8 +191,8 @@ ODD = {                                                                 # packet
     "two_sizes.webm": two_sizes, "cover.mp4": cover,
 }
 REAL = ["arm_wrestling.mp4", "av1_video.mkv", "h265_video.mp4", "juggling.mp4", "nasa_13013.mp4",
-        "nasa_13013_rotated.mp4", "pancake.mkv", "people.mp4", "pool.mp4", "structuralize.mp4", "test_non_zero_start.mp4",
-        "testsrc2_odd_height_and_width_vp9.mp4", "ucf_style.avi"]
+        "nasa_13013_rotated.mp4", "pancake.mkv", "people.mp4", "pool.mp4", "structuralize.mp4",
+        "test_non_zero_start.mp4", "testsrc2_odd_height_and_width_vp9.mp4", "ucf_style.avi"]
 CASES = ["big_small.webm", "copy_open.avi", "cover_first.mp4", "hflip.mp4", "neg.mkv", "noctts.mp4", "nostss.mp4",
          "nostss_vp9.mp4", "p10.mp4", "paff.mp4"]
 FAST = ["closed.mp4", "open.mp4", "open.ts", "pyramid.mkv", "vfr.mkv", "fragments.mp4", "10bit.mp4", "hevc.mp4",
