@@ -568,6 +568,8 @@ def find_videos(data, root=None, split="train", label="", toy=None, fold=1):
             files.setdefault(path.name.lower(), path)
     try:
         rows, classes = READERS[data](files, split, label, fold)
+        ids = {name.lower(): i for i, name in enumerate(classes)}          # ucf101: copies differ in HandstandPushups
+        rows = [(key, ids[name.lower()] if isinstance(name, str) else name, *times) for key, name, *times in rows]
     except Exception as error:
         if data == "k400" and split_dir(root, split):
             return _own_videos(root, None, split)
@@ -613,24 +615,23 @@ def make_listing(what, rows, classes):
     return Listing(items, classes, missing, summary)
 
 
-# Each reader: annotation files by name, split, label, fold -> rows (stem of a video, label[, start, stop]), class names.
+# Each reader: annotation files by name, ... -> rows (stem of a video, name of its class[, start, stop]), class names.
 
 def _ucf101(files, split, label, fold):
     pairs = [line.split() for line in read_lines(files["classind.txt"])]
     classes = [name for _, name in sorted((int(number), name) for number, name in pairs)]
-    ids = {name.lower(): i for i, name in enumerate(classes)}              # copies differ in HandstandPushups
     paths = [Path(line.split()[0]) for line in read_lines(files[f"{split}list0{fold}.txt"])]
-    return [(path.stem.lower(), ids[path.parent.name.lower()]) for path in paths], classes
+    return [(path.stem.lower(), path.parent.name) for path in paths], classes
 
 
 def _hmdb51(files, split, label, fold):
     end, wanted, rows = f"_test_split{fold}.txt", "1" if split == "train" else "2", []
     classes = sorted(name.removesuffix(end) for name in files if name.endswith(end))
-    for i, name in enumerate(classes):
+    for name in classes:
         for line in read_lines(files[name + end]):
             video, code = line.rsplit(None, 1)                             # a few names hold spaces
             if code == wanted:
-                rows.append((Path(video).stem.lower(), i))
+                rows.append((Path(video).stem.lower(), name))
     return rows, classes
 
 
@@ -641,9 +642,7 @@ def _k400(files, split, label, fold):
         rows, classes = _list_rows(path)
         return [(Path(video).stem[:11], number) for video, number in rows], classes
     rows = [(row["youtube_id"].strip(), row["label"].replace("_", " ").strip()) for row in read_table(path)]
-    classes = sorted({name for _, name in rows})
-    ids = {name: i for i, name in enumerate(classes)}
-    return [(video, ids[name]) for video, name in rows], classes
+    return rows, sorted({name for _, name in rows})
 
 
 def _ssv2(files, split, label, fold):
@@ -651,9 +650,8 @@ def _ssv2(files, split, label, fold):
         path = files.get(f"something-something-v2-{name}.json") or files[f"{name}.json"]
         return json.loads(path.read_text(encoding="utf-8-sig"))
     numbers, entries = read("labels"), read("train" if split == "train" else "validation")
-    classes = sorted(numbers, key=lambda name: int(numbers[name]))
-    ids = {name: i for i, name in enumerate(classes)}                      # a part of the classes has gaps in its ids
-    return [(e["id"].lower(), ids[e["template"].replace("[", "").replace("]", "")]) for e in entries], classes
+    rows = [(e["id"].lower(), e["template"].replace("[", "").replace("]", "")) for e in entries]
+    return rows, sorted(numbers, key=lambda name: int(numbers[name]))
 
 
 def _epic(files, split, label, fold):
@@ -665,10 +663,10 @@ def _epic(files, split, label, fold):
     # verb-noun: labels are pairs; the classes are the verbs, then the nouns, so that one head holds both
     both = [f"verb:{name}" for name in verbs] + [f"noun:{name}" for name in nouns]
     classes = {"verb": verbs, "noun": nouns, "action": actions, "verb-noun": both}
-    ids, rows = {name: i for i, name in enumerate(actions)}, []
+    rows = []
     for row in tables[split]:
         verb, noun = int(row["verb_class"]), int(row["noun_class"])
-        target = {"verb": verb, "noun": noun, "action": ids[f"{verb}:{noun}"], "verb-noun": (verb, noun)}[label]
+        target = {"verb": verb, "noun": noun, "action": f"{verb}:{noun}", "verb-noun": (verb, noun)}[label]
         start, stop = _seconds(row["start_timestamp"]), _seconds(row["stop_timestamp"])
         rows.append((row["video_id"].lower(), target, start, stop))
     return rows, classes[label]

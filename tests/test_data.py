@@ -271,7 +271,7 @@ def test_list_file_messages(tmp_path, lines, expected):
     ("ucf101", {"classInd.txt": "1 Hammering\n", "trainlist01.txt": "Unknown/v.avi 1\n"}, "unknown"),
     ("hmdb51", {"climb_test_split1.txt": "v.avi\n"}, "_test_split1"), ("k400", {"train.csv": "\n"}, "train.csv"),
     ("k400", {"train.csv": "youtube_id\nv\n"}, "label"), ("ssv2", {"labels.json": "{", "train.json": "[]"}, "JSON"),
-    ("ssv2", {"labels.json": '{"A": "0"}', "train.json": '[{"id": "v", "template": "B"}]'}, "B"),
+    ("ssv2", {"labels.json": '{"A": "0"}', "train.json": '[{"id": "v", "template": "B"}]'}, "KeyError"),
     ("ssv2", {"labels.json": '{"A": "0"}', "train.json": '[{"id": 7, "template": ["A"]}]'}, "labels.json"),
     ("epic", {"EPIC_100_train.csv": EPIC_HEAD + "P01_11_0,P01,P01_11\n"}, "EPIC"),
     ("epic", {"EPIC_100_train.csv": "video_id,start\nP01_11,1\n"}, "verb_class")])
