@@ -298,6 +298,25 @@ def test_other_messages(tmp_path, data, options, words):
     assert all(word in text for word in words.split())
 
 
+def test_toy_data_hold_their_truth_and_are_continued(tmp_path):
+    toy = dict(train=5, test=3, size=32)
+    first = find_videos("toy", tmp_path, "train_biased", toy=toy)
+    assert counts(first) == (5, 5, 0, 0) and first.classes == list(common.TOY_CLASSES)
+    scenes = find_videos("toy", tmp_path, "train_biased", "scene", toy=toy)
+    for i, (item, scene) in enumerate(zip(first.items, scenes.items)):
+        video, truth = common.toy_video(0, "train_biased", i, size=32)
+        assert (item.label, scene.label) == (truth["label"], truth["scene"]) and Path(item.path).stem == f"{i:06d}"
+        assert np.abs(common.read_clips(item.path, range(36)) - video.astype(float)).mean() < 6
+        stored = np.load(item.path.replace(".mp4", ".npz"))
+        assert all(np.array_equal(stored[key], truth[key]) for key in truth)
+    before = Path(first.items[0].path).read_bytes()
+    Path(first.items[3].path).unlink()                                  # as if it had been interrupted
+    (tmp_path / "32px/train_biased.csv").unlink()
+    assert find_videos("toy", tmp_path, "train_biased", toy={**toy, "train": 6}).items[:5] == first.items
+    assert Path(first.items[0].path).read_bytes() == before and not list(tmp_path.rglob("*.tmp"))
+    assert len(find_videos("toy", tmp_path, "test", toy=toy).items) == 3
+
+
 # ---- 4. Clips --------------------------------------------------------------------------------------------------------
 
 CLIP = SimpleNamespace(frames=4, stride=2, image_size=16, repeats=2, min_crop=0.66)
