@@ -84,6 +84,15 @@ class FakeFlow:
         return torch.stack([5 * x[:, 0, 1:] - 2 * x[:, 1, :-1], 3 * x[:, 2, 1:] * x[:, 0, :-1]], 2)
 
 
+def toy_flow(truth, first, second):
+    """True flow (2, H, W) in px from frame `first` to frame `second`, and the sprite's mask (H, W) in `first`."""
+    inside = common._toy_depth(truth, first) > 0
+    (c1, c2), (s1, s2) = truth["centre"][[first, second]], truth["scale"][[first, second]]
+    pan = truth["camera"][second] - truth["camera"][first]
+    sprite = (c2 - c1)[:, None, None] + (common._toy_grid(truth["size"]) - c1[:, None, None]) * (s2 / s1 - 1)
+    return np.where(inside, sprite, pan[:, None, None]), inside
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
     """A directory in which the toy data has been written once, for all tests."""

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import mcl
-from common import Bottleneck, Item, Video, crop_resize, make_backbone, to_float01, toy_flow, toy_video, unnormalize
-from conftest import FakeFlow, error_of, golden_arrays, noise, numbers, seeded, tiny_video
+from common import Bottleneck, Item, Video, crop_resize, make_backbone, to_float01, toy_video, unnormalize
+from conftest import FakeFlow, error_of, golden_arrays, noise, numbers, seeded, tiny_video, toy_flow
 from mcl import (GRID, MCL, Config, alignment_loss, alignment_map, clip_map, hot_box, motion_boundary, motion_crop,
                  motion_target, preview, random_starts, sample_clips, split, tournament)
 from test_contrast import with_statistics
