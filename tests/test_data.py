@@ -13,9 +13,9 @@ import torch
 
 import common
 import mofo
-from common import (Clips, Env, Item, Listing, StepSampler, ViT, adamw, clip_indices, collate, cosine_lr,
-                    example_clips, find_videos, load_file, load_weights, loader, parse_config, plan_run, rand,
-                    save_checkpoint)
+from common import (Clips, Env, Item, Listing, ViT, clip_indices, collate, cosine_lr, example_clips, find_videos,
+                    load_file, load_weights, loader, make_optimizer, parse_config, plan_run, rand, save_checkpoint,
+                    step_batches)
 from conftest import error_of, numbers, put, tiny_video
 
 CPU = torch.device("cpu")
@@ -401,7 +401,8 @@ def test_random_clips_reach_both_ends_of_a_video(items):
 
 def plan(videos=10, batch=12, world=1, device_batch=12, repeats=1, steps=7, rank=0):
     env = Env(CPU, rank, world, None)
-    cfg = SimpleNamespace(batch=batch, device_batch=device_batch, repeats=repeats, steps=steps, epochs=1)
+    cfg = SimpleNamespace(batch=batch, device_batch=device_batch, repeats=repeats, steps=steps, epochs=1,
+                          warmup_epochs=0)
     return plan_run(cfg, videos, env), env
 
 
@@ -411,9 +412,8 @@ def steps_of(videos=10, seed=5, start=0, **spread):
     ranks = []
     for rank in range(world):
         p, env = plan(videos, rank=rank, **spread)
-        sampler = StepSampler(videos, p, env, seed, start)
-        ranks.append(list(sampler))
-        assert len(ranks[-1]) == len(sampler) == (p.steps - start) * p.accum
+        ranks.append(list(step_batches(videos, p, env, seed, start)))
+        assert len(ranks[-1]) == (p.steps - start) * p.accum
     return [[key for i in range(s * p.accum, (s + 1) * p.accum) for r in range(world) for key in ranks[r][i]]
             for s in range(p.steps - start)]
 
@@ -486,7 +486,7 @@ def autoencoder(**sizes):
 
 def test_optimiser_groups_hold_every_parameter_once_and_vectors_do_not_decay():
     model = autoencoder()
-    groups = adamw(model, 1e-3, 0.05, (0.9, 0.95), CPU).param_groups
+    groups = make_optimizer("adamw", model, 1e-3, 0.05, CPU).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(decay) == len(list(model.parameters()))
     for name, p in model.named_parameters():
@@ -556,8 +556,10 @@ def test_settings_have_help_and_a_use_and_recipes_set_them_to_values_of_their_ty
 
 def save(path, step=1):
     model = autoencoder()
-    save_checkpoint(path, Config(), Listing([Item("a.mp4", 0)], ["cat"], [], ""), step, model, model.encoder,
-                    adamw(model, 1e-3, 0.05, (0.9, 0.95), CPU), torch.amp.GradScaler("cpu", enabled=False))
+    cfg = Config()
+    cfg.settings = dataclasses.asdict(cfg)
+    save_checkpoint(path, cfg, Listing([Item("a.mp4", 0)], ["cat"], [], ""), step, model, model.encoder,
+                    make_optimizer("adamw", model, 1e-3, 0.05, CPU), torch.amp.GradScaler("cpu", enabled=False))
     return model
 
 
