@@ -1595,7 +1595,7 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def forward_map(self, clips):
-        """(B, 3, T, H, W) -> feature map (B, dim, T', H', W').  For pictures of another size than the network's the
+        """(B, 3, T, H, W) -> feature map (B, dim, T', H', W').  For frames of another size than the network's the
         positions are interpolated, bicubically, frame by frame."""
         grid, positions = (self.grid[0], *(side // self.patch_size for side in clips.shape[-2:])), self.positions
         if grid != self.grid:
@@ -1822,7 +1822,7 @@ SIZES = dict(image_size="image_size", frames="num_frames", patch_size="patch_siz
              dim="hidden_size", depth="num_hidden_layers", heads="num_attention_heads")
 # What names of tensors tell of a network: its norms; torchvision's have seen Kinetics' colours, SlowFast's its own.
 HINTS = {r"(^|\.)fc_norm\.weight$": dict(norms=("fc_norm",)),
-         r"^(?!.*decoder)(.*\.)?(layer)?norm\.weight$": dict(norms=("norm",)),
+         r"(^|\.)(layer)?norm\.weight$": dict(norms=("norm",)),
          r"\b(stem|features\.0\.0)\.0\.w": dict(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989)),
          r"pathway0_": dict(mean=(0.45,) * 3, std=(0.225,) * 3)}
 
@@ -1947,7 +1947,7 @@ def inflate_resnet2d(state, own):
     theirs, ours, out = first.removesuffix("conv1.weight"), stem.removesuffix("stem.conv1.weight"), {}
     for old in [k for k in state if k.startswith(theirs)]:       # MoCo's key encoder is left out
         x, name = state[old], re.sub(r"^(conv1|bn1)\.", r"stem.\1.", old.removeprefix(theirs))
-        name = re.sub(r"^fc\.", "heads.inter.", name) if name.startswith("fc.") else ours + name
+        name = "heads.inter." + name.removeprefix("fc.") if name.startswith("fc.") else ours + name
         temporal = name.replace("conv2.", "conv2.1.")
         if temporal != name and temporal in own:
             out[temporal] = inflate(torch.eye(len(x))[..., None, None], 3)
@@ -1997,7 +1997,8 @@ def export_huggingface(network, classes, folder):
     """
     head, c = hasattr(network, "head"), network.config
     if not isinstance(network, ViT) or head != ("fc_norm" in c["norms"]):
-        raise UserError("only a ViT can be exported, with fc_norm just if it has a head: Hugging Face's VideoMAE is so")
+        raise UserError("only ViT networks can be exported, with fc_norm just if they have a head, as Hugging Face's "
+                        "VideoMAE is one")
     if head and len(classes) != network.head.out_features:
         raise UserError(f"the head has {network.head.out_features} outputs and there are {len(classes)} class names")
     tensors, pairs = {}, [(ours, theirs) for theirs, ours in HUGGING_FACE]

@@ -541,9 +541,9 @@ def test_transformers_computes_our_logits(tmp_path, change):
 @torch.no_grad()
 def test_we_compute_transformers_features_logits_and_reconstruction(tmp_path):
     transformers = pytest.importorskip("transformers")
-    sizes = CONFIG | dict(intermediate_size=192, layer_norm_eps=1e-6, id2label=dict(enumerate(NAMES)),
-                          **{f"decoder_{k}": n for k, n in dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
-                                                                intermediate_size=96).items()})
+    sizes = CONFIG | dict(
+        intermediate_size=192, layer_norm_eps=1e-6, decoder_hidden_size=24, decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=2, decoder_intermediate_size=96)
     del sizes["model_type"]
     hidden = torch.zeros(2, 32, dtype=torch.bool)
     hidden[0, 5:25], hidden[1, ::2], hidden[1, 1:8:2] = True, True, True        # 20 of 32 in both
