@@ -3,7 +3,7 @@
 Nothing in this file is an equation of one of the five papers; those are in mofo.py and its siblings.  The sections:
 
     1 config    2 processes and devices    3 video    4 data sets    5 toy data    6 augmentation on the device
-    7 optical flow    8 backbones    9 momentum contrast    10 checkpoints of other people    11 run    12 pictures
+    7 optical flow    8 backbones    9 momentum contrast    10 public checkpoints    11 run    12 pictures
 
 Clips are uint8 (B, 3, T, H, W) tensors until the network sees them.  Boxes are (x1, y1, x2, y2) in pixels, x2 and y2
 exclusive.  `hidden` is a bool mask over tokens, True = masked.  Tokens are in (t, h, w) order, t slowest.
@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import signal
-import struct
 import sys
 import time
 import typing
@@ -1465,7 +1464,7 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def forward_map(self, clips):
-        """(B, 3, T, H, W) -> feature map (B, dim, T', H', W').  For pictures of another size than the network's the
+        """(B, 3, T, H, W) -> feature map (B, dim, T', H', W').  For frames of another size than the network's the
         positions are interpolated, bicubically, frame by frame."""
         grid, positions = (self.grid[0], *(side // self.patch_size for side in clips.shape[-2:])), self.positions
         if grid != self.grid:
@@ -1510,25 +1509,27 @@ class ConvNet(nn.Module):
     forward = ViT.forward                                                          # pooled, and if there is one, head
 
 
+def conv3d(inputs, outputs, time, space, stride=1):
+    """Convolution without bias by a kernel of `time` x `space` x `space`, padded, with a stride in space."""
+    return nn.Conv3d(inputs, outputs, (time, space, space), (1, stride, stride), (time // 2, space // 2, space // 2),
+                     bias=False)
+
+
 class Bottleneck(nn.Module):
     """ResNet bottleneck in 3-D: `time` is the temporal kernel, of the first convolution or, if `split`, of one behind
     the spatial convolution, without norm or activation between them."""
 
     def __init__(self, inputs, width, stride, time, split):
         super().__init__()
-        spatial = nn.Conv3d(width, width, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False)
-        first = 1 if split else time
-        self.conv1 = nn.Conv3d(inputs, width, (first, 1, 1), padding=(first // 2, 0, 0), bias=False)
-        self.conv2 = spatial
+        self.conv1 = conv3d(inputs, width, 1 if split else time, 1)
+        self.conv2 = conv3d(width, width, 1, 3, stride)
         if split:
-            temporal = nn.Conv3d(width, width, (time, 1, 1), padding=(time // 2, 0, 0), bias=False)
-            self.conv2 = nn.Sequential(spatial, temporal)
-        self.conv3 = nn.Conv3d(width, 4 * width, 1, bias=False)
+            self.conv2 = nn.Sequential(self.conv2, conv3d(width, width, time, 1))
+        self.conv3 = conv3d(width, 4 * width, 1, 1)
         self.bn1, self.bn2, self.bn3 = nn.BatchNorm3d(width), nn.BatchNorm3d(width), nn.BatchNorm3d(4 * width)
         self.downsample = None
         if stride > 1 or inputs != 4 * width:
-            self.downsample = nn.Sequential(nn.Conv3d(inputs, 4 * width, 1, (1, stride, stride), bias=False),
-                                            nn.BatchNorm3d(4 * width))
+            self.downsample = nn.Sequential(conv3d(inputs, 4 * width, 1, 1, stride), nn.BatchNorm3d(4 * width))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -1658,7 +1659,7 @@ def set_batch_norm(model, momentum):
             module.momentum = momentum
 
 
-# ---- 10. Checkpoints of other people -------------------------------------------------------------------------------
+# ---- 10. Public checkpoints ----------------------------------------------------------------------------------------
 
 class LoadReport(NamedTuple):
     """Names of tensors: what was loaded, what only the model has, what only the file has."""
@@ -1667,13 +1668,10 @@ class LoadReport(NamedTuple):
     unexpected: list
 
 
-# Where the weights lie in a file, what is put before their names, and which parameters are no part of the backbone.
+# Where the weights lie in a file, and what is put before their names.
 WRAPPERS = ("model", "module", "model_state", "state_dict")
 PREFIXES = ("", "encoder.", "model.", "module.", "backbone.", "encoder.model.", "encoder_q.encoder.model.",
             "module.encoder_q.", "encoder_q.", "module.backbone.", "module.encoder.")
-NOT_BACKBONE = (r"(encoder\.)?(head|fc_norm|norm|fc)\.|decoder\.|encoder_to_decoder\.|mask_token|heads\.|"
-                r"keys\.|(motion_)?queue|updates|order\.|motion(_head)?\.|local_MCA\.")
-
 
 # Parts of names there and here, in the order in which they are replaced, either way; a name gets a dot in front.
 HUGGING_FACE = (
@@ -1693,78 +1691,27 @@ SIZES = dict(image_size="image_size", frames="num_frames", patch_size="patch_siz
              dim="hidden_size", depth="num_hidden_layers", heads="num_attention_heads")
 # What names of tensors tell of a network: its norms; torchvision's have seen Kinetics' colours, SlowFast's its own.
 HINTS = {r"(^|\.)fc_norm\.weight$": dict(norms=("fc_norm",)),
-         r"^(?!.*decoder)(.*\.)?(layer)?norm\.weight$": dict(norms=("norm",)),
+         r"(^|\.)(layer)?norm\.weight$": dict(norms=("norm",)),
          r"\b(stem|features\.0\.0)\.0\.w": dict(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989)),
          r"pathway0_": dict(mean=(0.45,) * 3, std=(0.225,) * 3)}
-# Stands for what is not torch's in a checkpoint, e.g. paths, Namespaces, numpy's numbers: takes all, keeps nothing.
-Unknown = type("Unknown", (), dict.fromkeys(("__init__", "__setstate__"), lambda *_: None))
-DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
-              I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
 
 
-def write_safetensors(path, tensors):
-    """Write tensors {name: tensor}, the widest types first, so that all are aligned.
+class Unknown:
+    """Stands for what is not torch's in a checkpoint, e.g. paths, Namespaces, numpy's numbers; keeps nothing of it."""
 
-    The format: length of the header (8 bytes, little endian), header (JSON, padded to 8 bytes), the bytes of the
-    tensors in a row.  Nothing in it can run code.
-    """
-    header, end, names = {"__metadata__": {"format": "pt"}}, 0, {dtype: name for name, dtype in DTYPES.items()}
-    tensors = dict(sorted(tensors.items(), key=lambda pair: -pair[1].itemsize))
-    for name, x in tensors.items():
-        begin, end = end, end + x.nbytes
-        header[name] = dict(dtype=names[x.dtype], shape=list(x.shape), data_offsets=[begin, end])
-    header = (text := json.dumps(header).encode()) + b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        for x in tensors.values():
-            file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    def __init__(self, *_):
+        pass
+
+    __setstate__ = __init__
 
 
-def read_safetensors(path):
-    """{name: tensor on the CPU} of a safetensors file, each read straight into its memory; UserError if damaged."""
+def import_safetensors():
+    """The package for .safetensors files; nothing else needs it."""
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            size = os.path.getsize(path) - 8 - length                              # of the tensors
-            header, tensors, total = json.loads(file.read(length)), {}, 0
-            header.pop("__metadata__", None)
-            for name, about in header.items():
-                (begin, end), dtype = about["data_offsets"], DTYPES[about["dtype"]]
-                total += end - begin
-                if not 0 <= begin <= end <= size or end - begin != math.prod(about["shape"]) * dtype.itemsize:
-                    raise ValueError(f"{name}: its bytes {begin} to {end} of {size} are not its {about['shape']}")
-                tensors[name] = torch.empty(about["shape"], dtype=dtype)
-                file.seek(8 + length + begin)
-                file.readinto(tensors[name].flatten().view(torch.uint8).numpy())
-            if total != size:
-                raise ValueError(f"it describes {total} bytes of tensors and holds {size}")
-            return tensors
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({_first_line(error)})") from None
-
-
-def huggingface_config(path):
-    """dict(backbone=sizes, mean and std, classes=names, where there are some) from Hugging Face's config.json and the
-    files beside it; {} if it is not VideoMAE's.  Their ViT-S says 16 heads; it was trained with 6."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("model_type") != "videomae":
-            return {}
-        backbone, names = {ours: config[theirs] for ours, theirs in SIZES.items()}, config.get("id2label", {})
-        if not all(isinstance(size, int) for size in backbone.values()):
-            raise ValueError(f"sizes must be whole numbers: {backbone}")
-        classes = [names[str(i)] for i in range(len(names))]
-        if (backbone["dim"], backbone["heads"]) == (384, 16):
-            backbone["heads"] = VITS["vit_small"][2]
-        for path in path.parent.glob("*preprocessor_config.json"):                 # video_, too
-            about = json.loads(path.read_text(encoding="utf-8"))
-            asked, scale = about.get("do_normalize", True), 255 * about.get("rescale_factor", 1 / 255)
-            for k, none in (("mean", 0), ("std", 1)):
-                backbone[k] = tuple(value / scale for value in (about["image_" + k] if asked else [none] * 3))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: does not describe a VideoMAE ({type(error).__name__}: {_first_line(error)}). Move "
-                        "it away to name the network with --model") from None
-    return dict(backbone=backbone) | (dict(classes=classes) if classes and "LABEL_0" not in classes else {})
+        import safetensors.torch
+    except ImportError:
+        raise UserError("Hugging Face's .safetensors files need a package: pip install safetensors") from None
+    return safetensors.torch
 
 
 def weights_file(path):
@@ -1776,6 +1723,25 @@ def weights_file(path):
     return path
 
 
+def huggingface_config(folder):
+    """dict(backbone=sizes, mean and std, classes=names, where there are some) from the .json files of Hugging Face's
+    VideoMAE."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        backbone = {ours: int(config[theirs]) for ours, theirs in SIZES.items()}
+        if (backbone["dim"], backbone["heads"]) == (384, 16):                      # their ViT-S was trained with 6
+            backbone["heads"] = 6
+        for file in folder.glob("*preprocessor_config.json"):                      # video_, too
+            processor = json.loads(file.read_text(encoding="utf-8"))
+            backbone |= dict(mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]))
+        names = config.get("id2label", {})
+        classes = [names[str(i)] for i in range(len(names))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: config.json or preprocessor_config.json does not describe a VideoMAE "
+                        f"({type(error).__name__}: {_first_line(error)})") from None
+    return dict(backbone=backbone) | (dict(classes=classes) if classes and "LABEL_0" not in classes else {})
+
+
 def load_file(path):
     """A checkpoint -> dict(model=its tensors by name, backbone=what is known of its network: norms, mean, std, perhaps
     sizes, classes if it has them, and what else is there); no code of the file runs.  Raises UserError.
@@ -1783,31 +1749,29 @@ def load_file(path):
     Takes torch.save's files and Hugging Face's model.safetensors, pytorch_model.bin or the folder that holds either.
     """
     path = weights_file(path)
-    if path.suffix == ".safetensors":
-        content = read_safetensors(path)
-    else:
-        try:
-            strange = ["argparse.Namespace", "numpy.core.multiarray.scalar", "numpy.dtype"]     # before torch 1.6
+    try:
+        if path.suffix == ".safetensors":
+            content = import_safetensors().load_file(path)
+        else:
+            strange = ["argparse.Namespace"]                                       # in a file from before torch 1.6
             if zipfile.is_zipfile(path):
                 strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            stand_ins = {name: Unknown for name in strange} | {"collections.defaultdict": lambda *_: {}}
-            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
+            with torch.serialization.safe_globals([(Unknown, name) for name in strange]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            why = re.sub(r"(?s)^Weights only load failed.*?(Unpickler error: |\n{3})", "", str(error))      # and advice
-            raise UserError(f"{path}: cannot be read as a checkpoint ({_first_line(why or error)})") from None
+    except Exception as error:                                                     # torch's advice is to run its code
+        raise UserError(f"{path}: cannot be read as a checkpoint, is it damaged? ({type(error).__name__})") from None
     content = content if isinstance(content, dict) else {}
     weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
     state = {k: x for k, x in weights.items() if isinstance(x, torch.Tensor)}
     about = {k: x for k, x in content.items() if not isinstance(x, torch.Tensor)}
-    config, backbone = path.with_name("config.json"), dict(norms=(), mean=MEAN, std=STD)
-    if path.suffix in (".safetensors", ".bin") and config.exists():
-        about |= huggingface_config(config)
+    if path.suffix in (".safetensors", ".bin") and path.with_name("config.json").exists():
+        about |= huggingface_config(path.parent)
+    backbone = dict(norms=(), mean=MEAN, std=STD)
     for pattern, values in HINTS.items():
-        backbone |= values if any(re.search(pattern, k) for k in state) else {}
-    if isinstance(said := about.get("backbone"), dict) and "image_size" in said:       # ours, or a Hugging Face folder
-        backbone |= dict(mean=MEAN, std=STD) | said
-    return about | dict(model=state, backbone=backbone)
+        if any(re.search(pattern, k) for k in state):
+            backbone |= values
+    said = about.get("backbone")                                                   # ours, or a Hugging Face folder's
+    return about | dict(model=state, backbone=backbone | (said if isinstance(said, dict) else {}))
 
 
 def replace_parts(name, pairs):
@@ -1818,29 +1782,20 @@ def replace_parts(name, pairs):
     return name[1:]
 
 
-def convert_names(state, own):
-    """The tensors of a file, under our names and in the shapes of `own`; those of our own files stay as they are.
+def convert_names(state):
+    """The tensors of a file under our names; those of our own files stay as they are.
 
     Hugging Face's VideoMAE has q, k and v apart.  SlowFast, and with it MaCLR, and torchvision only have other names.
-    Image ViTs (timm) have a key bias, which softmax ignores, and a 2-D patch embedding: it is repeated in time and
-    divided by the tubelet, so that a still clip gives what the image gives; their positions are not used.
     """
     if any(".attention.attention.query." in k for k in state):
         base = "encoder." if any("decoder." in k for k in state) else ""           # pre-training files have both
         state = {replace_parts(k, HUGGING_FACE).replace("videomae.", base): x for k, x in state.items()}
     elif any("pathway0_" in k for k in state):
         state = {replace_parts(k, SLOWFAST): x for k, x in state.items()}
-    state = {re.sub(r"^((?:(?:module|backbone)\.)*)fc\.(weight|bias)$", r"\1head.\2", k): x for k, x in state.items()}
-    tubelet = next((x.shape[2] for k, x in own.items() if k.endswith("patch_embed.proj.weight")), 0)
-    for name, x in list(state.items()):
+    state = {re.sub(r"(^|\.)fc\.(weight|bias)$", r"\1head.\2", k): x for k, x in state.items()}
+    for name in [k for k in state if k.endswith(".attn.query.weight")]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if name.endswith(".attn.query.weight") and all(part in state for part in parts):
-            state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in parts])
-        elif name.endswith(".attn.qkv.bias"):
-            state[name.replace("qkv.bias", "q_bias")], _, state[name.replace("qkv.bias", "v_bias")] = x.chunk(3)
-            del state[name]
-        elif name.endswith("patch_embed.proj.weight") and x.ndim == 4 and tubelet:
-            state[name] = x[:, :, None].expand(-1, -1, tubelet, -1, -1) / tubelet
+        state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in parts if part in state])
     return state
 
 
@@ -1851,58 +1806,54 @@ def inflate_resnet2d(state, own):
     Kernels get one tap in time that is not 0, temporal kernels of their own are the identity: each step of the
     features is what the 2-D network makes of one frame.  A MoCo head goes to heads.inter.  Source: MCL's code.
     """
-    first = next((k for k, x in state.items() if re.search(r"(^|\.)conv1\.weight$", k) and x.ndim == 4), "")
-    prefix = first.removesuffix("conv1.weight")                  # of the whole network: a stem comes first
-    stem = next((k for k in own if k.endswith("stem.conv1.weight")), None)
+    first = next((k for k, x in state.items() if k.endswith("conv1.weight") and x.ndim == 4), "")
+    stem = next((k for k in own if k.endswith("stem.conv1.weight")), "")
     if not first or not stem:
         return state
-    add, out = stem.removesuffix("stem.conv1.weight"), {}
-    for old in [k for k in state if k.startswith(prefix)]:       # MoCo's key encoder is left out
-        x, name = state[old], add + re.sub(r"^(conv1|bn1)\.", r"stem.\1.", old.removeprefix(prefix))
-        name = re.sub(r"^.*\bfc\.(\d)", r"heads.inter.\1", name)
-        spatial, temporal = (name.replace("conv2.weight", f"conv2.{i}.weight") for i in (0, 1))
+
+    def inflate(x, taps):
+        return F.pad(x[:, :, None], (0, 0, 0, 0, (taps - 1) // 2, taps // 2))
+    theirs, ours, out = first.removesuffix("conv1.weight"), stem.removesuffix("stem.conv1.weight"), {}
+    for old in [k for k in state if k.startswith(theirs)]:       # MoCo's key encoder is left out
+        x, name = state[old], re.sub(r"^(conv1|bn1)\.", r"stem.\1.", old.removeprefix(theirs))
+        name = "heads.inter." + name.removeprefix("fc.") if name.startswith("fc.") else ours + name
+        temporal = name.replace("conv2.", "conv2.1.")
         if temporal != name and temporal in own:
-            out[temporal] = torch.zeros_like(own[temporal])
-            out[temporal][:, :, 1, 0, 0] = torch.eye(len(out[temporal]))
-            name = spatial
-        if name in own and x.ndim == 4:
-            taps = own[name].shape[2]
-            x = F.pad(x[:, :, None], (0, 0, 0, 0, (taps - 1) // 2, taps // 2))
-        out[name] = x
+            out[temporal] = inflate(torch.eye(len(x))[..., None, None], 3)
+            name = name.replace("conv2.", "conv2.0.")
+        out[name] = inflate(x, own[name].shape[2]) if name in own and x.ndim == 4 else x
     return out
 
 
 def load_weights(model, path, strict_backbone=True, new=()):
     """Load weights by name from our own files and those that `load_file` and `convert_names` tell of -> LoadReport.
 
-    Of all prefixes that one is taken under which most tensors match in name and shape.  Raises UserError, naming the
-    first tensors, if none matches or one of the backbone does not: never train on silently random weights.  The
-    backbone is all but the last norms, heads and decoders; strict_backbone False drops the check, "all" extends it to
-    everything.  What begins with one of `new` stays as it is.  Mean and std of the input go into the network's config.
+    Of all prefixes that one is taken under which most names match.  Raises UserError, naming the first tensors, if
+    none fits or one of the backbone is missing: never train on silently random weights.  The backbone is the encoder
+    without its last norm and head; strict_backbone False drops the check, "all" extends it to everything.  What begins
+    with one of `new` stays as it is.  Mean and std of the input go into the network's config.
     """
-    content, readings = load_file(path), []
-    own = {k: x for k, x in model.state_dict().items() if not k.startswith(new)}
-    state = inflate_resnet2d(convert_names(content["model"], own), own)
-    for prefix in PREFIXES:
-        for add in ("", "encoder."):                             # a bare encoder also fits into a masked autoencoder
-            names = {name: k for k in state if k.startswith(prefix) and (name := add + k[len(prefix):]) in own}
-            fits = {k: old for k, old in names.items() if own[k].shape == state[old].shape}
-            readings.append((fits, names))
-    best, names = max(readings, key=lambda reading: (len(reading[0]), len(reading[1])))
-    missing, unexpected = [k for k in model.state_dict() if k not in best], [k for k in state if k not in best.values()]
-    needed = [k for k in missing if strict_backbone == "all" or not re.match(NOT_BACKBONE, k)]
-    shapes = [f"; shapes: {k} {tuple(state[names[k]].shape)} there, {tuple(own[k].shape)} here"
-              for k in needed if k in names]
-    config, there = getattr(getattr(model, "encoder", model), "config", {}), content["backbone"]
-    sizes = [f"; {k} {there[k]} there, {config[k]} here" for k in list(SIZES)[2:]      # heads do not show in shapes
-             if k in config and there.get(k, config[k]) != config[k]]
-    if not best or strict_backbone and (needed or sizes):
-        raise UserError(f"{path} does not fit: {len(best)} of {len(own)} tensors match; missing {needed[:3]}, "
-                        f"unexpected {unexpected[:3]}{''.join(shapes[:1] + sizes)}. Choose the file's network with "
-                        "--model or --backbone; sizes of a ViT that have no name there get one in VITS in common.py")
-    model.load_state_dict({k: state[old] for k, old in best.items()}, strict=False)
-    config.update(mean=there["mean"], std=there["std"])
-    return LoadReport(list(best), missing, unexpected)
+    content, everything = load_file(path), model.state_dict()
+    own = {k: x for k, x in everything.items() if not k.startswith(new)}
+    state = inflate_resnet2d(convert_names(content["model"]), own)
+    readings = [{add + k.removeprefix(prefix): k for k in state if k.startswith(prefix)}
+                for prefix in PREFIXES for add in ("", "encoder.")]     # a bare encoder also fits into an autoencoder
+    names = max(readings, key=lambda names: len(names.keys() & own.keys()))
+    fits = {k: names[k] for k, x in own.items() if k in names and state[names[k]].shape == x.shape}
+    missing = [k for k in everything if k not in fits]
+    unexpected = [k for k in state if k not in fits.values()]
+    encoder, inside = getattr(model, "encoder", model), "encoder." if hasattr(model, "encoder") else ""
+    needed = [k for k in missing if strict_backbone == "all" or k.startswith(inside)
+              and not k.removeprefix(inside).startswith(("norm.", "fc_norm.", "head.", "local_MCA."))]
+    if not fits or strict_backbone and needed:
+        gone = [f"{k} {tuple(everything[k].shape)}" for k in needed[:3]]
+        left = [f"{k} {tuple(state[k].shape)}" for k in unexpected[:3]]
+        raise UserError(f"{path} does not fit: {len(fits)} of {len(own)} tensors match; missing {gone}, unexpected "
+                        f"{left}. Choose the file's network with --model or --backbone; sizes of a ViT that have no "
+                        "name there get one in VITS in common.py")
+    model.load_state_dict({k: state[name] for k, name in fits.items()}, strict=False)
+    getattr(encoder, "config", {}).update({k: content["backbone"][k] for k in ("mean", "std")})
+    return LoadReport(list(fits), missing, unexpected)
 
 
 def export_huggingface(network, classes, folder):
@@ -1910,18 +1861,16 @@ def export_huggingface(network, classes, folder):
 
     With a head it is a VideoMAEForVideoClassification that knows the class names, without one a VideoMAEModel.  Its
     input is (B, T, 3, H, W), normalised.  The biases of q and v are written under both of their names: releases look
-    for one of them and leave the other 0 or random; 4.57, 5.0, 5.5, 5.12 and 5.23 load them (5.5 and 5.12 report a
-    new key bias, which softmax ignores).  Logits differ by 1e-5, as the epsilons of fc_norm do.  Raises UserError.
+    for one of them and leave the other 0 or random.  Logits differ by 1e-5, as the epsilons of fc_norm do.  Raises
+    UserError.
     """
-    if not isinstance(network, ViT):
-        raise UserError("only ViT networks can be exported, as Hugging Face's VideoMAE is one, not "
-                        f"{type(network).__name__}")
     head, c = hasattr(network, "head"), network.config
-    if head != ("fc_norm" in c["norms"]):
-        raise UserError(f"Hugging Face's VideoMAE has fc_norm just if it has a head; here: {c['norms']}, head {head}")
+    if not isinstance(network, ViT) or head != ("fc_norm" in c["norms"]):
+        raise UserError("only ViT networks can be exported, with fc_norm just if they have a head, as Hugging Face's "
+                        "VideoMAE is one")
     if head and len(classes) != network.head.out_features:
         raise UserError(f"the head has {network.head.out_features} outputs and there are {len(classes)} class names")
-    folder, pairs, tensors = Path(folder), [(ours, theirs) for theirs, ours in HUGGING_FACE], {}
+    tensors, pairs = {}, [(ours, theirs) for theirs, ours in HUGGING_FACE]
     for name, x in network.state_dict().items():
         inside = head and not name.startswith(("head.", "fc_norm."))
         there = "videomae." * inside + replace_parts(name, pairs)
@@ -1929,22 +1878,19 @@ def export_huggingface(network, classes, folder):
             tensors |= zip([there.replace("qkv", part) for part in ("query", "key", "value")], x.chunk(3))
         else:
             tensors[there] = x
-        if name.endswith(("q_bias", "v_bias")):
-            tensors[re.sub(r"(query|value)\.bias$", name[-6:], there)] = x
+            tensors[there.replace("query.bias", "q_bias").replace("value.bias", "v_bias")] = x
+    tensors = {k: x.clone() for k, x in tensors.items()}                           # none may share memory
     size, kind = c["image_size"], "VideoMAEForVideoClassification" if head else "VideoMAEModel"
-    config = dict(model_type="videomae", architectures=[kind], num_channels=3,
-                  **{theirs: c[ours] for ours, theirs in SIZES.items()},
-                  intermediate_size=4 * network.dim, hidden_act="gelu", layer_norm_eps=1e-6,
-                  hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02, qkv_bias=True,
-                  use_mean_pooling="norm" not in c["norms"], norm_pix_loss=True)
+    config = dict(model_type="videomae", architectures=[kind], **{theirs: c[ours] for ours, theirs in SIZES.items()},
+                  intermediate_size=4 * network.dim, layer_norm_eps=1e-6, use_mean_pooling="norm" not in c["norms"])
     if head:
         config |= dict(id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)})
-    processor = dict(image_processor_type="VideoMAEImageProcessor", do_resize=True, size=dict(shortest_edge=size),
-                     resample=2, do_center_crop=True, crop_size=dict(height=size, width=size), do_rescale=True,
-                     rescale_factor=1 / 255, do_normalize=True, image_mean=c["mean"], image_std=c["std"])
+    processor = dict(image_processor_type="VideoMAEImageProcessor", size=dict(shortest_edge=size),
+                     crop_size=dict(height=size, width=size), image_mean=c["mean"], image_std=c["std"])
+    folder, weights = Path(folder), import_safetensors().save(tensors, dict(format="pt"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "model.safetensors", tensors)
+        (folder / "model.safetensors").write_bytes(weights)
         for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -942,6 +942,7 @@ def test_extracted_features_are_those_of_the_videos(own, place, pretrained, tmp_
 
 
 def test_export_writes_what_can_be_tested(tune, pretrained, place):
+    pytest.importorskip("safetensors")
     tuned = tune()[1] / "last.pt"
     for init, kind, classes in ((tuned, "VideoMAEForVideoClassification", common.TOY_CLASSES),
                                 (pretrained("mofo"), "VideoMAEModel", [])):
