@@ -1845,14 +1845,16 @@ def load_weights(model, path, strict_backbone=True, new=()):
     encoder, inside = getattr(model, "encoder", model), "encoder." if hasattr(model, "encoder") else ""
     needed = [k for k in missing if strict_backbone == "all" or k.startswith(inside)
               and not k.removeprefix(inside).startswith(("norm.", "fc_norm.", "head.", "local_MCA."))]
-    if not fits or strict_backbone and needed:
+    config, there = getattr(encoder, "config", {}), content["backbone"]
+    heads = there.get("heads", config.get("heads"))                    # which do not show in the shapes
+    if not fits or strict_backbone and (needed or heads != config.get("heads")):
         gone = [f"{k} {tuple(everything[k].shape)}" for k in needed[:3]]
         left = [f"{k} {tuple(state[k].shape)}" for k in unexpected[:3]]
         raise UserError(f"{path} does not fit: {len(fits)} of {len(own)} tensors match; missing {gone}, unexpected "
-                        f"{left}. Choose the file's network with --model or --backbone; sizes of a ViT that have no "
-                        "name there get one in VITS in common.py")
+                        f"{left}; heads {heads} there, {config.get('heads')} here. Choose the file's network with "
+                        "--model or --backbone; sizes of a ViT that have no name get one in VITS in common.py")
     model.load_state_dict({k: state[name] for k, name in fits.items()}, strict=False)
-    getattr(encoder, "config", {}).update({k: content["backbone"][k] for k in ("mean", "std")})
+    config.update({k: there[k] for k in ("mean", "std")})
     return LoadReport(list(fits), missing, unexpected)
 
 

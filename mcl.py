@@ -37,7 +37,7 @@ Run    python mcl.py                                         # toy data; 2.6 min
 import copy
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -48,10 +48,10 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Bottleneck, Clips, FlowEstimator, Log, Queue, StopSignal, UserError, ViT, all_reduce_mean, blur,
-                    colour_jitter, constant, cosine_lr, crop_resize, draw_box, draw_lines, ema_update, example_clips,
-                    find_videos, item_frames, loader, make_backbone, make_optimizer, map_to_rgb, normalize, open_run,
-                    parse_config, patchify, plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet,
-                    setup, shutdown, spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
+                    colour_jitter, constant, cosine_lr, crop_resize, draw_box, ema_update, example_clips, find_videos,
+                    item_frames, loader, make_backbone, make_optimizer, map_to_rgb, normalize, open_run, parse_config,
+                    patchify, plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
+                    spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------

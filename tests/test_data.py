@@ -299,7 +299,7 @@ def test_other_messages(tmp_path, data, options, words):
 
 
 def test_toy_data_hold_their_truth_and_are_continued(tmp_path):
-    toy = dict(train=5, test=3, size=32)
+    toy = (5, 3, 32)
     first = find_videos("toy", tmp_path, "train_biased", toy=toy)
     assert counts(first) == (5, 5, 0, 0) and first.classes == list(common.TOY_CLASSES)
     scenes = find_videos("toy", tmp_path, "train_biased", "scene", toy=toy)
@@ -312,7 +312,7 @@ def test_toy_data_hold_their_truth_and_are_continued(tmp_path):
     before = Path(first.items[0].path).read_bytes()
     Path(first.items[3].path).unlink()                                  # as if it had been interrupted
     (tmp_path / "32px/train_biased.csv").unlink()
-    assert find_videos("toy", tmp_path, "train_biased", toy={**toy, "train": 6}).items[:5] == first.items
+    assert find_videos("toy", tmp_path, "train_biased", toy=(6, 3, 32)).items[:5] == first.items
     assert Path(first.items[0].path).read_bytes() == before and not list(tmp_path.rglob("*.tmp"))
     assert len(find_videos("toy", tmp_path, "test", toy=toy).items) == 3
 
@@ -534,7 +534,7 @@ def test_help_is_the_comments(capsys):
         parse_config(Config, TOY_RECIPES, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert info.value.code == 0 and "{" not in shown
-    for words in ("clips, of which 50 % are mirrored (default: 8)", "per 256 # clips", "--no-compile", *TOY_RECIPES):
+    for words in ("clips, of which 50 % are mirrored, in [1, inf) (default: 8)", "per 256 # clips", "--no-compile", *TOY_RECIPES):
         assert words in shown
 
 

@@ -58,7 +58,8 @@ def tiny(classes=0, **settings):
 def network_of(path, mode="extract", outputs=0, classes=None, **settings):
     """What finetune.py makes of a file."""
     settings = dict(image_size=32, frames=4, model="vit_tiny") | settings
-    return finetune.build_network(finetune.Config(init=str(path), mode=mode, **settings), outputs, classes)[0].eval()
+    cfg = finetune.Config(init=str(path), mode=mode, **settings)
+    return finetune.build_network(cfg, load_file(path), outputs, classes).eval()
 
 
 def clips(B=2):
@@ -357,7 +358,7 @@ def test_export_finds_the_head_under_every_name(tmp_path, monkeypatch, save):
     monkeypatch.setattr(finetune, "export_huggingface", lambda network, classes, out: done.extend((network, classes)))
     cfg = finetune.Config(init=str(tmp_path / "file"), mode="export", model="vit_tiny", image_size=32, frames=4)
     save(tmp_path / "file", tiny(3))
-    finetune.export(cfg, tmp_path, load_file(tmp_path / "file"))
+    finetune.export(cfg, load_file(tmp_path / "file"))
     assert same(done[0].state_dict(), tiny(3).state_dict()) and done[1] == ["0", "1", "2"]
 
 

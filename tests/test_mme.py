@@ -1,7 +1,6 @@
 """MME against slow loops written from the paper and its code, the released HOG's numbers, and the truth of the toy data."""
 import math
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -1,6 +1,5 @@
 """MOFO against slow loops written from the papers, the public VideoMAE's numbers, and the truth of the toy data."""
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
