@@ -1338,9 +1338,11 @@ def resize_flow(flow, h, w):
 
 # ---- 8. Backbones --------------------------------------------------------------------------------------------------
 
-VITS = {   # dim, depth, heads of the encoder, then of the decoder that VideoMAE puts on it (tiny: our choice)
-    "vit_tiny": (192, 3, 6, 192, 2, 6), "vit_small": (384, 12, 6, 192, 4, 3), "vit_base": (768, 12, 12, 384, 4, 6),
-    "vit_large": (1024, 24, 16, 512, 12, 8), "vit_huge": (1280, 32, 16, 640, 12, 8)}
+# Sizes of the encoder, then of the decoder that VideoMAE puts on it (tiny: our choice).
+VITS = {name: dict(zip(("dim", "depth", "heads", "decoder_dim", "decoder_depth", "decoder_heads"), sizes))
+        for name, sizes in dict(vit_tiny=(192, 3, 6, 192, 2, 6), vit_small=(384, 12, 6, 192, 4, 3),
+                                vit_base=(768, 12, 12, 384, 4, 6), vit_large=(1024, 24, 16, 512, 12, 8),
+                                vit_huge=(1280, 32, 16, 640, 12, 8)).items()}
 
 
 def patchify(clips, patch_size, tubelet_size):
@@ -1578,7 +1580,7 @@ def make_backbone(name="", image_size=224, frames=16, num_classes=0, drop_path=0
     """A network by name, or from the `config` of one that exists: ViT, ResNet3D or one of torchvision's (18 layers:
     Tran et al. 2018; S3D: Xie et al. 2018).  All have .config, .dim and forward_map; with num_classes also a head."""
     if name in VITS:
-        vit = dict(zip(("dim", "depth", "heads"), VITS[name]))
+        vit = {key: VITS[name][key] for key in ("dim", "depth", "heads")}
     if vit:
         vit |= dict(num_classes=num_classes, drop_path=drop_path, norms=norms, mean=mean, std=std)
         return ViT(image_size, frames, patch_size, tubelet_size, **vit)
@@ -1650,6 +1652,22 @@ def ema_update(target, source, momentum, updates=None):
             s.copy_(torch.where(s.isfinite(), s, t))             # a step that was skipped may have left NaN there
             t.lerp_(s, weight.to(t))
     set_batch_norm(source, 0.1)
+
+
+class MomentumContrast(nn.Module):
+    """A model whose `keys`, a ModuleDict that its script makes, follow the modules of the same names."""
+
+    def __init__(self, momentum):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))         # of the keys
+
+    def update_keys(self, momentum=None):
+        """Move the keys towards the queries' networks: after every step of the optimiser; momentum 0 copies these."""
+        self.updates += 1
+        for name in self.keys:
+            ema_update(self.keys[name], getattr(self, name), self.momentum if momentum is None else momentum,
+                       self.updates)
 
 
 def set_batch_norm(model, momentum):
@@ -1971,13 +1989,6 @@ def cosine_lr(step, steps, warmup, peak, floor, start=0.0, whole=False):
     if step < warmup:                                      # VideoMAE's last step of warm-up is at the peak already
         return start * peak + (cosine(warmup) - start * peak) * step / (warmup if start else max(1, warmup - 1))
     return cosine(step)
-
-
-def vit_sizes(name):
-    """dim, depth, heads of a ViT and of its decoder, by name; UserError if there is none of that name."""
-    if name not in VITS:
-        raise UserError(f"--model {name}: choose {', '.join(VITS)}")
-    return VITS[name]
 
 
 @functools.cache

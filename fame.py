@@ -48,8 +48,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, Log, Queue, StopSignal, UserError, all_reduce_mean, blur, clip_indices, colour_jitter,
-                    cosine_lr, ema_update, example_clips, find_videos, flip, loader, make_backbone, make_optimizer,
+from common import (Clips, Log, MomentumContrast, Queue, StopSignal, UserError, all_reduce_mean, blur, clip_indices,
+                    colour_jitter, cosine_lr, example_clips, find_videos, flip, loader, make_backbone, make_optimizer,
                     map_to_rgb, normalize, open_run, parse_config, plan_run, rand, random_resized_crop, read_views,
                     resume_or_init, save_checkpoint, save_sheet, setup, shutdown, step_batches, to_device, to_float01,
                     wrap_model)
@@ -198,27 +198,18 @@ def info_nce(query, key, negatives, temperature):
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
-class FAME(nn.Module):
+class FAME(MomentumContrast):
     """MoCo whose first view is merged: clips (2 B, 3, T, H, W) uint8, the two views of each video in turn -> loss,
     stats: similarity of the pairs, and how often of all clips in the batch the own one is the most similar."""
 
     def __init__(self, encoder, merge=True, beta=0.5, colour=1.0, queue=65536, momentum=0.999, temperature=0.1,
                  outputs=128):
-        super().__init__()
+        super().__init__(momentum)
         self.encoder = encoder
         self.head = nn.Sequential(nn.Linear(encoder.dim, encoder.dim), nn.ReLU(), nn.Linear(encoder.dim, outputs))
         self.keys = copy.deepcopy(nn.ModuleDict(dict(encoder=encoder, head=self.head))).requires_grad_(False)
         self.queue = Queue(queue, outputs)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))     # of the keys
-        self.merge, self.beta, self.colour = merge, beta, colour
-        self.momentum, self.temperature = momentum, temperature
-
-    def update_keys(self, momentum=None):
-        """Move the key encoder towards the query encoder: after every step of the optimiser; momentum 0 copies it."""
-        momentum = self.momentum if momentum is None else momentum
-        self.updates += 1
-        for name in self.keys:
-            ema_update(self.keys[name], getattr(self, name), momentum, self.updates)
+        self.merge, self.beta, self.colour, self.temperature = merge, beta, colour, temperature
 
     def views(self, clips, generator=None):
         """The two views of each video as the network gets them, (B, 3, T, H, W) each."""

@@ -47,11 +47,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Bottleneck, Clips, FlowEstimator, Log, Queue, StopSignal, UserError, ViT, all_reduce_mean, blur,
-                    colour_jitter, constant, cosine_lr, crop_resize, draw_box, ema_update, example_clips, find_videos,
-                    item_frames, loader, make_backbone, make_optimizer, map_to_rgb, normalize, open_run, parse_config,
-                    patchify, plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
-                    spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
+from common import (Bottleneck, Clips, FlowEstimator, Log, MomentumContrast, Queue, StopSignal, UserError, ViT,
+                    all_reduce_mean, blur, colour_jitter, constant, cosine_lr, crop_resize, draw_box, example_clips,
+                    find_videos, item_frames, loader, make_backbone, make_optimizer, map_to_rgb, normalize, open_run,
+                    parse_config, patchify, plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet,
+                    setup, shutdown, spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def alignment_loss(P, M, attention="l1"):
 
 # ---- 5. Model ------------------------------------------------------------------------------------------------------
 
-class MCL(nn.Module):
+class MCL(MomentumContrast):
     """dict of clips (6 B, 3, T + 1, H, W) uint8, two candidates for each of three clips of every video, and order
     (B,) (1: the first clip comes before the others) -> loss, stats.  Without motion_clips: one candidate each.
 
@@ -288,25 +288,16 @@ class MCL(nn.Module):
     def __init__(self, encoder, flow, steps, warmup=0, motion_clips=True, motion_crops=True, min_crop=0.2, colour=1.0,
                  queue=131072, momentum=0.999, temperature=0.1, order_weight=0.0, align_weight=1.0, attention="l1",
                  outputs=128):
-        super().__init__()
-        self.encoder, self.flow = encoder, flow
-        dim = encoder.dim
+        super().__init__(momentum)
+        self.encoder, self.flow, dim = encoder, flow, encoder.dim
         self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, outputs))
                                     for name in ("inter", "intra", "order")})
         self.order = nn.Linear(3 * outputs, 2)
         self.keys = copy.deepcopy(nn.ModuleDict(dict(encoder=encoder, heads=self.heads))).requires_grad_(False)
         self.queue = Queue(queue, outputs)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))     # of the keys
         self.steps, self.warmup, self.motion_clips, self.motion_crops = steps, warmup, motion_clips, motion_crops
-        self.min_crop, self.colour, self.momentum, self.temperature = min_crop, colour, momentum, temperature
+        self.min_crop, self.colour, self.temperature = min_crop, colour, temperature
         self.order_weight, self.align_weight, self.attention = order_weight, align_weight, attention
-
-    def update_keys(self, momentum=None):
-        """Move the key encoder towards the query encoder: after every step of the optimiser; momentum 0 copies it."""
-        momentum = self.momentum if momentum is None else momentum
-        self.updates += 1
-        for name in self.keys:
-            ema_update(self.keys[name], getattr(self, name), momentum, self.updates)
 
     def choose(self, clips, generator=None):
         """Candidates (3 K B, 3, T + 1, H, W) -> the chosen clips (B, 3, 3, T + 1, H, W), their maps (B, 3, 7, 7)."""

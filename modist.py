@@ -42,11 +42,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, FlowEstimator, Log, Queue, ResNet3D, StopSignal, UserError, all_reduce_mean, blur,
-                    colour_jitter, cosine_lr, draw_box, ema_update, example_clips, find_videos, flip, flow_picture,
-                    item_frames, loader, make_backbone, make_optimizer, normalize, open_run, parse_config, plan_run,
-                    random_resized_crop, read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
-                    spatial_gradient, step_batches, to_device, to_float01, wrap_model)
+from common import (Clips, FlowEstimator, Log, MomentumContrast, Queue, ResNet3D, StopSignal, UserError,
+                    all_reduce_mean, blur, colour_jitter, cosine_lr, draw_box, example_clips, find_videos, flip,
+                    flow_picture, item_frames, loader, make_backbone, make_optimizer, normalize, open_run,
+                    parse_config, plan_run, random_resized_crop, read_views, resume_or_init, save_checkpoint,
+                    save_sheet, setup, shutdown, spatial_gradient, step_batches, to_device, to_float01, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def projection(dim, hidden=2048, outputs=128):
     return head
 
 
-class MoDist(nn.Module):
+class MoDist(MomentumContrast):
     """Clips (2 B, 3, F, H, W) uint8, two moments of each video in turn -> loss, stats: top1, how often (%) of all
     second moments in the batch the own one is the most similar, RGB to RGB and motion to RGB.
 
@@ -190,7 +190,7 @@ class MoDist(nn.Module):
 
     def __init__(self, encoder, motion, flow, rgb_step=2, motion_input="flow_edge", edge_clip=1.0, cross_weight=1.0,
                  motion_motion=False, colour=1.0, queue=65536, momentum=0.999, temperature=0.1, outputs=128):
-        super().__init__()
+        super().__init__(momentum)
         networks = dict(encoder=encoder, head=projection(encoder.dim, outputs=outputs))
         if motion is not None:
             networks |= dict(motion=motion, motion_head=projection(motion.dim, outputs=outputs))
@@ -199,17 +199,8 @@ class MoDist(nn.Module):
             self.add_module(name, network)
         self.keys = copy.deepcopy(nn.ModuleDict(networks)).requires_grad_(False)
         self.queue, self.flow = Queue(queue, outputs), flow
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))     # of the keys
         self.rgb_step, self.motion_input, self.edge_clip, self.colour = rgb_step, motion_input, edge_clip, colour
-        self.cross_weight, self.motion_motion = cross_weight, motion_motion
-        self.momentum, self.temperature = momentum, temperature
-
-    def update_keys(self, momentum=None):
-        """Move the key encoders towards the query encoders: after every step of the optimiser; momentum 0 copies."""
-        momentum = self.momentum if momentum is None else momentum
-        self.updates += 1
-        for name in self.keys:
-            ema_update(self.keys[name], getattr(self, name), momentum, self.updates)
+        self.cross_weight, self.motion_motion, self.temperature = cross_weight, motion_motion, temperature
 
     def inputs(self, clips, generator=None):
         """The two moments as the networks get them: RGB (B, 3, T, H, W) each, motion maps (B, 3, F - 1, h, w) each or

@@ -47,12 +47,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, Decoder, FlowEstimator, Log, StopSignal, UserError, ViT, all_reduce_mean, clip_indices,
-                    cosine_lr, draw_box, example_clips, find_videos, flow_picture, gather_tokens, loader,
+from common import (Clips, Decoder, FlowEstimator, Log, StopSignal, UserError, VITS, ViT, all_reduce_mean,
+                    clip_indices, cosine_lr, draw_box, example_clips, find_videos, flow_picture, gather_tokens, loader,
                     make_optimizer, map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify,
                     plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
                     sincos_positions, spatial_gradient, step_batches, to_device, to_float01, unnormalize, unpatchify,
-                    vit_sizes, wrap_model)
+                    wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class Config:
     out: str = ""                      # directory of the run; default runs/mofo-<data>
     fresh: bool = False                # start over instead of continuing the run in --out
     init: str = ""                     # start from the weights of this checkpoint
-    model: str = "vit_base"            # vit_tiny, vit_small, vit_base, vit_large, vit_huge
+    model: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"] = "vit_base"  # the encoder
     image_size: int = 224              # side of the crop in pixels
     frames: int = 16                   # frames of a clip
     stride: int = 2                    # video frames from one frame of the clip to the next
@@ -344,11 +344,9 @@ def main(cfg):
     lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
     out, checkpoint = open_run("mofo", cfg, env, listing, plan, lr)
 
-    dim, depth, heads, decoder_dim, decoder_depth, decoder_heads = vit_sizes(cfg.model)
     flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
     model = MOFO(flow, cfg.mask_ratio, cfg.inside_ratio, image_size=cfg.image_size, frames=cfg.frames,
-                 patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size, dim=dim, depth=depth, heads=heads,
-                 decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_heads=decoder_heads).to(env.device)
+                 patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size, **VITS[cfg.model]).to(env.device)
     optimizer = make_optimizer("adamw", model, lr, cfg.weight_decay, env.device)
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples = example_clips(dataset)

@@ -43,7 +43,7 @@ import mme
 import modist
 import mofo
 from common import (VIDEO_FILES, Clips, Env, FlowEstimator, Item, ResNet3D, VideoError, loader, make_backbone, make_optimizer, probe,
-                    setup, to_device, vit_sizes, wrap_model)
+                    setup, to_device, VITS, wrap_model)
 
 CONFIG = mofo.Config()                                             # 16 frames, 224 pixels, crops as in training
 
@@ -238,14 +238,13 @@ class Step:
             self.model = modist.MoDist(make_backbone(model, image_size, frames // 2), motion, self.flow).to(env.device)
             frames += 1
         else:
-            dim, depth, heads, decoder_dim, decoder_depth, decoder_heads = vit_sizes(model)
-            sizes = dict(image_size=image_size, frames=frames, patch_size=patch_size, tubelet_size=CONFIG.tubelet_size, dim=dim,
-                         depth=depth, heads=heads, decoder_dim=decoder_dim, decoder_heads=decoder_heads)
+            sizes = dict(VITS[model], image_size=image_size, frames=frames, patch_size=patch_size,
+                         tubelet_size=CONFIG.tubelet_size)
             if script == "mofo":
-                self.model = mofo.MOFO(self.flow, CONFIG.mask_ratio, CONFIG.inside_ratio, decoder_depth=decoder_depth, **sizes)
+                self.model = mofo.MOFO(self.flow, CONFIG.mask_ratio, CONFIG.inside_ratio, **sizes)
             else:
-                cfg = mme.Config()
-                self.model = mme.MME(self.flow, cfg.target, cfg.length, cfg.stride, cfg.mask_ratio, decoder_depth=1, **sizes)
+                cfg, sizes["decoder_depth"] = mme.Config(), 1
+                self.model = mme.MME(self.flow, cfg.target, cfg.length, cfg.stride, cfg.mask_ratio, **sizes)
                 frames = mme.frames_to_read(cfg.target, frames, cfg.tubelet_size, cfg.stride, cfg.length)[0]
             self.model.to(env.device)
         self.optimizer = make_optimizer("adamw", self.model, 1e-4, CONFIG.weight_decay, env.device)
