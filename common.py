@@ -1928,6 +1928,9 @@ class Plan(NamedTuple):
     repeats: int
     steps: int
     per_epoch: float    # steps per epoch, which is a pass over the videos
+    warmup: int         # steps
+    lr: float           # at its peak
+    min_lr: float       # at the end
 
     def generator(self, env, seed, step, micro):
         """The random numbers of one forward pass, a function of (seed, step) and of the rows that it computes."""
@@ -1946,8 +1949,10 @@ def plan_run(cfg, videos, env):
         raise UserError(f"--batch {cfg.batch} does not spread evenly over {env.world} processes with --device-batch "
                         f"{cfg.device_batch} ({micro} videos per pass): change one of them")
     plan = Plan(batch=cfg.batch, micro=micro, accum=cfg.batch // (env.world * micro), repeats=cfg.repeats,
-                steps=cfg.steps or max(1, int(cfg.epochs * videos / cfg.batch)), per_epoch=videos / cfg.batch)
-    if cfg.warmup_epochs * plan.per_epoch > plan.steps:
+                steps=cfg.steps or max(1, int(cfg.epochs * videos / cfg.batch)), per_epoch=videos / cfg.batch,
+                warmup=int(cfg.warmup_epochs * videos / cfg.batch), lr=cfg.lr * cfg.batch / 256,
+                min_lr=cfg.min_lr * cfg.batch / 256)
+    if plan.warmup > plan.steps:
         print0(f"warning: --warmup-epochs {cfg.warmup_epochs:g}, of {plan.per_epoch:.4g} steps each, are longer than "
                f"the run of {plan.steps} steps: the learning rate does not reach its peak")
     return plan
@@ -2058,7 +2063,7 @@ def run_directory(name, cfg):
     return Path(cfg.out or f"runs/{name}-{data}")
 
 
-def open_run(name, cfg, env, listing, plan, lr):
+def open_run(name, cfg, env, listing, plan):
     """Make the run's directory, write config.json there -> (directory, checkpoint to continue from or None).
 
     Raises UserError if a checkpoint is there that was made with other settings or from other weights, or if nodes
@@ -2090,13 +2095,13 @@ def open_run(name, cfg, env, listing, plan, lr):
     out.mkdir(parents=True, exist_ok=True)                       # on every node
     if env.rank == 0:
         about = dict(cfg.settings, method=name, world=env.world, accumulation=plan.accum, steps_planned=plan.steps,
-                     peak_lr=lr, torch=str(torch.__version__))
+                     peak_lr=plan.lr, torch=str(torch.__version__))
         (out / "config.json").write_text(json.dumps(about, indent=1))
         if listing.missing:
             (out / "missing_videos.txt").write_text("\n".join(listing.missing) + "\n")
     precision = str(env.amp or torch.float32).removeprefix("torch.")
     print0(f"{plan.steps} steps of {plan.batch} videos = {env.world} x {plan.micro} x {plan.accum} accumulated, "
-           f"{plan.repeats} of each, peak lr {lr:.2g}, {env.device.type} {precision} -> {out}")
+           f"{plan.repeats} of each, peak lr {plan.lr:.2g}, {env.device.type} {precision} -> {out}")
     return out, checkpoint
 
 

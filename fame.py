@@ -272,12 +272,11 @@ def main(cfg):
     plan = plan_run(cfg, len(listing.items), env)
     if cfg.merge and plan.micro < 2:
         raise UserError("one pair per forward pass, so there is no other background: raise --device-batch or --batch")
-    lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
-    out, checkpoint = open_run("fame", cfg, env, listing, plan, lr)
+    out, checkpoint = open_run("fame", cfg, env, listing, plan)
 
     encoder = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width)
     model = FAME(encoder, cfg.merge, cfg.beta, cfg.colour, cfg.queue, cfg.momentum, cfg.temperature).to(env.device)
-    optimizer = make_optimizer(cfg.optimizer, model, lr, cfg.weight_decay, env.device)
+    optimizer = make_optimizer(cfg.optimizer, model, plan.lr, cfg.weight_decay, env.device)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples, flow = example_clips(dataset), None                              # no optical flow here
@@ -289,7 +288,7 @@ def main(cfg):
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, step_batches(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
-        rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)
+        rate = cosine_lr(step, plan.steps, plan.warmup, plan.lr, plan.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
         means = {}

@@ -1007,15 +1007,15 @@ def compute_metrics(scores, read, labels, classes, test, cfg):
 def train(cfg, env, listing, model, sample):
     """Train what has gradients; the loop is that of the pre-training scripts -> False if a signal stopped it."""
     plan, network = plan_run(cfg, len(listing.items), env), model.network
-    lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
-    out, checkpoint = open_run(f"finetune-{cfg.mode}", cfg, env, listing, plan, lr)
+    lr = plan.lr
+    out, checkpoint = open_run(f"finetune-{cfg.mode}", cfg, env, listing, plan)
     vectors = cfg.weight_decay if cfg.optimizer == "sgd" else 0.0
     groups = layer_decay_groups(network, lr, cfg.weight_decay, cfg.layer_decay, vectors)
     if cfg.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=env.device.type == "cuda")
     else:
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=cfg.optimizer == "nesterov")
-    warmup, drops = int(cfg.warmup_epochs * plan.per_epoch), [float(e) for e in cfg.drops.split(",") if e]
+    drops = [float(epoch) for epoch in cfg.drops.split(",") if epoch]
     dataset = Clips(listing.items, sample, cfg.seed)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
     start = resume_or_init(checkpoint, "", network, optimizer, scaler)
@@ -1023,8 +1023,9 @@ def train(cfg, env, listing, model, sample):
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, step_batches(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
-        rate = cosine_lr(step, plan.steps, warmup, lr, min_lr, cfg.warmup_start, cfg.whole_cosine and not drops)
-        if drops and step >= warmup:
+        rate = cosine_lr(step, plan.steps, plan.warmup, lr, plan.min_lr, cfg.warmup_start,
+                         cfg.whole_cosine and not drops)
+        if drops and step >= plan.warmup:
             rate = lr * 0.1 ** sum(step >= epoch * plan.per_epoch for epoch in drops)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]

@@ -461,15 +461,14 @@ def main(cfg):
     plan = plan_run(cfg, len(listing.items), env)
     if cfg.backbone == "s3d":
         raise UserError("--backbone s3d: has no last convolution to align; choose any other")
-    lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
-    out, checkpoint = open_run("mcl", cfg, env, listing, plan, lr)
+    out, checkpoint = open_run("mcl", cfg, env, listing, plan)
 
     encoder = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width)
     flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
-    model = MCL(encoder, flow, plan.steps, cfg.warmup_epochs * plan.per_epoch, cfg.motion_clips, cfg.motion_crops,
+    model = MCL(encoder, flow, plan.steps, plan.warmup, cfg.motion_clips, cfg.motion_crops,
                 cfg.min_crop, cfg.colour, cfg.queue, cfg.momentum, cfg.temperature, cfg.order_weight,
                 cfg.align_weight, cfg.attention).to(env.device)
-    optimizer = make_optimizer(cfg.optimizer, model, lr, cfg.weight_decay, env.device)
+    optimizer = make_optimizer(cfg.optimizer, model, plan.lr, cfg.weight_decay, env.device)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples = example_clips(dataset)
@@ -481,7 +480,7 @@ def main(cfg):
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, step_batches(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
-        rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)
+        rate = cosine_lr(step, plan.steps, plan.warmup, plan.lr, plan.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
         means = {}

@@ -317,8 +317,7 @@ def main(cfg):
         raise UserError(f"--stride {cfg.stride} must be a multiple of --motion-stride {cfg.motion_stride}, and "
                         f"--frames {cfg.frames} x --stride as long as --motion-frames {cfg.motion_frames} x "
                         "--motion-stride")
-    lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
-    out, checkpoint = open_run("modist", cfg, env, listing, plan, lr)
+    out, checkpoint = open_run("modist", cfg, env, listing, plan)
 
     encoder, motion, flow = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width), None, None
     if cfg.cross_weight or cfg.motion_motion:
@@ -328,7 +327,7 @@ def main(cfg):
     model = MoDist(encoder, motion, flow, cfg.stride // cfg.motion_stride, cfg.motion_input, cfg.edge_clip,
                    cfg.cross_weight, cfg.motion_motion, cfg.colour, cfg.queue, cfg.momentum,
                    cfg.temperature).to(env.device)
-    optimizer = make_optimizer(cfg.optimizer, model, lr, cfg.weight_decay, env.device, nesterov=True)
+    optimizer = make_optimizer(cfg.optimizer, model, plan.lr, cfg.weight_decay, env.device, nesterov=True)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples = example_clips(dataset)
@@ -340,7 +339,7 @@ def main(cfg):
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, step_batches(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
-        rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)
+        rate = cosine_lr(step, plan.steps, plan.warmup, plan.lr, plan.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
         means = {}

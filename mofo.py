@@ -341,13 +341,12 @@ def main(cfg):
     env = setup(cfg.seed)
     listing = find_videos(cfg.data, cfg.root, "train", toy=(cfg.toy_train, cfg.toy_test, cfg.toy_size))
     plan = plan_run(cfg, len(listing.items), env)
-    lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
-    out, checkpoint = open_run("mofo", cfg, env, listing, plan, lr)
+    out, checkpoint = open_run("mofo", cfg, env, listing, plan)
 
     flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
     model = MOFO(flow, cfg.mask_ratio, cfg.inside_ratio, image_size=cfg.image_size, frames=cfg.frames,
                  patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size, **VITS[cfg.model]).to(env.device)
-    optimizer = make_optimizer("adamw", model, lr, cfg.weight_decay, env.device)
+    optimizer = make_optimizer("adamw", model, plan.lr, cfg.weight_decay, env.device)
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples = example_clips(dataset)
 
@@ -358,7 +357,7 @@ def main(cfg):
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, step_batches(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
-        rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)
+        rate = cosine_lr(step, plan.steps, plan.warmup, plan.lr, plan.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
         means = {}
