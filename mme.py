@@ -41,14 +41,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, Decoder, FlowEstimator, Log, StepSampler, StopSignal, UserError, ViT, adamw,
+from common import (Clips, FlowEstimator, Log, StepSampler, StopSignal, UserError, adamw,
                     all_reduce_mean, clip_indices, constant, cosine_lr, draw_lines, example_clips, find_videos,
                     gather_tokens, loader, map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify,
                     plan_run, rand, read_views, resize_flow, resume_or_init, save_checkpoint, save_sheet, setup,
-                    shutdown, sincos_positions, to_device, to_float01, unpatchify, vit_sizes, wrap_model)
+                    shutdown, to_device, to_float01, unpatchify, vit_sizes, wrap_model)
 from mofo import MaskedAutoencoder, pixel_target
 
 
@@ -369,7 +368,6 @@ def preview(model, clips, path):
     prediction, painted into the hidden tokens; how the points of hidden tokens move in L steps, relative to the mean
     of their token: true (green) and predicted (red), both 3 x as long.
     """
-    model.eval()
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
     targets, _, displacement = model.targets(clips)
     hidden = tube_mask(len(clips), grid, model.mask_ratio, torch.Generator(clips.device).manual_seed(0), clips.device)
@@ -403,7 +401,6 @@ def preview(model, clips, path):
     sheet = [row.unflatten(0, (len(clips), -1))[i:i + 2, ::2].flatten(0, 1) for i in range(0, len(clips), 2)
              for row in rows.values()]
     save_sheet(path, sheet, tile)
-    model.train()
 
 
 # ---- 6. Train ------------------------------------------------------------------------------------------------------

@@ -3,8 +3,7 @@
 A masked autoencoder (VideoMAE, https://arxiv.org/abs/2203.12602) hides 90 % of a clip and learns by painting it in
 again.  Where it hides is left to chance, and in most videos most of the frame does not move.  MOFO finds the region
 that moves from optical flow, without labels, and masks by it: a fixed share of the patches inside the motion box is
-hidden, the rest of the 90 % comes from outside.  So every clip asks for what moves to be painted, from some of what
-moves.
+hidden, the rest of the 90 % comes from outside.
 
     Paper                                             Code                  Section
     motion map: flow edges, free of camera pans       motion_map()          2
@@ -146,9 +145,8 @@ def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.0
     sigma = blur * min(h, w)
     reach = math.ceil(3 * sigma)
     kernel = torch.exp(-torch.arange(-reach, reach + 1, device=motion.device) ** 2 / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-    smooth = F.conv2d(motion[:, None], kernel.view(1, 1, 1, -1), padding=(0, reach))
-    smooth = F.conv2d(smooth, kernel.view(1, 1, -1, 1), padding=(reach, 0))[:, 0]
+    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)                          # blurs along x, transposed along y
+    smooth = F.conv2d(F.conv2d(motion[:, None], kernel, padding="same"), kernel.mT, padding="same")[:, 0]
     smooth = (smooth - smooth.flatten(1).median(1).values[:, None, None]).clamp(min=0)
     peak = smooth.amax((1, 2))                                                  # (B,)
     height = peak * math.sqrt(2 * math.pi) * sigma                              # of the edge that blurs to this peak
@@ -205,18 +203,12 @@ def motion_tube_mask(boxes, found, grid, ratio, inside_ratio, generator=None, pa
 
 # ---- 4. Target and model -------------------------------------------------------------------------------------------
 
-def normalize_patches(patches):
-    """Patches (B, n, 3 * P) in [0, 1], colour slowest -> (B, n, P * 3), colour fastest: minus the mean and over the
-    standard deviation (unbiased, + 1e-6) of each patch and colour; also these two, (B, n, 3, 1), to paint with."""
-    patches = patches.unflatten(-1, (3, -1))
-    var, mean = torch.var_mean(patches, -1, keepdim=True)
-    deviation = var.sqrt() + 1e-6
-    return ((patches - mean) / deviation).transpose(-1, -2).flatten(2), mean, deviation
-
-
 def pixel_target(clips01, patch_size, tubelet_size):
-    """What is predicted: clips (B, 3, T, H, W) in [0, 1] -> (B, N, D), normalised per patch and colour."""
-    return normalize_patches(patchify(clips01, patch_size, tubelet_size))[0]
+    """What is predicted: clips (B, 3, T, H, W) in [0, 1] -> (B, N, D), minus the mean and over the standard deviation
+    (unbiased, + 1e-6) of each patch and colour, colour fastest."""
+    patches = patchify(clips01, patch_size, tubelet_size).unflatten(-1, (3, -1))            # (B, N, 3, D / 3)
+    var, mean = torch.var_mean(patches, -1, keepdim=True)
+    return ((patches - mean) / (var.sqrt() + 1e-6)).transpose(-1, -2).flatten(2)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -236,8 +228,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads, pixels)
         self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(decoder_dim, 512), nn.GELU(), nn.Linear(512, size))
                                     for name, size in outputs.items()})
-        positions = sincos_positions(math.prod(self.encoder.grid), decoder_dim)  # (1, N, decoder_dim)
-        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("positions", sincos_positions(math.prod(self.encoder.grid), decoder_dim), persistent=False)
         for module in [*self.encoder.modules(), *self.decoder.modules(), *self.heads.modules()]:
             if isinstance(module, nn.Linear):                                   # all but encoder_to_decoder (VideoMAE)
                 nn.init.xavier_uniform_(module.weight)
@@ -312,24 +303,22 @@ def preview(model, clips, path):
     The rows: frames with the motion box, flow, motion map with the box, what the encoder sees, reconstruction (of
     hidden patches, each with its true mean and contrast, which the normalised target leaves open).
     """
-    model.eval()
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
     generator = torch.Generator(clips.device).manual_seed(0)
     hidden, flow, motion, boxes, found = model.mask(clips, generator, show=True)
     prediction, _ = model.predict(normalize(clips, model.encoder.config), hidden)
     patches = patchify(to_float01(clips), p, t)                                             # (B, N, D)
-    _, mean, deviation = normalize_patches(patches)                                         # (B, N, 3, 1)
+    var, mean = torch.var_mean(patches.unflatten(-1, (3, -1)), -1, keepdim=True)            # (B, N, 3, 1)
     seen, painted = patches.masked_fill(hidden[..., None], 0.5), patches.clone()
     colours = prediction.float().unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(0, 1)     # (B N_hidden, 3, D / 3)
-    painted[hidden] = (colours * deviation[hidden] + mean[hidden]).flatten(1).clamp(0, 1)
-    frames, seen, painted = (unpatchify(x, grid, p, t)[:, :, ::2 * t].transpose(1, 2).cpu()            # every second
-                             for x in (patches, seen, painted))                             # tubelet (B, n, 3, H, W)
+    painted[hidden] = (colours * var[hidden].sqrt() + mean[hidden]).flatten(1).clamp(0, 1)
+    views = (unpatchify(x, grid, p, t)[:, :, ::2 * t].transpose(1, 2).cpu() for x in (patches, seen, painted))
+    frames, seen, painted = views                                       # of every second tubelet, (B, n, 3, H, W)
     maps = F.interpolate(map_to_rgb(motion), frames.shape[-2:])[:, None].expand_as(frames)
     frames, maps = ([draw_box(x, box) if has else x for x, box, has in zip(images, boxes, found)]
                     for images in (frames, maps))
     rows = [frames, [flow_picture(x) for x in flow[:, ::2]], maps, seen, painted]           # each B x (n, 3, h, w)
     save_sheet(path, [torch.cat([row[i], row[i + 1]]) for i in range(0, len(clips), 2) for row in rows])
-    model.train()
 
 
 # ---- 6. Train ------------------------------------------------------------------------------------------------------
@@ -337,8 +326,8 @@ def preview(model, clips, path):
 def sample_clips(video, item, rng, cfg):
     """cfg.repeats random clips of a video, each with a crop of its own -> uint8 (repeats, frames, side, side, 3)."""
     indices = [clip_indices(video, item, cfg.frames, cfg.stride, rng) for _ in range(cfg.repeats)]
-    height, width = video.info.height, video.info.width
-    crops = [multi_scale_crop(height, width, rng, cfg.min_crop, cfg.image_size) for _ in indices]
+    sides = video.info.height, video.info.width
+    crops = [multi_scale_crop(*sides, rng, cfg.min_crop, cfg.image_size) for _ in indices]
     return read_views(video, indices, crops, cfg.image_size)
 
 
