@@ -43,11 +43,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, FlowEstimator, Log, StepSampler, StopSignal, UserError, adamw,
-                    all_reduce_mean, clip_indices, constant, cosine_lr, draw_lines, example_clips, find_videos,
-                    gather_tokens, loader, map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify,
-                    plan_run, rand, read_views, resize_flow, resume_or_init, save_checkpoint, save_sheet, setup,
-                    shutdown, to_device, to_float01, unpatchify, vit_sizes, wrap_model)
+from common import (Clips, FlowEstimator, Log, StepSampler, StopSignal, UserError, adamw, all_reduce_mean,
+                    clip_indices, constant, cosine_lr, draw_lines, example_clips, find_videos, gather_tokens, loader,
+                    map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand,
+                    read_views, resize_flow, resume_or_init, save_checkpoint, save_sheet, setup, shutdown, to_device,
+                    to_float01, unpatchify, vit_sizes, wrap_model)
 from mofo import MaskedAutoencoder, pixel_target
 
 
