@@ -14,7 +14,7 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 import common
-from common import RowGenerator, UserError, parse_config
+from common import RowGenerator, UserError, parse_config, toy_video
 
 SHARED = REPO.parent / "shared"                                            # golden numbers, real clips: tests skip without it
 
@@ -65,6 +65,12 @@ def seeded(seed=0, first=0, total=None):
     if total is not None:
         generator.first, generator.total = first, total
     return generator.manual_seed(seed)
+
+
+def toy_clips(count, labels=(None,), frames=36):
+    """The first toy videos of `test` -> uint8 (count, 3, frames, 64, 64), their truths; labels are taken in turn."""
+    videos, truths = zip(*[toy_video(0, "test", i, frames=frames, label=labels[i % len(labels)]) for i in range(count)])
+    return torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3).contiguous(), truths
 
 
 @pytest.fixture(scope="session")
