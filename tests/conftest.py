@@ -88,11 +88,12 @@ def run(script, *argv):
     module.main(parse_config(module.Config, module.RECIPES, [str(a) for a in argv]))
 
 
-def start(script, *argv, processes=1):
+def start(script, *argv, processes=1, cwd=None, **variables):
+    """The script in one new Python process, or several; `variables` are of the environment."""
     launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                       f"--nproc_per_node={processes}"]
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    return subprocess.Popen([*launch, str(REPO / f"{script}.py"), *map(str, argv)], env=env, text=True,
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **{k: str(v) for k, v in variables.items()}}
+    return subprocess.Popen([*launch, str(REPO / f"{script}.py"), *map(str, argv)], env=env, text=True, cwd=cwd,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
