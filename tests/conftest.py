@@ -16,7 +16,7 @@ sys.path.insert(0, str(REPO))
 import common
 from common import RowGenerator, UserError, parse_config, toy_video
 
-SHARED = REPO.parent / "shared"                                            # golden numbers, real clips: tests skip without it
+SHARED = REPO.parent / "shared"                                            # golden numbers, real clips: or tests skip
 
 
 def golden_arrays(name):
@@ -44,7 +44,7 @@ def numbers(clips):
 
 
 def put(root, text={}, videos=()):
-    """Write files below root: text {name: content}, and something with a video's name for each of videos (listing opens none)."""
+    """Write files below root: text {name: content}, and something under each name of videos (listing opens none)."""
     for name, content in {**text, **dict.fromkeys(videos, "x")}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content.encode())
@@ -92,7 +92,8 @@ def start(script, *argv, processes=1, cwd=None, **variables):
     """The script in one new Python process, or several; `variables` are of the environment."""
     launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                       f"--nproc_per_node={processes}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **{k: str(v) for k, v in variables.items()}}
+    variables = dict(OMP_NUM_THREADS=1, CUDA_VISIBLE_DEVICES="") | variables
+    env = os.environ | {name: str(value) for name, value in variables.items()}
     return subprocess.Popen([*launch, str(REPO / f"{script}.py"), *map(str, argv)], env=env, text=True, cwd=cwd,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

@@ -158,7 +158,3 @@ def test_weights_that_cannot_be_had_name_both_ways_out(tmp_path, monkeypatch, fa
         message = error_of(FlowEstimator, "raft_small", str(path))
         assert "raft.pth" in message
     assert "--raft-weights" in message and "--flow tvl1" in message
-
-
-def test_an_unknown_flow_is_named_with_the_choices():
-    assert all(word in error_of(FlowEstimator, "raft_smal") for word in ("raft_smal:", "raft_small", "tvl1"))

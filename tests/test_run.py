@@ -87,22 +87,20 @@ def test_a_run_leaves_everything_it_promises_and_starts_others(script, reference
 def test_stopped_and_started_again_gives_the_same_losses_bit_for_bit(script, reference, monkeypatch, capsys):
     argv, last = [*TINY, *EXACT[script], "--out", f"runs/stopped-{script}"], int(torch.randint(0, 3, ()))
     log_step = common.Log.step
-
     def interrupted(log, step, *args, **kwargs):
         log_step(log, step, *args, **kwargs)
         if step == last:                                                # anywhere: the place must not matter
             os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(common.Log, "step", interrupted)
-    run(script, *argv, "--save-every", 1000)
+    with monkeypatch.context() as patched:
+        patched.setattr(common.Log, "step", interrupted)
+        run(script, *argv, "--save-every", 1000)
     assert "same command goes on" in capsys.readouterr().out and len(losses(argv[-1])) < 5
-    monkeypatch.undo()
     run(script, *argv, "--workers", 2)                                  # another number of workers, too
     assert losses(argv[-1]) == reference(script)
 
 
-@pytest.mark.parametrize("script", ["mofo", "mcl"])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_that_is_killed_goes_on_from_its_last_checkpoint(script, how, reference):
+@pytest.mark.parametrize("script, how", [("mofo", signal.SIGTERM), ("mcl", signal.SIGKILL)])
+def test_a_process_that_is_stopped_or_killed_goes_on_from_its_last_checkpoint(script, how, reference):
     argv = [*TINY, *EXACT[script], "--workers", 1, "--out", f"runs/killed-{how}-{script}"]
     process, log = start(script, *argv), Path(argv[-1], "log.jsonl")
     while process.poll() is None and not (log.exists() and len(lines(argv[-1])) >= 3):
@@ -241,9 +239,6 @@ def test_batch_and_epochs_count_videos_and_repeats_the_clips_of_each(script):
     assert len(passes) == 3 * 640 and len(set(passes)) == len(passes)   # every video once in each of the three
     generator = plan.generator(CPU, 0, 0, 3)
     assert generator.first == 96 and generator.total == 128             # rows are clips
-    text = (REPO / f"{script}.py").read_text()
-    for field in ("epochs", "batch", "device_batch", "lr", "min_lr"):
-        assert re.search(rf"^    {field}: \w+ = .*#.*videos", text, re.M), field
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "finetune"])
