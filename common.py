@@ -45,7 +45,6 @@ import torchvision
 from torch import nn
 from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_large, raft_small
 from torchvision.ops import StochasticDepth
-from torchvision.transforms.v2 import functional as tv
 from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid, save_image
 from tqdm import tqdm
 
@@ -70,26 +69,29 @@ def parse_config(Config, recipes, argv=None):
     Every field is a flag (`mask_ratio` -> `--mask-ratio`, bools also `--no-...`), its comment is the help text.  A
     recipe applies if all words of its key are among the values of data, recipe and mode; later ones override earlier
     ones.  Data of the user's own is the word "custom", a ViT as `backbone` the word "vit".
-    The names of flags that were given are in `.given`.  Raises UserError on an unknown flag or a value of the wrong
-    type.
+    A number must be in the interval that the comment of its field names, e.g. `in (0, 1]`.  Without one it must be
+    finite and not negative, and at least 1 if it is a whole number whose default is not 0.
+    The names of flags that were given are in `.given`.  Raises UserError on an unknown flag or a wrong value.
     """
-    types = typing.get_type_hints(Config)
+    types, intervals = typing.get_type_hints(Config), {}
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, description=(
         f"Recipes: {', '.join(recipes)}. Defaults below are those of the class; a recipe overrides them."))
     for field in dataclasses.fields(Config):
-        name, kind = "--" + field.name.replace("_", "-"), types[field.name]
-        text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
+        name, kind, text = "--" + field.name.replace("_", "-"), types[field.name], comments.get(field.name, "")
+        interval = intervals[field.name] = _interval(field, kind, text)
+        text = f"{text}{f', in {interval}' * (interval not in text)} (default: {field.default})".replace("%", "%%")
         if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        elif typing.get_origin(kind) is typing.Literal:
+            parser.add_argument(name, choices=typing.get_args(kind), help=text)
         else:
             parser.add_argument(name, type=_value(kind), help=text, metavar=field.name.upper())
-    flags = sorted(parser._option_string_actions)
 
     def complain(message):
         if message.startswith("unrecognized"):
             word = message.removeprefix("unrecognized arguments: ").split()[0]
-            near = difflib.get_close_matches(word, flags, 1)
+            near = difflib.get_close_matches(word, parser._option_string_actions, 1)
             guess = f", did you mean {near[0]}?" if near else ""
             message = f"unknown flag {word}{guess} (--help lists them all)"
         raise UserError(message.removeprefix("argument "))
@@ -108,6 +110,10 @@ def parse_config(Config, recipes, argv=None):
             settings |= values if set(key.split()) <= words else {}
     config = Config(**{**settings, "data": data, **given})
     config.given = set(given)
+    for name, interval in intervals.items():
+        value = getattr(config, name)
+        if interval and value is not None and not _inside(value, interval):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be in {interval}")
     return config
 
 
@@ -122,6 +128,20 @@ def _value(kind):
         return convert(text)
     parse.__name__ = convert.__name__                                   # argparse names it in its message
     return parse
+
+
+def _interval(field, kind, comment):
+    """The interval that a field's numbers are in, see `parse_config`; "" for what is no number."""
+    if not {int, float} & {kind, *typing.get_args(kind)}:
+        return ""
+    usual = "[1, inf)" if kind is int and field.default else "[0, inf)"
+    return re.search(r"[\[(][\d.]+, [\w.]+[\])]", comment + usual)[0]
+
+
+def _inside(value, interval):
+    low, high = map(float, interval[1:-1].split(", "))
+    open_end = value == low and interval[0] == "(" or value == high and interval[-1] == ")"
+    return low <= value <= high and not open_end
 
 
 # ---- 2. Processes and devices --------------------------------------------------------------------------------------
@@ -187,19 +207,14 @@ def all_gather(x):
     return torch.cat(parts)
 
 
-def barrier():
-    """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def once_per_disk(function):
     """Call the function on the first process, then on the first one of each node: where nodes share a disk it finds
     its work done, where they do not each has it."""
     for variable in ("RANK", "LOCAL_RANK"):
         if int(os.environ.get(variable, 0)) == 0:
             function()
-        barrier()
+        if dist.is_initialized():
+            dist.barrier()
 
 
 class RowGenerator(torch.Generator):
@@ -521,7 +536,7 @@ DATA_SETS = ("toy", *LAYOUTS, "ava")
 LABELS = {"epic": ("verb", "noun", "action", "verb-noun"), "toy": ("motion", "scene")}
 
 
-def find_videos(data, root=None, split="train", label="", toy=None, fold=1):
+def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
     """List a split of a data set in the layout in which it is downloaded -> Listing.
 
     data   toy, ucf101, hmdb51, k400, ssv2, epic; or a directory of videos; or a list file, see `_list_rows`
@@ -530,7 +545,7 @@ def find_videos(data, root=None, split="train", label="", toy=None, fold=1):
     split  train or test; toy also has train_biased, data of your own also all
     label  what to predict where there is a choice: epic verb (default), noun, action, verb-noun (pairs of both); toy
            motion (default), scene
-    toy    for toy: dict(train=..., test=..., size=...), made on first use
+    toy    for toy: videos to train on, to test on, side in pixels; they are made on first use
     fold   which of the three published divisions into train and test, for ucf101 and hmdb51
 
     Raises UserError if nothing is found or the annotations do not join the files.
@@ -550,7 +565,7 @@ def find_videos(data, root=None, split="train", label="", toy=None, fold=1):
         raise UserError("--data ava is for finetune.py; pre-training takes its films as --data DIR")
     root = data_root(data, root)
     if data == "toy":
-        return _toy(root, split, label, **(toy or {}))
+        return _toy(root, split, label, *toy)
     if not root.is_dir():
         raise UserError(f"--data {data}: no directory {root}. Put there, in any depth: {LAYOUTS[data]}; or name "
                         f"another place with --root DIR, or set VIDEO_ROOT so that $VIDEO_ROOT/{data} is it")
@@ -1181,121 +1196,6 @@ def blur(clips, generator=None, p=0.5, sigma=(0.1, 2.0)):
     images = F.conv2d(images, kernel[:, None, None], groups=3 * B)
     images = F.conv2d(images, kernel[:, None, :, None], groups=3 * B)           # (T, 3 B, H, W)
     return images.unflatten(1, (B, 3)).permute(1, 2, 0, 3, 4)
-
-
-def affine(frames, turn=0.0, shear_x=0.0, shear_y=0.0, shift_x=0.0, shift_y=0.0):
-    """Frames (T, 3, H, W) uint8 turned counter-clockwise (radians, around the middle), or sheared from the upper left
-    corner (output (x, y) is input (x + shear_x y, y)), or shifted to the left or up (shares of the side): one of the
-    five.  Bilinear, grey (128) outside.
-
-    Not tv.affine: it blends the edge with black before it blends it with grey, which leaves a dark rim.
-    """
-    H, W = frames.shape[-2:]
-    cos, sin = math.cos(turn), math.sin(turn)
-    theta = [[cos, (shear_x - sin) * H / W, shear_x * H / W + 2 * shift_x],     # output to input, both in [-1, 1]
-             [(shear_y + sin) * W / H, cos, shear_y * W / H + 2 * shift_y]]
-    grid = F.affine_grid(torch.tensor([theta], device=frames.device), (1, 1, H, W), align_corners=False)
-    pixels = frames.reshape(1, -1, H, W).float().sub_(128)                      # so that the zeros outside are grey
-    return F.grid_sample(pixels, grid, align_corners=False).add_(128).round_().byte().view(frames.shape)
-
-
-# Each takes frames (T, 3, H, W) uint8 and v in [-1, 1], the magnitude with its sign; what has no direction uses |v|.
-RAND_AUGMENT = {
-    "autocontrast": lambda x, v: tv.autocontrast(x),
-    "equalize": lambda x, v: tv.equalize(x),
-    "invert": lambda x, v: 255 - x,
-    "rotate": lambda x, v: affine(x, turn=v * math.pi / 6),
-    "posterize": lambda x, v: tv.posterize(x, 4 - int(4 * abs(v))),             # bits that stay: 4 even at v = 0
-    "solarize": lambda x, v: torch.where(x < 256.0 - int(256 * abs(v)), x, 255 - x),     # 256 is 0 as uint8
-    "solarize_add": lambda x, v: torch.where(x < 128, x + int(110 * abs(v)), x),
-    "colour": lambda x, v: tv.adjust_saturation(x, 1 + 0.9 * v),
-    "contrast": lambda x, v: tv.adjust_contrast(x, 1 + 0.9 * v),
-    "brightness": lambda x, v: tv.adjust_brightness(x, 1 + 0.9 * v),
-    "sharpness": lambda x, v: tv.adjust_sharpness(x, 1 + 0.9 * v),
-    "shear_x": lambda x, v: affine(x, shear_x=0.3 * v),
-    "shear_y": lambda x, v: affine(x, shear_y=0.3 * v),
-    "translate_x": lambda x, v: affine(x, shift_x=0.45 * v),
-    "translate_y": lambda x, v: affine(x, shift_y=0.45 * v),
-}
-
-
-def rand_augment(clips, generator=None, ops=4, magnitude=7, std=0.5, p=0.5, scale=10):
-    """RandAugment of clips (B, 3, T, H, W) uint8 -> uint8: `ops` draws with replacement from RAND_AUGMENT per clip,
-    each applied with probability p, at a magnitude N(magnitude, std) clipped to [0, scale]; alike in all frames.
-
-    The defaults are VideoMAE's (timm's rand-m7-n4-mstd0.5-inc1).  MCL: ops 1, magnitude 23 (UCF101) or 3 and 17
-    (HMDB51), std 0, p 1, scale 30; it also has a 16th op, cutout, and translates by 0.4464 instead of 0.45.
-    Interpolation is bilinear; VideoMAE's is bicubic.  On a GPU the host waits once, to learn which ops to start.
-    """
-    draw = rand(len(clips), ops, 4, generator=generator, device=clips.device)   # which, whether, how much, sign
-    level = magnitude + std * torch.special.ndtri(draw[..., 2].clamp_min(1e-7))
-    draw[..., 2] = (level / scale).clamp(0, 1)
-    table, out = list(RAND_AUGMENT.values()), torch.empty_like(clips)
-    with torch.autocast(clips.device.type, enabled=False):                      # places and colours want fp32
-        for clip, result, plan in zip(clips, out, draw.tolist()):
-            frames = clip.transpose(0, 1)                                       # (T, 3, H, W)
-            for which, whether, v, sign in plan:
-                if whether < p:
-                    frames = table[int(which * len(table))](frames, v if sign < 0.5 else -v)
-            result.copy_(frames.transpose(0, 1))
-    return out
-
-
-def box_mask(top, left, height, width, H, W):
-    """Bool masks (..., H, W), True in boxes whose corners and sides have shape (..., 1); clipped to the frame."""
-    y, x = torch.arange(H, device=top.device), torch.arange(W, device=top.device)
-    rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
-    return rows[..., :, None] & columns[..., None, :]
-
-
-def random_erasing(clips, generator=None, p=0.25, area=(0.02, 1 / 3), aspect=(0.3, 3.3)):
-    """Normalised clips (B, 3, T, H, W) float, with probability p one box of normal noise, at the same place in all
-    frames, new noise in each; area is the box's share of the frame, aspect its height / width (log-uniform).
-
-    The first of 10 draws that fits is taken; if none does, the clip stays as it is (timm, as VideoMAE uses it).  All
-    clips of a step share one volume of noise, so that what a clip gets does not depend on its process (our choice).
-    """
-    B, _, _, H, W = clips.shape
-    draw = rand(B, 23, generator=generator, device=clips.device)
-    size = H * W * (area[0] + (area[1] - area[0]) * draw[:, 3:13])              # (B, 10)
-    ratio = (math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * draw[:, 13:]).exp()
-    height, width = (size * ratio).sqrt().round(), (size / ratio).sqrt().round()
-    fits = (height < H) & (width < W)
-    first = fits.int().argmax(1, keepdim=True)
-    height, width = height.gather(1, first), width.gather(1, first)             # (B, 1)
-    top, left = (draw[:, 1:2] * (H - height + 1)).floor(), (draw[:, 2:3] * (W - width + 1)).floor()
-    erased = fits.any(1) & (draw[:, 0] < p)
-    mask = box_mask(top, left, height, width, H, W) & erased[:, None, None]     # (B, H, W)
-    noise = torch.randn(clips.shape[1:], generator=generator, device=clips.device)
-    return torch.where(mask[:, None, None], noise, clips)
-
-
-def symmetric_beta(draw, a):
-    """Numbers (...) of the distribution Beta(a, a), 0 < a <= 1, from uniform ones (..., k, 2), by Johnk's method: the
-    first pair with u^(1/a) + v^(1/a) <= 1.  A pair is one with probability 1/2 or more, so k = 32 always has one."""
-    parts = draw ** (1 / a)
-    first = (parts.sum(-1) <= 1).int().argmax(-1, keepdim=True)
-    return (parts[..., 0] / parts.sum(-1)).gather(-1, first)[..., 0]
-
-
-def mix(clips, targets, generator=None, mixup=0.8, cutmix=1.0, prob=1.0, switch=0.5):
-    """Mix each of the float clips (B, 3, T, H, W), and its targets (B, C), with its partner in the reversed batch:
-    lam of the clip and 1 - lam of the partner -> (clips, targets).
-
-    With probability prob; then with probability switch it is cutmix (a box of the partner in all frames, 1 - lam is
-    its share of the frame after clipping), else mixup (weighted sum); lam is Beta(a, a) with a = mixup or cutmix,
-    both in (0, 1]; switch 0 or 1 does only one of them.  Source: timm's batch mode, as VideoMAE uses it.  All clips
-    of a forward pass share lam and the box: the draws are those of its first row in the global batch.  The middle
-    clip of an odd batch is its own partner.
-    """
-    H, W = clips.shape[-2:]
-    draw = rand(len(clips), 68, generator=generator, device=clips.device)[0]
-    mixed, cut, pairs = draw[0] < prob, draw[1] < switch, draw[4:].view(32, 2)
-    lam = symmetric_beta(pairs, cutmix).where(cut, symmetric_beta(pairs, mixup))
-    y, x = (draw[2:3] * H).floor(), (draw[3:4] * W).floor()                     # (1,) the box's middle
-    up, aside = (((1 - lam).sqrt() * side).floor() // 2 for side in (H, W))     # half its sides
-    own = (~box_mask(y - up, x - aside, 2 * up, 2 * aside, H, W)).float().where(cut, lam).where(mixed, 1.0)   # (H, W)
-    return torch.lerp(clips.flip(0), clips, own), torch.lerp(targets.flip(0), targets, own.mean())
 
 
 # ---- 7. Optical flow -----------------------------------------------------------------------------------------------
@@ -2105,77 +2005,44 @@ class Plan(NamedTuple):
 
 
 def plan_run(cfg, videos, env):
-    """Spread cfg.batch over processes and accumulation -> Plan.
-
-    Raises UserError if it does not divide, or if another number in the settings makes no sense.
-    """
-    for name in ("frames", "stride", "patch_size", "tubelet_size", "batch", "repeats", "queue"):
-        if getattr(cfg, name, 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
-    for name in ("min_crop", "width", "temperature"):
-        value, share = getattr(cfg, name, 1), name == "min_crop"
-        if value <= 0 or share and value > 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be above 0{' and at most 1' * share}")
-    micro = min(cfg.device_batch or cfg.batch, cfg.batch // env.world)
+    """Spread cfg.batch over processes and accumulation -> Plan.  Raises UserError if it does not divide."""
+    micro = min(cfg.device_batch, cfg.batch // env.world)
     if not micro or cfg.batch % (env.world * micro):
         raise UserError(f"--batch {cfg.batch} does not spread evenly over {env.world} processes with --device-batch "
                         f"{cfg.device_batch} ({micro} videos per pass): change one of them")
     plan = Plan(batch=cfg.batch, micro=micro, accum=cfg.batch // (env.world * micro), repeats=cfg.repeats,
                 steps=cfg.steps or max(1, int(cfg.epochs * videos / cfg.batch)), per_epoch=videos / cfg.batch)
-    if getattr(cfg, "warmup_epochs", 0) * plan.per_epoch > plan.steps:
+    if cfg.warmup_epochs * plan.per_epoch > plan.steps:
         print0(f"warning: --warmup-epochs {cfg.warmup_epochs:g}, of {plan.per_epoch:.4g} steps each, are longer than "
                f"the run of {plan.steps} steps: the learning rate does not reach its peak")
     return plan
 
 
-class StepSampler(torch.utils.data.Sampler):
-    """Batches of (epoch, index) for this process, from step `start` to the end.
+def step_batches(videos, plan, env, seed, start=0):
+    """Yields, from step `start` to the end, the batches of (epoch, index) that this process reads.
 
     They are cut from one endless stream of shuffled epochs, the same for any number of processes, so a run can stop
     and continue anywhere.
     """
-
-    def __init__(self, videos, plan, env, seed, start=0):
-        self.videos, self.plan, self.env, self.seed, self.start = videos, plan, env, seed, start
-
-    def __len__(self):
-        return (self.plan.steps - self.start) * self.plan.accum
-
-    def __iter__(self):
-        epoch, order, n = -1, None, self.plan.micro
-        for i in range(self.start * self.plan.accum, self.plan.steps * self.plan.accum):
-            batch, first = [], (i * self.env.world + self.env.rank) * n
-            for k in range(first, first + n):
-                if k // self.videos != epoch:
-                    epoch = k // self.videos
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.videos)
-                batch.append((epoch, int(order[k % self.videos])))
-            yield batch
+    order = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(videos))
+    for i in range(start * plan.accum, plan.steps * plan.accum):
+        first = (i * env.world + env.rank) * plan.micro
+        places = [divmod(k, videos) for k in range(first, first + plan.micro)]
+        yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
 
 
 def make_optimizer(name, model, lr, weight_decay, device, nesterov=False):
-    """What --optimizer says: sgd (momentum 0.9, decay on everything; if it is Nesterov's, not on vectors) or adamw
-    (betas 0.9 and 0.95)."""
-    if name == "adamw":
-        return adamw(model, lr, weight_decay, (0.9, 0.95), device)
-    if name != "sgd":
-        raise UserError(f"--optimizer {name}: choose sgd or adamw")
-    groups = decay_groups(model, weight_decay, vectors=weight_decay * (not nesterov))
-    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
-
-
-def adamw(model, lr, weight_decay, betas, device):
-    """AdamW with no decay on vectors and on the mask token, fused on GPUs."""
-    return torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr, betas=betas, fused=device.type == "cuda")
-
-
-def decay_groups(model, weight_decay, vectors=0.0):
-    """Two parameter groups: matrices and kernels; vectors (biases, norms) and the mask token, with a weight decay of
-    their own."""
+    """adamw: betas 0.9 and 0.95, fused on GPUs, no weight decay on vectors (biases, norms) and the mask token; sgd:
+    momentum 0.9, weight decay on everything or, with Nesterov's momentum, not on vectors."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    decay = [p for n, p in named if p.ndim > 1 and "mask_token" not in n]
-    other = [p for n, p in named if p.ndim <= 1 or "mask_token" in n]
-    return [dict(params=decay, weight_decay=weight_decay), dict(params=other, weight_decay=vectors)]
+    vectors = [p for n, p in named if p.ndim <= 1 or "mask_token" in n]
+    matrices = [p for n, p in named if not (p.ndim <= 1 or "mask_token" in n)]
+    spared = nesterov or name == "adamw"
+    groups = [dict(params=matrices, weight_decay=weight_decay),
+              dict(params=vectors, weight_decay=0.0 if spared else weight_decay)]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
 
 
 def cosine_lr(step, steps, warmup, peak, floor, start=0.0, whole=False):
@@ -2199,8 +2066,7 @@ def vit_sizes(name):
 @functools.cache
 def can_compile():
     """Whether torch.compile has the C compiler that it needs; says so once if not."""
-    names = os.environ.get("CC"), "cc", "gcc", "clang"
-    found = any(shutil.which(name) for name in names if name)
+    found = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
     if not found:
         print0("warning: torch.compile needs a C compiler and there is none: running eagerly, more slowly")
     torch._dynamo.config.recompile_limit = 64              # blocks, stages and scales share code, each has its graph
@@ -2252,10 +2118,10 @@ def resume_or_init(checkpoint, init, model, optimizer, scaler):
 
 
 # Settings that may change when a run goes on; of --init the path, not the content.
-FREE = {"out", "fresh", "init", "init_sha256", "root", "raft_weights", "device_batch", "workers", "compile",
-        "log_every", "save_every", "preview_every", "test_data", "part", "classes", "views", "train_views",
-        "test_size", "test_short", "raw_crop", "average", "test_batch", "neighbours", "l2", "center", "boxes",
-        "min_score", "times_score"}
+MAY_CHANGE = {"out", "fresh", "init", "init_sha256", "root", "raft_weights", "device_batch", "workers", "compile",
+              "log_every", "save_every", "preview_every", "test_data", "part", "classes", "views", "train_views",
+              "test_size", "test_short", "raw_crop", "average", "test_batch", "neighbours", "l2", "center", "boxes",
+              "min_score", "times_score"}
 
 
 def run_directory(name, cfg):
@@ -2272,33 +2138,30 @@ def open_run(name, cfg, env, listing, plan, lr):
     """
     out = run_directory(name, cfg)
     last = out / "last.pt"
-
-    def move_aside():
-        for old in (last, out / "log.jsonl"):
-            if old.exists():
-                os.replace(old, old.with_suffix(old.suffix + ".old"))
     if cfg.fresh:
-        once_per_disk(move_aside)
+        old = [file for file in (last, out / "log.jsonl") if file.exists()]
+        once_per_disk(lambda: [os.replace(file, f"{file}.old") for file in old if file.exists()])
     checkpoint = load_file(last) if last.exists() else None
     was = checkpoint["config"] if checkpoint else {}
-    cfg.init_sha256 = was.get("init_sha256", "")                 # if the file is gone
-    if was.get("init") != cfg.init or Path(cfg.init).exists():
-        cfg.init_sha256 = weights_sha256(cfg.init)
-    settings = run_settings(cfg, listing)
-    differ = [f"{k}: {was[k]} there, {v} now" for k, v in settings.items() if k not in FREE and was.get(k, v) != v]
-    if was.get("init_sha256", cfg.init_sha256) != cfg.init_sha256:
+    init_sha256 = was.get("init_sha256", "")                     # if the file is gone
+    if cfg.init and (was.get("init") != cfg.init or Path(cfg.init).exists()):
+        with open(weights_file(cfg.init), "rb") as file:
+            init_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    cfg.settings = dict(dataclasses.asdict(cfg), videos=len(listing.items), init_sha256=init_sha256 * bool(cfg.init))
+    differ = [f"{k}: {was[k]} there, {v} now" for k, v in cfg.settings.items()
+              if k not in MAY_CHANGE and was.get(k, v) != v]
+    if was.get("init_sha256", cfg.settings["init_sha256"]) != cfg.settings["init_sha256"]:
         differ.append(f"init: weights of {was['init'] or 'none'} there, of {cfg.init or 'none'} now")
     if differ:
         raise UserError(f"{last} was made with other settings ({'; '.join(differ)}). Use them again, or --out for "
                         f"another run, or --fresh to start over, or --init {last} --out DIR for its weights alone")
     steps = all_gather(torch.tensor([checkpoint["step"] if checkpoint else 0], device=env.device)).tolist()
-    other = next((i for i, step in enumerate(steps) if step != steps[0]), None)
-    if other is not None:
-        raise UserError(f"{last} is at step {steps[0]} for process 0 and at step {steps[other]} for process {other} "
-                        "(0: not there). Nodes without a shared disk must hold the same file: copy it")
+    if len(set(steps)) > 1:
+        raise UserError(f"{last} is at steps {steps} for processes 0, 1, ... (0: not there). Nodes without a shared "
+                        "disk must hold the same file: copy it")
     out.mkdir(parents=True, exist_ok=True)                       # on every node
     if env.rank == 0:
-        about = dict(settings, method=name, world=env.world, accumulation=plan.accum, steps_planned=plan.steps,
+        about = dict(cfg.settings, method=name, world=env.world, accumulation=plan.accum, steps_planned=plan.steps,
                      peak_lr=lr, torch=str(torch.__version__))
         (out / "config.json").write_text(json.dumps(about, indent=1))
         if listing.missing:
@@ -2309,22 +2172,6 @@ def open_run(name, cfg, env, listing, plan, lr):
     return out, checkpoint
 
 
-def run_settings(cfg, listing):
-    """What tells one run from another."""
-    return dict(dataclasses.asdict(cfg), videos=len(listing.items), init_sha256=getattr(cfg, "init_sha256", ""))
-
-
-def weights_sha256(init):
-    """SHA-256 of the weights that --init names, "" where it names none."""
-    if not init:
-        return ""
-    sha = hashlib.sha256()
-    with open(weights_file(init), "rb") as file:
-        while part := file.read(2**20):
-            sha.update(part)
-    return sha.hexdigest()
-
-
 def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler):
     """Write everything that continuing needs, as plain dicts and tensors.
 
@@ -2333,7 +2180,7 @@ def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler
     """
     content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
                    backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__),
-                   config=run_settings(cfg, listing))
+                   config=cfg.settings)
     unfinished = path.with_name(path.name + ".partial")
     try:
         torch.save(content, unfinished)
@@ -2365,7 +2212,6 @@ class Log:
         self.out, self.env, self.plan, self.every = out, env, plan, every
         self.tried = self.bad = self.not_finite = 0
         self.waited, self.began, self.logged = 0.0, time.perf_counter(), start
-        self.named = set()
         if env.rank == 0:
             path = out / "log.jsonl"                            # forget what was logged after the checkpoint
             lines = path.read_text().splitlines() if path.exists() else []
@@ -2384,25 +2230,27 @@ class Log:
         self.waited += time.perf_counter() - began
         self.tried += len(batch["names"]) + len(batch["errors"])
         self.bad += len(batch["errors"])
-        for error in set(batch["errors"]) - self.named:
-            self.named.add(error)
+        path = self.out / "bad_videos.txt"                      # of earlier runs and of other processes, too
+        listed = path.read_text().splitlines() if batch["errors"] and path.exists() else []
+        for error in sorted({*batch["errors"]} - {*listed}):
             tqdm.write(f"skipped {error}")
-            with open(self.out / "bad_videos.txt", "a") as file:
+            with open(path, "a") as file:
                 file.write(error + "\n")
-        if batch["clips"] is None or not batch["read"].all() or (self.tried >= 20 and self.bad > 0.2 * self.tried):
+        chance = 3 * math.sqrt(0.2 * 0.8 * self.tried)          # of 10 % a few tries may hold more than a fifth
+        if not batch["read"].all() or self.tried >= 20 and self.bad > 0.2 * self.tried + chance:
             raise UserError(f"{self.bad} of {self.tried} videos could not be read, more than a fifth; the last: "
-                            f"{batch['errors'][-1]}. All are in {self.out / 'bad_videos.txt'}")
+                            f"{batch['errors'][-1]}. All are in {path}")
         clips, labels = to_device(batch["clips"], self.env.device), batch["labels"].to(self.env.device)
         return dict(batch, clips=clips, labels=labels)
 
-    def finite(self, loss, names):
+    def finite(self, loss, norm, names):
         """False if the step must be skipped; after three of them in a row raises UserError with the videos' names."""
-        self.not_finite = 0 if math.isfinite(loss) else self.not_finite + 1
+        self.not_finite = 0 if math.isfinite(loss + norm) else self.not_finite + 1
         if self.not_finite:
-            print0(f"the loss is {loss}: step skipped")
+            print0(f"the loss is {loss}, the gradient's norm {norm}: step skipped")
         if self.not_finite == 3:
-            raise UserError("the loss is not finite for 3 steps in a row; last.pt is from before. Videos of the last "
-                            f"batch: {', '.join(names)}")
+            raise UserError("loss or gradient is not finite for 3 steps in a row; last.pt is from before. Videos of "
+                            f"the last batch: {', '.join(names)}")
         return not self.not_finite
 
     def step(self, step, loss, flow=None, **values):
@@ -2435,11 +2283,9 @@ class Log:
     def close(self, stopped):
         """Say how the run ended and, if it was stopped, how to go on."""
         self.bar.close()
-        if stopped:
-            print0(f"stopped and saved; the same command goes on from {self.out / 'last.pt'}")
-        else:
-            files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
-            print0(f"trained: {', '.join(str(file) for file in files if file.exists())}")
+        files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
+        print0(f"stopped and saved; the same command goes on from {files[0]}" if stopped else
+               f"trained: {', '.join(str(file) for file in files if file.exists())}")
 
 
 # ---- 12. Pictures --------------------------------------------------------------------------------------------------

@@ -41,16 +41,17 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, Log, Queue, StepSampler, StopSignal, UserError, all_reduce_mean, blur, clip_indices,
-                    colour_jitter, cosine_lr, ema_update, example_clips, find_videos, flip, loader, make_backbone,
-                    make_optimizer, map_to_rgb, normalize, open_run, parse_config, plan_run, rand, random_resized_crop,
-                    read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown, to_device, to_float01,
+from common import (Clips, Log, Queue, StopSignal, UserError, all_reduce_mean, blur, clip_indices, colour_jitter,
+                    cosine_lr, ema_update, example_clips, find_videos, flip, loader, make_backbone, make_optimizer,
+                    map_to_rgb, normalize, open_run, parse_config, plan_run, rand, random_resized_crop, read_views,
+                    resume_or_init, save_checkpoint, save_sheet, setup, shutdown, step_batches, to_device, to_float01,
                     wrap_model)
 
 
@@ -65,37 +66,37 @@ class Config:
     fresh: bool = False                # start over instead of continuing the run in --out
     init: str = ""                     # start from the weights of this checkpoint
     backbone: str = "r2plus1d_18"      # r2plus1d_18, r3d_18, s3d, slow_r50, r2plus1d_50, vit_tiny .. vit_huge
-    width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50
+    width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50, in (0, inf)
     image_size: int = 112              # side of the crop in pixels
-    frames: int = 16                   # frames of a clip
+    frames: int = 16                   # frames of a clip, in [2, inf)
     stride: int = 2                    # video frames from one frame of the clip to the next
-    min_crop: float = 0.2              # smallest area of a crop
+    min_crop: float = 0.2              # smallest area of a crop, in (0, 1]
     colour: float = 1.0                # strength of colour jitter and frequency of grey clips; 1 = published
     merge: bool = True                 # paste foregrounds on other backgrounds; --no-merge = MoCo
-    beta: float = 0.5                  # share of the frame that is foreground
+    beta: float = 0.5                  # share of the frame that is foreground, in [0, 1]
     queue: int = 65536                 # keys of earlier clips to tell apart from
-    momentum: float = 0.999            # of the key encoder
-    temperature: float = 0.1           # of the similarities
+    momentum: float = 0.999            # of the key encoder, in [0, 1]
+    temperature: float = 0.1           # of the similarities, in (0, inf)
     epochs: int = 200                  # passes over the videos
     steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 64                    # videos per step, over all GPUs and accumulation; --repeats of each
     device_batch: int = 64             # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # pairs cut from each video that is opened; they may swap backgrounds
-    optimizer: str = "sgd"             # sgd (momentum 0.9), adamw (betas 0.9 and 0.95)
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd (momentum 0.9), adamw (betas 0.9 and 0.95)
     lr: float = 0.04                   # per 256 videos of the batch
     min_lr: float = 0.0                # per 256 videos, at the end
     warmup_epochs: float = 0           # linear from 0
-    weight_decay: float = 1e-4         # sgd: of everything, adamw: not of vectors
+    weight_decay: float = 1e-4         # sgd: of everything, adamw: not of vectors, in [0, 1]
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
     seed: int = 0                      # of everything that is random
-    workers: int = 8                   # processes per GPU that read videos
+    workers: int = 8                   # processes per GPU that read videos, in [0, 256]
     compile: bool = torch.cuda.is_available()  # torch.compile the network, stage by stage
     log_every: int = 20                # steps
     save_every: int = 500              # steps
     preview_every: int = 1000          # steps
     toy_train: int = 1024              # toy: videos to train on
     toy_test: int = 256                # toy: videos to test on
-    toy_size: int = 64                 # toy: side in pixels
+    toy_size: int = 64                 # toy: side in pixels, in [16, 1024]
 
 
 RECIPES = {
@@ -283,14 +284,10 @@ def sample_clips(video, item, rng, cfg):
 
 def main(cfg):
     env = setup(cfg.seed)
-    toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
-    listing = find_videos(cfg.data, cfg.root, "train", toy=toy)
+    listing = find_videos(cfg.data, cfg.root, "train", toy=(cfg.toy_train, cfg.toy_test, cfg.toy_size))
     plan = plan_run(cfg, len(listing.items), env)
     if cfg.merge and plan.micro < 2:
         raise UserError("one pair per forward pass, so there is no other background: raise --device-batch or --batch")
-    if cfg.frames < 2 or not 0 <= cfg.beta <= 1 or not 0 <= cfg.momentum <= 1:
-        raise UserError(f"--frames {cfg.frames} must be at least 2, --beta {cfg.beta} and --momentum {cfg.momentum} "
-                        "in [0, 1]")
     lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
     out, checkpoint = open_run("fame", cfg, env, listing, plan, lr)
 
@@ -306,28 +303,29 @@ def main(cfg):
     start = resume_or_init(checkpoint, cfg.init, model, optimizer, scaler)
     net = wrap_model(model, env, cfg.compile)
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
-    batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
+    batches = iter(loader(dataset, step_batches(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
         rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        total = 0.0
+        means = {}
         for micro in range(plan.accum):
             batch = log.next_batch(batches)
             generator = plan.generator(env, cfg.seed, step, micro)
             with env.autocast(), nullcontext() if env.world == 1 or micro == plan.accum - 1 else net.no_sync():
                 loss, stats = net(batch["clips"], generator)                   # <- the method
             scaler.scale(loss / plan.accum).backward()
-            total = total + loss.detach() / plan.accum
+            for name, value in dict(stats, loss=loss.detach()).items():
+                means[name] = means.get(name, 0.0) + value / plan.accum
         scaler.unscale_(optimizer)
         norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
-        status = torch.stack([total, total.new_tensor(float(stop.received))])
-        total, stopping = all_reduce_mean(status).tolist()                     # the one wait for the device in a step
-        if log.finite(total, batch["names"]):
+        status = torch.stack([means.pop("loss"), norm, norm.new_tensor(float(stop.received))])
+        total, norm, stopping = all_reduce_mean(status).tolist()               # the one wait for the device in a step
+        if log.finite(total, norm if not scaler.is_enabled() else 0.0, batch["names"]):    # fp16: the scaler's matter
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        log.step(step, total, flow, lr=rate, grad_norm=norm, **stats)
+        log.step(step, total, flow, lr=rate, grad_norm=norm, **means)
         last = step + 1 == plan.steps or stopping
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
             save_checkpoint(out / "last.pt", cfg, listing, step + 1, model, model.encoder, optimizer, scaler)

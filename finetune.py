@@ -19,8 +19,10 @@ run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops 
 scores.npz, who is taken for whom to confusion.png.
 
 Differs from the published protocols, and why
- 1. RandAugment and random erasing work on the crop, on the device (published: on whole frames, before the crop), and
-    colour jitter is one affine map per clip.
+ 1. RandAugment, random erasing, mixup and cutmix are torchvision's, and work on the crop, on the device (published:
+    timm's, on whole frames, before the crop).  Its RandAugment has the identity instead of invert and of solarize-add,
+    a fixed magnitude, and no cutout (MCL); erased boxes get one noise for all frames, not one for each; the partner
+    of a clip is its neighbour in the batch.  Colour jitter is one affine map per clip.
  2. The last weights are tested (MOFO: those of the best epoch); there is no look at the test set during training.
  3. MOFO's motion box is found by optical flow in the same pass, so it follows every augmentation.  Where two clips
     are mixed so are their insides: the union under mixup, the pasted region under cutmix.
@@ -35,11 +37,11 @@ import json
 import math
 import os
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -47,21 +49,25 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torchvision.ops import roi_align
+from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import (BACKBONES, Clips, DATA_SETS, FlowEstimator, Log, Mlp, ResNet3D, SPLIT_DIRS, StepSampler,
-                    StopSignal, UserError, VIDEO_FILES, ViT, VideoError, all_reduce_mean, box_mask, clip_indices,
-                    colour_jitter, cosine_lr, data_root, export_huggingface, find_videos, flip, hold_out, item_frames,
-                    list_files, load_file, load_weights, loader, make_backbone, make_listing, mix, normalize, open_run,
-                    parse_config, plan_run, print0, rand_augment, random_erasing, random_resized_crop, read_lines,
-                    read_views, resume_or_init, run_directory, save_checkpoint, setup, shutdown, split_dir, to_device,
-                    to_float01, wrap_model)
+from common import (BACKBONES, Clips, DATA_SETS, FlowEstimator, Log, Mlp, ResNet3D, SPLIT_DIRS, StopSignal, UserError,
+                    VIDEO_FILES, ViT, VideoError, all_reduce_mean, clip_indices, colour_jitter, cosine_lr, data_root,
+                    export_huggingface, find_videos, flip, hold_out, item_frames, list_files, load_file, load_weights,
+                    loader, make_backbone, make_listing, normalize, open_run, parse_config, plan_run, print0,
+                    random_resized_crop, read_lines, read_views, resume_or_init, run_directory, save_checkpoint, setup,
+                    shutdown, split_dir, step_batches, to_device, to_float01, wrap_model)
 from mofo import find_motion
 
 
 # ---- 1. Config ------------------------------------------------------------------------------------------------------
 # Defaults are VideoMAE's fine-tuning of a ViT-B on Something-Something v2.
+
+MODES = Literal["finetune", "linear", "knn", "retrieval", "test", "predict", "extract", "export"]
+PAPERS = Literal["videomae", "mofo", "mme", "fame", "mcl", "modist"]
+
 
 @dataclass
 class Config:
@@ -69,20 +75,20 @@ class Config:
     root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
     test_data: str = ""                # list file or directory for testing; default: a fifth of data without a split
     train_split: str = "train"         # train; toy also has train_biased
-    split: int = 1                     # of ucf101 and hmdb51, which have three; pre-training takes the first
+    split: int = 1                     # of ucf101 and hmdb51, which have three; pre-training takes the first, in [1, 3]
     part: str = ""                     # what predict and extract read: train, test, all; default test, of your own all
     label: str = ""                    # what to predict: epic verb, noun, verb-noun, action; toy motion, scene
     classes: str = ""                  # file with the name of a class per line, where --init does not say them
     out: str = ""                      # directory of the run; default runs/finetune-<mode>-<data>-<init>
     fresh: bool = False                # start over instead of continuing the run in --out
-    mode: str = "finetune"             # finetune, linear, knn, retrieval, test, predict, extract, export
-    recipe: str = "videomae"           # whose protocol: videomae, mofo, mme, fame, mcl, modist
+    mode: MODES = "finetune"           # what is done with the network
+    recipe: PAPERS = "videomae"        # whose protocol
     init: str = ""                     # checkpoint to start from
     random_init: bool = False          # take the network from --init but not its weights: the baseline of every probe
     model: str = "vit_base"            # where --init does not say: vit_tiny .. vit_huge, r2plus1d_18, r3d_18, ...
     image_size: int = 0                # side of what the network sees; 0 = as pre-trained
     frames: int = 0                    # frames of a clip; 0 = as pre-trained
-    sampling: str = "uniform"          # frames: uniform (one of each of `frames` segments) or dense (`stride` apart)
+    sampling: Literal["uniform", "dense"] = "uniform"  # one frame of each of `frames` segments, or `stride` apart
     stride: int = 4                    # of dense sampling
     fps: float = 0.0                   # frame rate that --stride is meant for; 0 = that of each video
     views: str = "2x3"                 # clips in time x crops in space, at test time
@@ -90,56 +96,56 @@ class Config:
     test_size: int = 0                 # side of a test crop; 0 = --image-size
     test_short: int = 0                # what the short side is scaled to before a test crop; 0: the crop holds it
     raw_crop: bool = False             # test crops are 224 pixels of the frame as it is
-    average: str = "softmax"           # what is averaged over views: softmax, logits
+    average: Literal["softmax", "logits"] = "softmax"  # what is averaged over views
     test_batch: int = 8                # videos per GPU and forward pass, at test time
     epochs: int = 50                   # passes over the training videos
     steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 512                   # videos per step, over all GPUs and accumulation; --repeats of each
     device_batch: int = 8              # videos per GPU and forward pass
     repeats: int = 1                   # clips cut from each video that is opened (repeated augmentation)
-    optimizer: str = "adamw"           # adamw (betas 0.9 and 0.999), sgd (momentum 0.9), nesterov
+    optimizer: Literal["adamw", "sgd", "nesterov"] = "adamw"  # betas 0.9 and 0.999; momentum 0.9
     lr: float = 5e-4                   # per 256 videos of the batch
     min_lr: float = 1e-6               # per 256 videos, at the end
     warmup_epochs: float = 5.0         # linear, from --warmup-start
-    warmup_start: float = 0.0          # share of the rate at which warm-up begins
+    warmup_start: float = 0.0          # share of the rate at which warm-up begins, in [0, 1]
     whole_cosine: bool = False         # the cosine is that over all epochs, which warm-up joins
     drops: str = ""                    # epochs after which the rate falls tenfold, e.g. 60,120; none: a cosine
-    weight_decay: float = 0.05         # not of vectors, except with sgd
-    layer_decay: float = 0.75          # learning rate of a block relative to the one above it
-    drop_path: float = 0.1             # of the last block, linear over depth
-    dropout: float = 0.0               # of the features, before the head
+    weight_decay: float = 0.05         # not of vectors, except with sgd, in [0, 1]
+    layer_decay: float = 0.75          # learning rate of a block relative to the one above it, in (0, 1]
+    drop_path: float = 0.1             # of the last block, linear over depth, in [0, 1)
+    dropout: float = 0.0               # of the features, before the head, in [0, 1)
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
-    label_smoothing: float = 0.1       # of the training target
-    min_crop: float = 0.08             # smallest area of a training crop
-    aspect: float = 4 / 3              # largest aspect of a training crop
+    label_smoothing: float = 0.1       # of the training target, in [0, 1]
+    min_crop: float = 0.08             # smallest area of a training crop, in (0, 1]
+    aspect: float = 4 / 3              # largest aspect of a training crop, in [1, inf)
     flip: bool = False                 # mirror half of the training clips; off where left and right are classes
-    randaugment: str = "videomae"      # none, videomae, mcl-ucf101, mcl-hmdb51
-    jitter: float = 0.0                # probability of colour jitter (0.4, hue: --hue)
-    hue: float = 0.0                   # of the jitter, in turns
-    grey: float = 0.0                  # probability of grey clips
-    erasing: float = 0.25              # probability of random erasing
-    mixup: float = 0.8                 # alpha; 0 = off
-    cutmix: float = 1.0                # alpha; 0 = off
+    randaugment: Literal["none", "videomae", "mcl-ucf101", "mcl-hmdb51"] = "videomae"  # whose
+    jitter: float = 0.0                # probability of colour jitter (0.4, hue: --hue), in [0, 1]
+    hue: float = 0.0                   # of the jitter, in turns, in [0, 1]
+    grey: float = 0.0                  # probability of grey clips, in [0, 1]
+    erasing: float = 0.25              # probability of random erasing, in [0, 1]
+    mixup: float = 0.8                 # alpha; 0 = off, in [0, 1]
+    cutmix: float = 1.0                # alpha; 0 = off, in [0, 1]
     focused: bool = False              # MOFO's head: what moves attends to what does not
-    classifier: str = "logistic"       # linear: logistic (ours), svm, trained (by the optimiser, on augmented clips)
+    classifier: Literal["logistic", "svm", "trained"] = "logistic"  # linear: ours, MCL's, by the optimiser
     l2: float = 1e-3                   # logistic: weight penalty
     unit_features: bool = False        # trained: features have length 1
     neighbours: int = 20               # knn
     center: bool = False               # retrieval: features less their mean
     boxes: str = ""                    # ava: file of detected people; gt = the true boxes; default: look for it
-    min_score: float = 0.8             # ava: of a detection
+    min_score: float = 0.8             # ava: of a detection, in [0, 1]
     times_score: bool = True           # ava: multiply an action's score by that of the detection
-    flow: str = "raft_small"           # for --focused: raft_small, raft_large, tvl1
+    flow: Literal["raft_small", "raft_large", "tvl1"] = "raft_small"  # for --focused
     raft_weights: str = ""             # file with torchvision's RAFT weights; default: download
     flow_updates: int = 6              # refinement steps of RAFT
     seed: int = 0                      # of everything that is random
-    workers: int = 8                   # processes per GPU that read videos
+    workers: int = 8                   # processes per GPU that read videos, in [0, 256]
     compile: bool = torch.cuda.is_available()  # torch.compile the network, block by block
     log_every: int = 20                # steps
     save_every: int = 500              # steps
     toy_train: int = 1024              # toy: videos to train on
     toy_test: int = 256                # toy: videos to test on
-    toy_size: int = 64                 # toy: side in pixels
+    toy_size: int = 64                 # toy: side in pixels, in [16, 1024]
 
 
 DENSE = dict(sampling="dense", views="5x3", repeats=2, flip=True)
@@ -507,8 +513,29 @@ def person_clip(video, item, rng, cfg, size, frames, train=False):
 
 # ---- 4. Augmentation ------------------------------------------------------------------------------------------------
 
-RANDAUGMENTS = {"videomae": {}, "mcl-ucf101": dict(ops=1, magnitude=23, std=0.0, p=1.0, scale=30),
-                "mcl-hmdb51": dict(ops=3, magnitude=17, std=0.0, p=1.0, scale=30)}             # see rand_augment
+# Operations per clip, their magnitude (of 30), the probability of each.
+RANDAUGMENTS = {"none": (0, 0, 0.0), "videomae": (4, 21, 0.5), "mcl-ucf101": (1, 23, 1.0), "mcl-hmdb51": (3, 17, 1.0)}
+
+
+@contextmanager
+def global_seed(generator, purpose, row=0):
+    """Within it torch's global generator, from which torchvision's transforms draw, depends only on the step, on the
+    clip's row in the global batch and on what it is for; afterwards it is as it was."""
+    generator = generator or torch.default_generator
+    with torch.random.fork_rng(devices=()):
+        place = getattr(generator, "first", 0) + row
+        torch.default_generator.manual_seed(hash((generator.initial_seed(), purpose, place)) % 2**63)
+        yield
+
+
+def per_clip(transform, clips, generator=None, purpose=1):
+    """One of torchvision's random transforms on clips (B, 3, T, H, W): drawn anew for each clip, alike in its frames."""
+    out = []
+    with torch.autocast(clips.device.type, enabled=False):                     # places and colours want fp32
+        for row, clip in enumerate(clips):
+            with global_seed(generator, purpose, row):
+                out.append(transform(clip.transpose(0, 1)))                    # (T, 3, H, W)
+    return torch.stack(out).transpose(1, 2)
 
 
 def soft_targets(labels, classes, smoothing=0.1):
@@ -559,6 +586,12 @@ class Classifier(nn.Module):
     def __init__(self, network, sizes, cfg, flow=None):
         super().__init__()
         self.network, self.sizes, self.cfg, self.flow = network, sizes, cfg, flow
+        ops, magnitude, p = RANDAUGMENTS[cfg.randaugment]
+        self.randaugment = [transforms.RandomApply([transforms.RandAugment(
+            1, magnitude, interpolation="bilinear", fill=128)], p) for _ in range(ops)]
+        self.erasing = transforms.RandomErasing(cfg.erasing, (0.02, 1 / 3), (0.3, 3.3), value="random")
+        self.mixing = [kind(alpha=alpha) for kind, alpha in ((transforms.MixUp, cfg.mixup),
+                                                             (transforms.CutMix, cfg.cutmix)) if alpha]
         self.fixed = cfg.mode == "linear"                                      # only the head is trained
 
     def train(self, mode=True):
@@ -570,8 +603,9 @@ class Classifier(nn.Module):
         """Where MOFO's motion box is: clips (B, 3, T, H, W) uint8 -> (B, 1, 1, H, W), 1 inside and 0 outside."""
         *_, boxes, _ = find_motion(self.flow, clips, self.network.tubelet_size)
         x1, y1, x2, y2 = boxes.T[..., None]                                    # each (B, 1); all 0: no motion
-        return box_mask(y1.floor(), x1.floor(), y2.ceil() - y1.floor(), x2.ceil() - x1.floor(), *clips.shape[-2:]
-                        ).float()[:, None, None]
+        y, x = (torch.arange(side, device=clips.device) for side in clips.shape[-2:])
+        rows, columns = (y + 1 > y1) & (y < y2), (x + 1 > x1) & (x < x2)       # (B, H), (B, W): a part of the pixel
+        return (rows[:, :, None] & columns[:, None]).float()[:, None, None]
 
     def logits(self, clips, inside=None):
         """Normalised clips (B, 3, T, H, W) -> (B, all classes); inside (B, 1, 1, H, W) is above 0 in the box."""
@@ -601,17 +635,18 @@ class Classifier(nn.Module):
         targets = torch.cat([soft_targets(own, n, c.label_smoothing) for own, n in zip(labels.T, self.sizes)], 1)
         with torch.no_grad():
             clips = flip(clips, generator)[0] if c.flip else clips
-            if c.randaugment != "none":
-                clips = rand_augment(clips, generator, **RANDAUGMENTS[c.randaugment])
+            if self.randaugment:
+                clips = per_clip(transforms.Compose(self.randaugment), clips, generator)
             inside = self.inside(clips) if c.focused else None
             if c.jitter or c.grey:
                 clips = colour_jitter(to_float01(clips), generator, hue=c.hue, p=c.jitter, grey=c.grey)
             clips = normalize(clips, self.network.config)
-            clips = random_erasing(clips, generator, c.erasing) if c.erasing else clips
-            if c.mixup or c.cutmix:
+            clips = per_clip(self.erasing, clips, generator, 2) if c.erasing else clips
+            if self.mixing:
                 both = clips if inside is None else torch.cat([clips, inside.expand_as(clips[:, :1])], 1)
-                switch = 0.5 if c.mixup and c.cutmix else float(c.cutmix > 0)
-                both, targets = mix(both, targets, generator, c.mixup or 1.0, c.cutmix or 1.0, 1.0, switch)
+                with global_seed(generator, purpose=0):                        # all clips of a pass share it
+                    mixed, targets = transforms.RandomChoice(self.mixing)(both.flatten(1, 2), targets)
+                both = mixed.view_as(both)
                 clips, inside = both[:, :3], None if inside is None else both[:, 3:, :1]
         logits = self.logits(clips, inside)                                    # (B, all classes)
         parts = list(zip(logits.split(self.sizes, 1), targets.split(self.sizes, 1), labels.T))
@@ -685,12 +720,14 @@ def layer_decay_groups(network, lr, weight_decay, decay, vectors=0.0):
     return list(groups.values())
 
 
-def build_network(cfg, outputs=0, classes=None):
-    """The network that --init describes, with its weights (unless --random-init) -> network, content of the file.
-    Without outputs it has the norms of the file.  One that is trained takes the head over only for the same classes."""
+def build_network(cfg, content, outputs=0, classes=None):
+    """The network that `content`, the checkpoint of --init, describes, with its weights (unless --random-init).
+
+    Without outputs it has the norms of the file.  One that is trained takes the head over only for the same classes.
+    Its side and frames go to cfg.
+    """
     if cfg.model not in BACKBONES:
         raise UserError(f"--model {cfg.model}: choose {', '.join(BACKBONES)}")
-    content = load_file(cfg.init)
     public = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
     backbone = ({} if "image_size" in content["backbone"] else public) | content["backbone"]
     backbone |= {key: value for key in ("image_size", "frames") if (value := getattr(cfg, key))}
@@ -713,7 +750,16 @@ def build_network(cfg, outputs=0, classes=None):
         report = load_weights(network, cfg.init, True if training else "all", new)
         print0(f"{cfg.init}: {len(report.loaded)} tensors loaded, new here {report.missing[:4]}, not used "
                f"{len(report.unexpected)} {report.unexpected[:3]}")
-    return network, content
+    cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]
+    return network
+
+
+def build_classifier(cfg, env, content, classes):
+    """A Classifier on the device, with a linear head for each of heads(classes)."""
+    network, flow = build_network(cfg, content, len(classes), classes).to(env.device), None
+    if cfg.focused:
+        flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+    return Classifier(network, [len(names) for names in heads(classes)], cfg, flow).eval()
 
 
 # ---- 6. Metrics -----------------------------------------------------------------------------------------------------
@@ -999,18 +1045,16 @@ def stack_results(results, count):
 
 def extract(network, items, cfg, env, views, what):
     """Features (N, views, dim) of listed videos, read (N,) bool, errors."""
-    size, frames = network.config["image_size"], network.config["frames"]
-    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or size, frames=frames, views=views)
+    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or cfg.image_size, frames=cfg.frames, views=views)
     results, errors = run_inference(lambda clips, n: network(normalize(clips, network.config)).float().cpu()
-                            .unflatten(0, (n, -1)), items, sample, cfg, env, what)
+                                    .unflatten(0, (n, -1)), items, sample, cfg, env, what)
     return *stack_results(results, len(items)), errors
 
 
-def classify(model, items, cfg, env, views, what="testing"):
+def classify(model, items, cfg, env, what="testing"):
     """Scores (N, all classes), the mean over views, read (N,) bool, errors."""
-    config = model.network.config
-    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or config["image_size"], frames=config["frames"],
-                     views=views)
+    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or cfg.image_size, frames=cfg.frames,
+                     views=grid_of(cfg.views))
     results, errors = run_inference(lambda clips, n: model.scores(clips).cpu().unflatten(0, (n, -1)).mean(1), items,
                                     sample, cfg, env, what)
     return *stack_results(results, len(items)), errors
@@ -1018,8 +1062,7 @@ def classify(model, items, cfg, env, views, what="testing"):
 
 def detect(model, test, cfg, env):
     """Actions of the people in AVA's key frames -> figures, errors.  A box has a score for each of the 80 actions."""
-    config = model.network.config
-    sample = partial(person_clip, cfg=cfg, size=config["image_size"], frames=config["frames"])
+    config, sample = model.network.config, partial(person_clip, cfg=cfg, size=cfg.image_size, frames=cfg.frames)
 
     def compute(batch, n):
         scores = model.logits(normalize(batch["clips"], config), batch["boxes"], batch["count"]).sigmoid()
@@ -1040,15 +1083,15 @@ def detect(model, test, cfg, env):
     return dict(mAP=100 * mean, per_class=per_class), errors
 
 
-def head_sizes(classes):
-    """Classes of each linear head: one, or EPIC's two, whose names begin with verb: and noun:."""
-    verbs = sum(name.startswith("verb:") for name in classes)
-    return [verbs, len(classes) - verbs] if verbs else [len(classes)]
+def heads(classes):
+    """Names of the classes of each linear head: one, or EPIC's two, whose names begin with verb: and noun:."""
+    verbs = [name for name in classes if name.startswith("verb:")]
+    return [verbs, classes[len(verbs):]] if verbs else [classes]
 
 
 def compute_metrics(scores, read, labels, classes, test, cfg):
     """What the tables print, in percent, from scores (N, all classes) and labels (N,) or (N, 2)."""
-    sizes, result = head_sizes(classes), {}
+    sizes, result = [len(names) for names in heads(classes)], {}
     if len(sizes) == 1:
         result = accuracy(scores, read, labels, classes)
     if cfg.data != "epic" or cfg.label not in ("verb-noun", "action"):
@@ -1088,30 +1131,31 @@ def train(cfg, env, listing, model, sample):
     start = resume_or_init(checkpoint, "", network, optimizer, scaler)
     net = wrap_model(model.train(), env, cfg.compile)
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
-    batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
+    batches = iter(loader(dataset, step_batches(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
         rate = cosine_lr(step, plan.steps, warmup, lr, min_lr, cfg.warmup_start, cfg.whole_cosine and not drops)
         if drops and step >= warmup:
             rate = lr * 0.1 ** sum(step >= epoch * plan.per_epoch for epoch in drops)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        total = 0.0
+        means = {}
         for micro in range(plan.accum):
             batch = log.next_batch(batches)
             generator = plan.generator(env, cfg.seed, step, micro)
             with env.autocast(), nullcontext() if env.world == 1 or micro == plan.accum - 1 else net.no_sync():
                 loss, stats = net(batch["clips"], batch["labels"], generator)
             scaler.scale(loss / plan.accum).backward()
-            total = total + loss.detach() / plan.accum
+            for name, value in dict(stats, loss=loss.detach()).items():
+                means[name] = means.get(name, 0.0) + value / plan.accum
         scaler.unscale_(optimizer)
         norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
-        status = torch.stack([total, total.new_tensor(float(stop.received))])
-        total, stopping = all_reduce_mean(status).tolist()                     # the one wait for the device in a step
-        if log.finite(total, batch["names"]):
+        status = torch.stack([means.pop("loss"), norm, norm.new_tensor(float(stop.received))])
+        total, norm, stopping = all_reduce_mean(status).tolist()               # the one wait for the device in a step
+        if log.finite(total, norm if not scaler.is_enabled() else 0.0, batch["names"]):    # fp16: the scaler's matter
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        log.step(step, total, model.flow, lr=rate, grad_norm=norm, **stats)
+        log.step(step, total, model.flow, lr=rate, grad_norm=norm, **means)
         last = step + 1 == plan.steps or stopping
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
             save_checkpoint(out / "last.pt", cfg, listing, step + 1, network, network, optimizer, scaler)
@@ -1123,54 +1167,38 @@ def train(cfg, env, listing, model, sample):
 
 # ---- 10. Main -------------------------------------------------------------------------------------------------------
 
-CHOICES = dict(mode=("finetune", "linear", "knn", "retrieval", "test", "predict", "extract", "export"),
-               recipe=("videomae", "mofo", "mme", "fame", "mcl", "modist"), sampling=("uniform", "dense"),
-               optimizer=("adamw", "sgd", "nesterov"), classifier=("logistic", "svm", "trained"),
-               average=("softmax", "logits"), randaugment=("none", *RANDAUGMENTS))
-
-
 # What testing takes over from the run that made a checkpoint, unless a flag says otherwise.
 TRAINED_WITH = ("label", "focused", "sampling", "stride", "fps", "frames", "image_size", "views", "test_size",
                 "test_short", "raw_crop", "average", "unit_features", "min_score", "times_score", "flow")
 
 
+def grid_of(views):
+    """"2x3" -> (2, 3): clips in time, crops in space."""
+    return tuple(map(int, views.split("x")))
+
+
 def check(cfg):
-    """Raise UserError for settings that make no sense -> views (T, S) of test and of training videos."""
-    for name, options in CHOICES.items():
-        if getattr(cfg, name) not in options:
-            raise UserError(f"--{name} {getattr(cfg, name)}: choose {', '.join(options[:-1])} or {options[-1]}")
-    for name in ("views", "train_views"):
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", getattr(cfg, name)):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected e.g. 2x3, clips in time x "
-                            "crops in space")
-    if not re.fullmatch(r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?", cfg.drops):
-        raise UserError(f"--drops {cfg.drops}: expected epochs, e.g. 60,120")
-    for name in ("mixup", "cutmix", "erasing", "jitter", "grey", "dropout", "drop_path", "label_smoothing"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be in [0, 1]")
-    if cfg.aspect < 1 or cfg.test_batch < 1 or cfg.neighbours < 1:
-        raise UserError(f"--aspect {cfg.aspect}, --test-batch {cfg.test_batch} and --neighbours {cfg.neighbours} "
-                        "must be at least 1")
+    """Raise UserError for settings that make no sense."""
+    forms = dict(views=r"[1-9]\d*x[1-9]\d*", train_views=r"[1-9]\d*x[1-9]\d*", drops=r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?")
+    for name, form in forms.items():
+        if not re.fullmatch(form, getattr(cfg, name)):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected e.g. " + (
+                "60,120, epochs" if name == "drops" else "2x3, clips in time x crops in space"))
     if cfg.data == "ava" and (cfg.mode not in ("finetune", "test") or cfg.focused or cfg.repeats > 1 or cfg.split > 1):
         raise UserError(f"--data ava has --mode finetune and test, no --focused and no --repeats above 1, one --split; "
                         f"got --mode {cfg.mode}")
-    return [tuple(map(int, views.split("x"))) for views in (cfg.views, cfg.train_views)]
 
 
-def inherit_settings(cfg):
-    """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise ->
-    content of the checkpoint, {} in the other modes."""
-    if cfg.mode not in ("test", "predict", "export") or not cfg.init:
-        return {}
-    content = load_file(cfg.init)
+def inherit_settings(cfg, content):
+    """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise."""
     made = content.get("config")
-    if isinstance(made, dict) and made.get("mode") in ("finetune", "linear"):
+    if cfg.mode in ("test", "predict", "export") and isinstance(made, dict) and \
+            made.get("mode") in ("finetune", "linear"):
         for name in set(TRAINED_WITH) - getattr(cfg, "given", set()):
             setattr(cfg, name, made.get(name, getattr(cfg, name)))
-    return content
 
 
-def origin(init):
+def checkpoint_name(init):
     """A short name for where weights come from: the run, the folder, or the file."""
     path = Path(init).resolve()
     return path.parent.name if path.stem in ("last", "model", "pytorch_model") else path.stem
@@ -1187,6 +1215,10 @@ def named_classes(cfg, content):
     return content.get("classes") or None
 
 
+def find_listing(data, split, label, cfg):
+    return find_videos(data, cfg.root, split, label, (cfg.toy_train, cfg.toy_test, cfg.toy_size), cfg.split)
+
+
 def find_splits(cfg, content):
     """The listing to train on, None for --mode test, and the one to test on; they have no video in common.
 
@@ -1197,8 +1229,7 @@ def find_splits(cfg, content):
         return data not in DATA_SETS and not any(split_dir(data, split) for split in SPLIT_DIRS)
 
     def read(data, split):
-        toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
-        listing = find_videos(data, cfg.root, "all" if whole(data) else split, cfg.label, toy, cfg.split)
+        listing = find_listing(data, "all" if whole(data) else split, cfg.label, cfg)
         if not listing.classes:
             raise UserError(f"--data {data}: has no labels, which --mode {cfg.mode} needs")
         return listing
@@ -1220,111 +1251,110 @@ def find_splits(cfg, content):
     return listing, test
 
 
-def split_by_head(classes):
-    """Names of classes -> a list per head."""
-    first = head_sizes(classes)[0]
-    return [part for part in (classes[:first], classes[first:]) if part]
-
-
 def class_ids(test, classes, cfg):
     """Labels of a listing as places in `classes`, joined by the names of the classes -> (N,), or (N, 2) for two heads.
 
     Names that are numbers and no class of their own are places already, which a note says.
     """
     labels, columns = torch.tensor([item.label for item in test.items]).view(len(test.items), -1), []
-    for column, own, names in zip(labels.T, split_by_head(classes), split_by_head(test.classes)):
-        place = {name: i for i, name in enumerate(own)}
-        numbers = {str(i): i for i in range(len(own))}
-        unknown = sorted(set(names) - place.keys() - numbers.keys())
-        if unknown and cfg.mode == "test":
-            raise UserError(f"--mode test: {cfg.init} knows the classes {own[:3]} ..., the data has {unknown[:3]}")
-        if unknown:
-            raise UserError(f"--data {cfg.data}: the test split has classes that the training split has not: "
-                            f"{unknown[:3]}")
-        if set(names) - place.keys():
+    for column, own, names in zip(labels.T, heads(classes), heads(test.classes)):
+        place = {str(i): i for i in range(len(own))} | {name: i for i, name in enumerate(own)}
+        if unknown := sorted(set(names) - place.keys()):
+            whose = cfg.init if cfg.mode == "test" else "the training split"
+            raise UserError(f"--data {cfg.data}: the test videos have classes that {whose} has not: {unknown[:3]}; it "
+                            f"has {own[:3]} ...")
+        if set(names) - set(own):
             print0(f"note: classes that are numbers are taken as places: 0 = {own[0]}")
-        columns.append(torch.tensor([(numbers | place)[names[i]] for i in column.tolist()]))
-    return columns[0] if len(columns) == 1 else torch.stack(columns, 1)
+        columns.append(torch.tensor([place[names[i]] for i in column.tolist()]))
+    return torch.stack(columns, 1).squeeze(1)
 
 
 def main(cfg):
-    content = inherit_settings(cfg)
-    views, train_views = check(cfg)
     if not cfg.init:
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
-    env = setup(cfg.seed)
-    cfg.out = cfg.out or f"{run_directory(f'finetune-{cfg.mode}', cfg)}-{'random-' * cfg.random_init}{origin(cfg.init)}"
-    out = Path(cfg.out)
+    content = load_file(cfg.init)
+    content.pop("optimizer", None)                                             # large, and of no use here
+    inherit_settings(cfg, content)
+    check(cfg)
+    env, out = setup(cfg.seed), run_directory(f"finetune-{cfg.mode}", cfg)
+    cfg.out = cfg.out or f"{out}-{'random-' * cfg.random_init}{checkpoint_name(cfg.init)}"
     if cfg.mode == "export":
-        return export(cfg, out, content)
-    if cfg.mode in ("predict", "extract"):
-        return apply(cfg, env, out, views, content)
-    if cfg.data == "ava":
-        listing = ava_listing(cfg.root, "train") if cfg.mode == "finetune" else None
-        test = ava_listing(cfg.root, "test", cfg.boxes, cfg.min_score)
-        classes, sizes = test.classes, [80]
+        export(cfg, content)
+    elif cfg.mode == "predict":
+        predict(cfg, env, content)
+    elif cfg.mode == "extract":
+        extract_features(cfg, env, content)
+    elif cfg.data == "ava":
+        detection(cfg, env, content)
+    elif cfg.mode in ("finetune", "test") or cfg.mode == "linear" and cfg.classifier == "trained":
+        classification(cfg, env, content)
     else:
-        listing, test = find_splits(cfg, content)
-        classes = listing.classes if listing else named_classes(cfg, content) or test.classes
-        sizes, test_labels = head_sizes(classes), class_ids(test, classes, cfg)
-        if cfg.mode == "test" and classes is test.classes:
-            print0(f"{cfg.init} does not name its classes: they are taken to be the data's, in the same order")
-    out.mkdir(parents=True, exist_ok=True)
-    with_head = cfg.mode in ("finetune", "test") or cfg.mode == "linear" and cfg.classifier == "trained"
-    if len(sizes) > 1 and not with_head:
-        raise UserError(f"--label {cfg.label}: --mode {cfg.mode} takes one label, verb, noun or action")
-    network, _ = build_network(cfg, len(classes) if with_head and cfg.data != "ava" else 0, classes)
-    network.to(env.device)
-    size, frames = cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]
-    if with_head:
-        flow = None
-        if cfg.focused:
-            flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
-        model = Detector(network, cfg) if cfg.data == "ava" else Classifier(network, sizes, cfg, flow)
-        sample = partial(train_clips, cfg=cfg, size=size, frames=frames)
-        if cfg.data == "ava":
-            sample = partial(person_clip, cfg=cfg, size=size, frames=frames, train=True)
-        if cfg.mode == "linear":
-            for name, p in network.named_parameters():
-                p.requires_grad = name.startswith("head.")
-        if cfg.mode != "test" and not train(cfg, env, listing, model, sample):
-            return shutdown()                                                  # stopped by a signal
-        model.eval()
-        if cfg.data == "ava":
-            result, errors = detect(model, test, cfg, env)
-        else:
-            scores, read, errors = classify(model, test.items, cfg, env, views)
-            result = compute_metrics(scores, read, test_labels, classes, test, cfg)
-            save_scores(out, env, test.items, scores, read, test_labels, classes)
-    else:
-        network.eval()
-        query, read, errors = extract(network, test.items, cfg, env, views, "testing")       # (N, views, dim)
-        gallery, known, train_errors = extract(network, listing.items, cfg, env, train_views, "training features")
-        labels = torch.tensor([item.label for item in listing.items])[known].to(env.device)
-        gallery, query, errors = gallery[known].to(env.device), query.to(env.device), train_errors + errors
-        if cfg.mode == "linear":
-            x = gallery.mean(1)
-            if cfg.classifier == "svm":
-                scores = query.mean(1) @ squared_hinge_svm(x, labels, len(classes))
-            else:
-                scores = fit_linear(x, labels, len(classes), cfg.l2)(query).softmax(-1).mean(1)
-        elif cfg.mode == "knn":
-            gallery, query = (F.normalize(x, dim=-1).mean(1) for x in (gallery, query))
-            scores = knn_scores(gallery, labels, query, len(classes), cfg.neighbours)
-        if cfg.mode == "retrieval":
-            if cfg.center:                                                     # FAME: each clip counts the same
-                gallery, query = F.normalize(gallery, dim=-1), F.normalize(query, dim=-1)
-            recall = retrieval_recall(gallery.mean(1), labels, query.mean(1), test_labels.to(env.device),
-                                      center=cfg.center, read=read.to(env.device))
-            result = {f"R@{k}": value for k, value in recall.items()}
-        else:
-            result = accuracy(scores.cpu(), read, test_labels, classes)
-            save_scores(out, env, test.items, scores.cpu(), read, test_labels, classes)
-    report(cfg, env, out, result, errors, len(test.items))
+        fixed_features(cfg, env, content)
     shutdown()
 
 
-def report(cfg, env, out, result, errors, videos):
+def classification(cfg, env, content):
+    """--mode finetune, test and, with --classifier trained, linear."""
+    listing, test = find_splits(cfg, content)
+    classes = listing.classes if listing else named_classes(cfg, content) or test.classes
+    labels = class_ids(test, classes, cfg)
+    if cfg.mode == "test" and classes is test.classes:
+        print0(f"{cfg.init} does not name its classes: they are taken to be the data's, in the same order")
+    model = build_classifier(cfg, env, content, classes)
+    if cfg.mode == "linear":
+        for name, p in model.network.named_parameters():
+            p.requires_grad = name.startswith("head.")
+    sample = partial(train_clips, cfg=cfg, size=cfg.image_size, frames=cfg.frames)
+    if cfg.mode == "test" or train(cfg, env, listing, model, sample):          # else a signal stopped it
+        scores, read, errors = classify(model.eval(), test.items, cfg, env)
+        result = compute_metrics(scores, read, labels, classes, test, cfg)
+        report(cfg, env, result, errors, len(test.items))
+        save_scores(cfg, env, test.items, scores, read, labels, classes)
+
+
+def detection(cfg, env, content):
+    """--data ava: finetune, test."""
+    listing = ava_listing(cfg.root, "train") if cfg.mode == "finetune" else None
+    test = ava_listing(cfg.root, "test", cfg.boxes, cfg.min_score)
+    model = Detector(build_network(cfg, content, classes=test.classes).to(env.device), cfg)
+    sample = partial(person_clip, cfg=cfg, size=cfg.image_size, frames=cfg.frames, train=True)
+    if cfg.mode == "test" or train(cfg, env, listing, model, sample):
+        report(cfg, env, *detect(model.eval(), test, cfg, env), len(test.items))
+
+
+def fixed_features(cfg, env, content):
+    """--mode linear, knn and retrieval, on features as they are."""
+    listing, test = find_splits(cfg, content)
+    classes = listing.classes
+    if len(heads(classes)) > 1:
+        raise UserError(f"--label {cfg.label}: --mode {cfg.mode} takes one label, verb, noun or action")
+    test_labels = class_ids(test, classes, cfg)
+    network = build_network(cfg, content).to(env.device).eval()
+    query, read, errors = extract(network, test.items, cfg, env, grid_of(cfg.views), "testing")  # (N, views, dim)
+    gallery, known, train_errors = extract(network, listing.items, cfg, env, grid_of(cfg.train_views),
+                                           "training features")
+    labels = torch.tensor([item.label for item in listing.items])[known].to(env.device)
+    gallery, query = gallery[known].to(env.device), query.to(env.device)
+    if cfg.mode == "retrieval":
+        if cfg.center:                                                         # FAME: each clip counts the same
+            gallery, query = F.normalize(gallery, dim=-1), F.normalize(query, dim=-1)
+        recall = retrieval_recall(gallery.mean(1), labels, query.mean(1), test_labels.to(env.device),
+                                  center=cfg.center, read=read.to(env.device))
+        result = {f"R@{k}": value for k, value in recall.items()}
+    else:
+        if cfg.mode == "knn":
+            gallery, query = (F.normalize(x, dim=-1).mean(1) for x in (gallery, query))
+            scores = knn_scores(gallery, labels, query, len(classes), cfg.neighbours)
+        elif cfg.classifier == "svm":
+            scores = query.mean(1) @ squared_hinge_svm(gallery.mean(1), labels, len(classes))
+        else:
+            scores = fit_linear(gallery.mean(1), labels, len(classes), cfg.l2)(query).softmax(-1).mean(1)
+        result = accuracy(scores.cpu(), read, test_labels, classes)
+        save_scores(cfg, env, test.items, scores.cpu(), read, test_labels, classes)
+    report(cfg, env, result, train_errors + errors, len(test.items))
+
+
+def report(cfg, env, result, errors, videos):
     """Print the result and write it to results.json, its numbers named by the views that they were made with."""
     if env.rank:
         return
@@ -1333,23 +1363,25 @@ def report(cfg, env, out, result, errors, videos):
     results = dict(named, per_class=per_class, mode=cfg.mode, recipe=cfg.recipe, init=cfg.init,
                    random_init=cfg.random_init, data=cfg.data, label=cfg.label, train_split=cfg.train_split,
                    videos=videos, unreadable=errors)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    path = directory(cfg) / "results.json"
+    path.write_text(json.dumps(results, indent=1))
     for name, value in sorted(per_class.items(), key=lambda pair: pair[1]):
         print0(f"  {value:6.2f}  {name}")
     for error in errors:
         print0(f"not read (counts as wrong): {error}")
     numbers = "  ".join(f"{name} {value:.2f}" for name, value in named.items())
-    print0(f"{numbers}  on {videos} videos -> {out / 'results.json'}")
+    print0(f"{numbers}  on {videos} videos -> {path}")
 
 
-def save_scores(out, env, items, scores, read, labels, classes):
+def save_scores(cfg, env, items, scores, read, labels, classes):
     """Write scores.npz, what every test video got, and per head a picture of the confusion matrix: a row per true
     class, from top to bottom, the share of its videos (white 0, black 1) that was given each class."""
     if env.rank:
         return
+    out = directory(cfg)
     np.savez(out / "scores.npz", names=[item.path for item in items], scores=scores.numpy(), read=read.numpy(),
              labels=labels.numpy(), classes=classes)
-    parts = scores.split(head_sizes(classes), 1)
+    parts = scores.split([len(names) for names in heads(classes)], 1)
     for part, own, name in zip(parts, labels.view(len(labels), -1).T, ("", "_noun")):
         n = part.shape[1]
         counts = torch.bincount((own * n + part.argmax(1))[read], minlength=n * n).view(n, n)
@@ -1357,62 +1389,66 @@ def save_scores(out, env, items, scores, read, labels, classes):
         save_image(1 - F.interpolate(share[None, None], scale_factor=max(1, 512 // n)), out / f"confusion{name}.png")
 
 
-def apply(cfg, env, out, views, content):
-    """--mode predict: print the classes of any videos and write predictions.csv; extract: write features.npz."""
-    toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
-    part = cfg.part or ("test" if cfg.data in DATA_SETS else "all")
-    listing = find_videos(cfg.data, cfg.root, part, cfg.label * (cfg.mode == "extract"), toy, cfg.split)
-    items, classes = listing.items, named_classes(cfg, content) if cfg.mode == "predict" else None
-    if cfg.mode == "predict" and not classes:
+def directory(cfg):
+    """--out, made where it is not there."""
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    return Path(cfg.out)
+
+
+def any_videos(cfg, label=""):
+    """What predict and extract read: --part of a data set, or any videos."""
+    return find_listing(cfg.data, cfg.part or ("test" if cfg.data in DATA_SETS else "all"), label, cfg)
+
+
+def predict(cfg, env, content):
+    """Print the classes of any videos and write predictions.csv."""
+    items, classes, path = any_videos(cfg).items, named_classes(cfg, content), directory(cfg) / "predictions.csv"
+    if not classes:
         raise UserError(f"--mode predict: {cfg.init} does not say its classes; name them with --classes FILE")
-    network, _ = build_network(cfg, len(classes or ()))
-    network.to(env.device).eval()
-    out.mkdir(parents=True, exist_ok=True)
-    if cfg.mode == "extract":
-        features, read, errors = extract(network, items, cfg, env, views, "features")
-        path = out / "features.npz"
-        if env.rank == 0:
-            np.savez(path, names=[item.path for item in items], features=features.mean(1).numpy(),
-                     views=features.numpy(), read=read.numpy(), labels=[item.label for item in items],
-                     classes=listing.classes)
-    else:
-        flow = None
-        if cfg.focused:
-            flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
-        sizes, path = head_sizes(classes), out / "predictions.csv"
-        model = Classifier(network, sizes, cfg, flow).eval()
-        scores, read, errors = classify(model, items, cfg, env, views, "predicting")
-        scores = scores if cfg.average == "softmax" else torch.cat([x.softmax(1) for x in scores.split(sizes, 1)], 1)
-        rows, first = [], 0
-        for part in scores.split(sizes, 1):                                    # of one head each
-            best = part.topk(min(5, part.shape[1]))
-            for item, ok, values, places in zip(items, read.tolist(), best.values.tolist(), best.indices.tolist()):
-                names = [classes[first + i] for i in places]
-                told = (names[0], ";".join(names), ";".join(f"{v:.4f}" for v in values))
-                rows.append((item.path, *(told if ok else ("", "", ""))))      # not read: no class
-            first += part.shape[1]
-        if env.rank == 0:
-            with open(path, "w", newline="") as file:
-                csv.writer(file).writerows([("path", "label", "top5", "scores"), *rows])
-        for name, _, names, values in [row for row in rows if row[1]][:20]:
-            print0(name, *(f" {float(v):.2f} {n}" for n, v in zip(names.split(";")[:3], values.split(";"))))
+    model = build_classifier(cfg, env, content, classes)
+    scores, read, errors = classify(model, items, cfg, env, "predicting")
+    rows = []
+    for part, names in zip(scores.split(model.sizes, 1), heads(classes)):
+        part = part.softmax(1) if cfg.average == "logits" else part
+        best = part.topk(min(5, len(names)))
+        for item, ok, values, places in zip(items, read.tolist(), best.values.tolist(), best.indices.tolist()):
+            told = [names[i] for i in places], [f"{value:.4f}" for value in values]
+            rows.append((item.path, *((told[0][0], *map(";".join, told)) if ok else ("", "", ""))))
+    if env.rank == 0:
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([("path", "label", "top5", "scores"), *rows])
+    for name, _, names, values in [row for row in rows if row[1]][:20]:
+        print0(name, *(f" {float(v):.2f} {n}" for n, v in zip(names.split(";")[:3], values.split(";"))))
+    tell_errors(errors, f"{int(read.sum())} of {len(items)} videos -> {path}")
+
+
+def extract_features(cfg, env, content):
+    """Write features.npz: per video and view, and their mean."""
+    listing, path = any_videos(cfg, cfg.label), directory(cfg) / "features.npz"
+    network = build_network(cfg, content).to(env.device).eval()
+    features, read, errors = extract(network, listing.items, cfg, env, grid_of(cfg.views), "features")
+    if env.rank == 0:
+        np.savez(path, names=[item.path for item in listing.items], features=features.mean(1).numpy(),
+                 views=features.numpy(), read=read.numpy(), labels=[item.label for item in listing.items],
+                 classes=listing.classes)
+    tell_errors(errors, f"{int(read.sum())} of {len(listing.items)} videos -> {path}")
+
+
+def tell_errors(errors, last):
     for error in errors:
         print0(f"not read: {error}")
-    print0(f"{int(read.sum())} of {len(items)} videos -> {path}")
-    shutdown()
+    print0(last)
 
 
-def export(cfg, out, content):
-    """--mode export: write a folder that Hugging Face transformers loads."""
-    head = re.compile(r"((module|backbone)\.)*(head|classifier)\.weight")
-    outputs = next((len(x) for name, x in content["model"].items() if head.fullmatch(name)), 0)
-    network, _ = build_network(cfg, outputs)
-    classes = named_classes(cfg, content) or [str(i) for i in range(outputs)]
+def export(cfg, content):
+    """Write a folder that Hugging Face transformers loads."""
     if cfg.focused:
         raise UserError("--mode export: MOFO's motion-focused head has no counterpart in Hugging Face's VideoMAE")
-    export_huggingface(network, classes, out)
-    print0(f"{out}: config.json, preprocessor_config.json, model.safetensors")
-    shutdown()
+    head = re.compile(r"((module|backbone)\.)*(head|classifier)\.weight")
+    outputs = next((len(x) for name, x in content["model"].items() if head.fullmatch(name)), 0)
+    classes = named_classes(cfg, content) or [str(i) for i in range(outputs)]
+    export_huggingface(build_network(cfg, content, outputs), classes, cfg.out)
+    print0(f"{cfg.out}: config.json, preprocessor_config.json, model.safetensors")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,12 +49,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Bottleneck, Clips, FlowEstimator, Log, Queue, StepSampler, StopSignal, UserError, ViT,
-                    all_reduce_mean, blur, colour_jitter, constant, cosine_lr, crop_resize, draw_box, draw_lines,
-                    ema_update, example_clips, find_videos, item_frames, loader, make_backbone, make_optimizer,
-                    map_to_rgb, normalize, open_run, parse_config, patchify, plan_run, rand, read_views,
-                    resume_or_init, save_checkpoint, save_sheet, setup, shutdown, spatial_gradient, to_device,
-                    to_float01, unnormalize, wrap_model)
+from common import (Bottleneck, Clips, FlowEstimator, Log, Queue, StopSignal, UserError, ViT, all_reduce_mean, blur,
+                    colour_jitter, constant, cosine_lr, crop_resize, draw_box, draw_lines, ema_update, example_clips,
+                    find_videos, item_frames, loader, make_backbone, make_optimizer, map_to_rgb, normalize, open_run,
+                    parse_config, patchify, plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet,
+                    setup, shutdown, spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -67,45 +67,45 @@ class Config:
     fresh: bool = False                # start over instead of continuing the run in --out
     init: str = ""                     # start from these weights: a checkpoint, a 2-D ResNet-50 (published: MoCo v2)
     backbone: str = "r2plus1d_50"      # r2plus1d_50, slow_r50, r2plus1d_18, r3d_18, vit_tiny .. vit_huge
-    width: float = 1.0                 # channels relative to the published network: r2plus1d_50, slow_r50
+    width: float = 1.0                 # channels relative to the published network: r2plus1d_50, slow_r50, in (0, inf)
     image_size: int = 224              # side of the crop in pixels
-    frame_height: int = 240            # of the frames that crops are cut from
-    frame_width: int = 320             # likewise
+    frame_height: int = 240            # of the frames that crops are cut from, in [32, inf)
+    frame_width: int = 320             # likewise, in [32, inf)
     frames: int = 16                   # frames of a clip
     stride: int = 2                    # video frames from one frame of the clip to the next
-    flow: str = "raft_small"           # raft_small, raft_large, tvl1
+    flow: Literal["raft_small", "raft_large", "tvl1"] = "raft_small"  # optical flow
     raft_weights: str = ""             # file with torchvision's RAFT weights; default: download
     flow_updates: int = 6              # refinement steps of RAFT
     motion_clips: bool = True          # prefer clips with motion; --no-motion-clips = random clips
     motion_crops: bool = True          # crops must hold the motion; --no-motion-crops = random crops
-    min_crop: float = 0.2              # smallest area of a crop
+    min_crop: float = 0.2              # smallest area of a crop, in (0, 1]
     colour: float = 1.0                # strength of colour jitter and frequency of grey clips; 1 = published
     queue: int = 131072                # keys of earlier clips to tell apart from
-    momentum: float = 0.999            # of the key encoder
-    temperature: float = 0.1           # of the similarities
+    momentum: float = 0.999            # of the key encoder, in [0, 1]
+    temperature: float = 0.1           # of the similarities, in (0, inf)
     order_weight: float = 0.0          # of the order loss at the end; grows linearly from 0
     align_weight: float = 1.0          # of the alignment loss; twice that during warm-up
-    attention: str = "l1"              # over time in the alignment loss: l1, softmax (published)
+    attention: Literal["l1", "softmax"] = "l1"  # over time in the alignment loss; softmax: published
     epochs: int = 400                  # passes over the videos
     steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 32                    # videos per step, over all GPUs and accumulation; --repeats of each
     device_batch: int = 8              # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # samples (of a clip and two others) from each video that is opened
-    optimizer: str = "sgd"             # sgd (momentum 0.9), adamw (betas 0.9 and 0.95)
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd (momentum 0.9), adamw (betas 0.9 and 0.95)
     lr: float = 0.16                   # per 256 videos of the batch
     min_lr: float = 8e-6               # per 256 videos, at the end
     warmup_epochs: float = 5           # linear from 0
-    weight_decay: float = 1e-4         # sgd: of everything, adamw: not of vectors
+    weight_decay: float = 1e-4         # sgd: of everything, adamw: not of vectors, in [0, 1]
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
     seed: int = 0                      # of everything that is random
-    workers: int = 8                   # processes per GPU that read videos
+    workers: int = 8                   # processes per GPU that read videos, in [0, 256]
     compile: bool = torch.cuda.is_available()  # torch.compile the network up to the aligned layer, and the flow
     log_every: int = 20                # steps
     save_every: int = 500              # steps
     preview_every: int = 1000          # steps
     toy_train: int = 1024              # toy: videos to train on
     toy_test: int = 256                # toy: videos to test on
-    toy_size: int = 64                 # toy: side in pixels
+    toy_size: int = 64                 # toy: side in pixels, in [16, 1024]
 
 
 RECIPES = {
@@ -504,14 +504,10 @@ def sample_clips(video, item, rng, cfg, curve=False):
 
 def main(cfg):
     env = setup(cfg.seed)
-    toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
-    listing = find_videos(cfg.data, cfg.root, "train", toy=toy)
+    listing = find_videos(cfg.data, cfg.root, "train", toy=(cfg.toy_train, cfg.toy_test, cfg.toy_size))
     plan = plan_run(cfg, len(listing.items), env)
-    if not 0 <= cfg.momentum <= 1 or min(cfg.frame_height, cfg.frame_width) < 32:
-        raise UserError(f"--momentum {cfg.momentum} must be in [0, 1], --frame-height {cfg.frame_height} and "
-                        f"--frame-width {cfg.frame_width} at least 32")
-    if cfg.attention not in ("l1", "softmax") or cfg.backbone == "s3d":
-        raise UserError(f"--attention {cfg.attention}: choose l1 or softmax; --backbone {cfg.backbone}: any but s3d")
+    if cfg.backbone == "s3d":
+        raise UserError("--backbone s3d: has no last convolution to align; choose any other")
     lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
     out, checkpoint = open_run("mcl", cfg, env, listing, plan, lr)
 
@@ -531,28 +527,29 @@ def main(cfg):
     start = resume_or_init(checkpoint, cfg.init, model, optimizer, scaler)
     net = wrap_model(model, env, cfg.compile)
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
-    batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
+    batches = iter(loader(dataset, step_batches(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
         rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        total = 0.0
+        means = {}
         for micro in range(plan.accum):
             batch = log.next_batch(batches)
             generator = plan.generator(env, cfg.seed, step, micro)
             with env.autocast(), nullcontext() if env.world == 1 or micro == plan.accum - 1 else net.no_sync():
                 loss, stats = net(batch["clips"], generator)                   # <- the method
             scaler.scale(loss / plan.accum).backward()
-            total = total + loss.detach() / plan.accum
+            for name, value in dict(stats, loss=loss.detach()).items():
+                means[name] = means.get(name, 0.0) + value / plan.accum
         scaler.unscale_(optimizer)
         norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
-        status = torch.stack([total, total.new_tensor(float(stop.received))])
-        total, stopping = all_reduce_mean(status).tolist()                     # the one wait for the device in a step
-        if log.finite(total, batch["names"]):
+        status = torch.stack([means.pop("loss"), norm, norm.new_tensor(float(stop.received))])
+        total, norm, stopping = all_reduce_mean(status).tolist()               # the one wait for the device in a step
+        if log.finite(total, norm if not scaler.is_enabled() else 0.0, batch["names"]):    # fp16: the scaler's matter
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        log.step(step, total, flow, lr=rate, grad_norm=norm, **stats)
+        log.step(step, total, flow, lr=rate, grad_norm=norm, **means)
         last = step + 1 == plan.steps or stopping
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
             save_checkpoint(out / "last.pt", cfg, listing, step + 1, model, model.encoder, optimizer, scaler)

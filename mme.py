@@ -38,16 +38,17 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, FlowEstimator, Log, StepSampler, StopSignal, UserError, adamw, all_reduce_mean,
-                    clip_indices, constant, cosine_lr, draw_lines, example_clips, find_videos, gather_tokens, loader,
+from common import (Clips, FlowEstimator, Log, StopSignal, UserError, all_reduce_mean, clip_indices, constant,
+                    cosine_lr, draw_lines, example_clips, find_videos, gather_tokens, loader, make_optimizer,
                     map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand,
-                    read_views, resize_flow, resume_or_init, save_checkpoint, save_sheet, setup, shutdown, to_device,
-                    to_float01, unpatchify, vit_sizes, wrap_model)
+                    read_views, resize_flow, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
+                    step_batches, to_device, to_float01, unpatchify, vit_sizes, wrap_model)
 from mofo import MaskedAutoencoder, pixel_target
 
 
@@ -66,12 +67,12 @@ class Config:
     frames: int = 16                   # frames of a clip
     stride: int = 2                    # video frames from one frame of the clip to the next
     patch_size: int = 16               # side of a patch in pixels
-    tubelet_size: int = 2              # frames of a token
-    min_crop: float = 0.66             # smallest side of a crop relative to the frame's short side
-    mask_ratio: float = 0.7            # share of the patches that is hidden
-    target: str = "trajectory"         # trajectory; position (its shape part stands still); hog; pixel (VideoMAE's)
+    tubelet_size: int = 2              # frames of a token, in [2, inf)
+    min_crop: float = 0.66             # smallest side of a crop relative to the frame's short side, in (0, 1]
+    mask_ratio: float = 0.7            # share of the patches that is hidden, in (0, 1)
+    target: Literal["trajectory", "position", "hog", "pixel"] = "trajectory"  # see MME
     length: int = 6                    # steps of a trajectory, in frames of the video
-    flow: str = "raft_small"           # raft_small, raft_large, tvl1
+    flow: Literal["raft_small", "raft_large", "tvl1"] = "raft_small"  # optical flow
     raft_weights: str = ""             # file with torchvision's RAFT state dict; default: download
     flow_updates: int = 6              # refinement steps of RAFT
     epochs: int = 400                  # passes over the videos
@@ -82,17 +83,17 @@ class Config:
     lr: float = 1.5e-4                 # per 256 videos of the batch
     min_lr: float = 1e-5               # per 256 videos, at the end
     warmup_epochs: float = 40          # linear from 0
-    weight_decay: float = 0.05         # AdamW, betas 0.9 and 0.95
+    weight_decay: float = 0.05         # AdamW, betas 0.9 and 0.95, in [0, 1]
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
     seed: int = 0                      # of everything that is random
-    workers: int = 8                   # processes per GPU that read videos
+    workers: int = 8                   # processes per GPU that read videos, in [0, 256]
     compile: bool = torch.cuda.is_available()  # torch.compile the transformer blocks and the flow
     log_every: int = 20                # steps
     save_every: int = 500              # steps
     preview_every: int = 1000          # steps
     toy_train: int = 1024              # toy: videos to train on
     toy_test: int = 256                # toy: videos to test on
-    toy_size: int = 64                 # toy: side in pixels
+    toy_size: int = 64                 # toy: side in pixels, in [16, 1024]
 
 
 RECIPES = {
@@ -266,18 +267,14 @@ class MME(MaskedAutoencoder):
         outputs = dict(trajectory=dict(position=8 * length, shape=108 * length),
                        position=dict(position=8 * length, shape=108), hog=dict(shape=108),
                        pixel=dict(pixel=3 * tubelet_size * patch_size**2))
-        if target not in outputs:
-            raise UserError(f"--target {target}: choose {', '.join(outputs)}")
-        if length < 1 or stride < 1 or tubelet_size < 2 or patch_size % 2:
-            raise UserError(f"--length {length} and --stride {stride} must be at least 1, --tubelet-size "
-                            f"{tubelet_size} at least 2, --patch-size {patch_size} even")
+        if patch_size % 2:
+            raise UserError(f"--patch-size {patch_size}: must be even, a token has 2 x 2 points")
         super().__init__(frames=frames, patch_size=patch_size, tubelet_size=tubelet_size, outputs=outputs[target],
                          **sizes)
         T, H, W = self.encoder.grid
         self.count = T * int(mask_ratio * H * W)                                # hidden tokens of a clip
         if not 0 < self.count < T * H * W:
-            raise UserError(f"--mask-ratio {mask_ratio} must leave some of the {H * W} patches hidden and some "
-                            "visible")
+            raise UserError(f"--mask-ratio {mask_ratio}: must leave some of the {H * W} patches hidden, some visible")
         self.flow, self.target, self.length, self.mask_ratio = flow, target, length, mask_ratio
         self.cell = patch_size // 2                                             # 4 points per token
         self.step = stride // frames_to_read(target, frames, tubelet_size, stride, length)[1]
@@ -416,8 +413,7 @@ def sample_clips(video, item, rng, cfg):
 
 def main(cfg):
     env = setup(cfg.seed)
-    toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
-    listing = find_videos(cfg.data, cfg.root, "train", toy=toy)
+    listing = find_videos(cfg.data, cfg.root, "train", toy=(cfg.toy_train, cfg.toy_test, cfg.toy_size))
     plan = plan_run(cfg, len(listing.items), env)
     lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
     out, checkpoint = open_run("mme", cfg, env, listing, plan, lr)
@@ -429,7 +425,7 @@ def main(cfg):
     model = MME(flow, cfg.target, cfg.length, cfg.stride, cfg.mask_ratio, image_size=cfg.image_size,
                 frames=cfg.frames, patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size, dim=dim, depth=depth,
                 heads=heads, decoder_dim=decoder_dim, decoder_depth=1, decoder_heads=decoder_heads).to(env.device)
-    optimizer = adamw(model, lr, cfg.weight_decay, (0.9, 0.95), env.device)
+    optimizer = make_optimizer("adamw", model, lr, cfg.weight_decay, env.device)
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples = example_clips(dataset)
 
@@ -438,28 +434,29 @@ def main(cfg):
     start = resume_or_init(checkpoint, cfg.init, model, optimizer, scaler)
     net = wrap_model(model, env, cfg.compile)
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
-    batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
+    batches = iter(loader(dataset, step_batches(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
         rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        total = 0.0
+        means = {}
         for micro in range(plan.accum):
             batch = log.next_batch(batches)
             generator = plan.generator(env, cfg.seed, step, micro)
             with env.autocast(), nullcontext() if env.world == 1 or micro == plan.accum - 1 else net.no_sync():
                 loss, stats = net(batch["clips"], generator)                   # <- the method
             scaler.scale(loss / plan.accum).backward()
-            total = total + loss.detach() / plan.accum
+            for name, value in dict(stats, loss=loss.detach()).items():
+                means[name] = means.get(name, 0.0) + value / plan.accum
         scaler.unscale_(optimizer)
         norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
-        status = torch.stack([total, total.new_tensor(float(stop.received))])
-        total, stopping = all_reduce_mean(status).tolist()                     # the one wait for the device in a step
-        if log.finite(total, batch["names"]):
+        status = torch.stack([means.pop("loss"), norm, norm.new_tensor(float(stop.received))])
+        total, norm, stopping = all_reduce_mean(status).tolist()               # the one wait for the device in a step
+        if log.finite(total, norm if not scaler.is_enabled() else 0.0, batch["names"]):    # fp16: the scaler's matter
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        log.step(step, total, flow, lr=rate, grad_norm=norm, **stats)
+        log.step(step, total, flow, lr=rate, grad_norm=norm, **means)
         last = step + 1 == plan.steps or stopping
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
             save_checkpoint(out / "last.pt", cfg, listing, step + 1, model, model.encoder, optimizer, scaler)

@@ -34,6 +34,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,11 +42,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, FlowEstimator, Log, Queue, ResNet3D, StepSampler, StopSignal, UserError, all_reduce_mean,
-                    blur, colour_jitter, cosine_lr, draw_box, ema_update, example_clips, find_videos, flip,
-                    flow_picture, item_frames, loader, make_backbone, make_optimizer, normalize, open_run,
-                    parse_config, plan_run, random_resized_crop, read_views, resume_or_init, save_checkpoint,
-                    save_sheet, setup, shutdown, spatial_gradient, to_device, to_float01, wrap_model)
+from common import (Clips, FlowEstimator, Log, Queue, ResNet3D, StopSignal, UserError, all_reduce_mean, blur,
+                    colour_jitter, cosine_lr, draw_box, ema_update, example_clips, find_videos, flip, flow_picture,
+                    item_frames, loader, make_backbone, make_optimizer, normalize, open_run, parse_config, plan_run,
+                    random_resized_crop, read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
+                    spatial_gradient, step_batches, to_device, to_float01, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -59,48 +60,48 @@ class Config:
     fresh: bool = False                # start over instead of continuing the run in --out
     init: str = ""                     # start from the weights of this checkpoint
     backbone: str = "slow_r50"         # of RGB: slow_r50, r2plus1d_50, r2plus1d_18, r3d_18, s3d, vit_tiny .. vit_huge
-    width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50
+    width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50, in (0, inf)
     image_size: int = 224              # side of the crop in pixels
     frames: int = 8                    # RGB frames of a clip
     stride: int = 8                    # video frames from one RGB frame to the next; a multiple of --motion-stride
     motion_frames: int = 16            # motion maps of a clip, over the same span
     motion_stride: int = 4             # video frames from one motion map to the next
     fps: float = 30.0                  # frame rate that strides are meant for; 0 = that of each video
-    flow: str = "raft_small"           # raft_small, raft_large, tvl1
+    flow: Literal["raft_small", "raft_large", "tvl1"] = "raft_small"  # optical flow
     raft_weights: str = ""             # file with torchvision's RAFT weights; default: download
     flow_updates: int = 6              # refinement steps of RAFT
-    motion_input: str = "flow_edge"    # flow_edge, flow, frame_diff
-    edge_clip: float = 1.0             # flow edges are cut there, in pixels per pixel
+    motion_input: Literal["flow_edge", "flow", "frame_diff"] = "flow_edge"  # of the motion network
+    edge_clip: float = 1.0             # flow edges are cut there, in pixels per pixel, in (0, inf)
     cross_weight: float = 1.0          # of the cross-modal losses; 0 = MoCo, without a motion network
     motion_motion: bool = False        # also pull the motion features of two moments together
     min_shift: float = 0.5             # seconds between the two moments, at least
     max_shift: float = 10.0            # at most
-    min_crop: float = 0.2              # smallest area of a crop
-    max_crop: float = 0.766            # largest area of a crop
+    min_crop: float = 0.2              # smallest area of a crop, in (0, 1]
+    max_crop: float = 0.766            # largest area of a crop, in (0, 1]
     colour: float = 1.0                # strength of colour jitter and frequency of grey clips; 1 = published for MoCo
     queue: int = 65536                 # keys of earlier clips to tell apart from, per modality
-    momentum: float = 0.999            # of the key encoders
-    temperature: float = 0.1           # of the similarities
+    momentum: float = 0.999            # of the key encoders, in [0, 1]
+    temperature: float = 0.1           # of the similarities, in (0, inf)
     epochs: int = 200                  # passes over the videos
     steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 64                    # videos per step, over all GPUs and accumulation; --repeats of each
     device_batch: int = 64             # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # pairs cut from each video that is opened
-    optimizer: str = "sgd"             # sgd (Nesterov momentum 0.9), adamw (betas 0.9 and 0.95)
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd (Nesterov momentum 0.9), adamw (betas 0.9 and 0.95)
     lr: float = 0.4                    # per 256 videos of the batch
     min_lr: float = 0.0                # per 256 videos, at the end
     warmup_epochs: float = 35          # linear from 0
-    weight_decay: float = 1e-4         # not of vectors
+    weight_decay: float = 1e-4         # not of vectors, in [0, 1]
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
     seed: int = 0                      # of everything that is random
-    workers: int = 8                   # processes per GPU that read videos
+    workers: int = 8                   # processes per GPU that read videos, in [0, 256]
     compile: bool = torch.cuda.is_available()  # torch.compile the networks, stage by stage, and the flow
     log_every: int = 20                # steps
     save_every: int = 500              # steps
     preview_every: int = 1000          # steps
     toy_train: int = 1024              # toy: videos to train on
     toy_test: int = 256                # toy: videos to test on
-    toy_size: int = 64                 # toy: side in pixels
+    toy_size: int = 64                 # toy: side in pixels, in [16, 1024]
 
 
 RECIPES = {   # all but k400 are our choice
@@ -324,23 +325,12 @@ def sample_clips(video, item, rng, cfg):
 
 def main(cfg):
     env = setup(cfg.seed)
-    toy = dict(train=cfg.toy_train, test=cfg.toy_test, size=cfg.toy_size)
-    listing = find_videos(cfg.data, cfg.root, "train", toy=toy)
+    listing = find_videos(cfg.data, cfg.root, "train", toy=(cfg.toy_train, cfg.toy_test, cfg.toy_size))
     plan = plan_run(cfg, len(listing.items), env)
-    if cfg.motion_stride < 1 or cfg.stride % cfg.motion_stride or \
-            cfg.frames * cfg.stride != cfg.motion_frames * cfg.motion_stride:
+    if cfg.stride % cfg.motion_stride or cfg.frames * cfg.stride != cfg.motion_frames * cfg.motion_stride:
         raise UserError(f"--stride {cfg.stride} must be a multiple of --motion-stride {cfg.motion_stride}, and "
                         f"--frames {cfg.frames} x --stride as long as --motion-frames {cfg.motion_frames} x "
                         "--motion-stride")
-    if cfg.motion_input not in ("flow_edge", "flow", "frame_diff"):
-        raise UserError(f"--motion-input {cfg.motion_input}: choose flow_edge, flow or frame_diff")
-    if cfg.cross_weight < 0:
-        raise UserError(f"--cross-weight {cfg.cross_weight} must not be negative; 0 = MoCo")
-    if not 0 <= cfg.min_shift <= cfg.max_shift:
-        raise UserError(f"--min-shift {cfg.min_shift} must be at least 0 and at most --max-shift {cfg.max_shift}")
-    if not 0 <= cfg.momentum <= 1 or not cfg.min_crop <= cfg.max_crop <= 1 or cfg.edge_clip <= 0 or cfg.fps < 0:
-        raise UserError(f"--momentum {cfg.momentum} must be in [0, 1], --max-crop {cfg.max_crop} between --min-crop "
-                        f"and 1, --edge-clip {cfg.edge_clip} above 0, --fps {cfg.fps} not negative")
     lr, min_lr = (value * cfg.batch / 256 for value in (cfg.lr, cfg.min_lr))
     out, checkpoint = open_run("modist", cfg, env, listing, plan, lr)
 
@@ -362,28 +352,29 @@ def main(cfg):
     start = resume_or_init(checkpoint, cfg.init, model, optimizer, scaler)
     net = wrap_model(model, env, cfg.compile)
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
-    batches = iter(loader(dataset, StepSampler(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
+    batches = iter(loader(dataset, step_batches(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
         rate = cosine_lr(step, plan.steps, int(cfg.warmup_epochs * plan.per_epoch), lr, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        total = 0.0
+        means = {}
         for micro in range(plan.accum):
             batch = log.next_batch(batches)
             generator = plan.generator(env, cfg.seed, step, micro)
             with env.autocast(), nullcontext() if env.world == 1 or micro == plan.accum - 1 else net.no_sync():
                 loss, stats = net(batch["clips"], generator)                   # <- the method
             scaler.scale(loss / plan.accum).backward()
-            total = total + loss.detach() / plan.accum
+            for name, value in dict(stats, loss=loss.detach()).items():
+                means[name] = means.get(name, 0.0) + value / plan.accum
         scaler.unscale_(optimizer)
         norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
-        status = torch.stack([total, total.new_tensor(float(stop.received))])
-        total, stopping = all_reduce_mean(status).tolist()                     # the one wait for the device in a step
-        if log.finite(total, batch["names"]):
+        status = torch.stack([means.pop("loss"), norm, norm.new_tensor(float(stop.received))])
+        total, norm, stopping = all_reduce_mean(status).tolist()               # the one wait for the device in a step
+        if log.finite(total, norm if not scaler.is_enabled() else 0.0, batch["names"]):    # fp16: the scaler's matter
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        log.step(step, total, flow, lr=rate, grad_norm=norm, **stats)
+        log.step(step, total, flow, lr=rate, grad_norm=norm, **means)
         last = step + 1 == plan.steps or stopping
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
             save_checkpoint(out / "last.pt", cfg, listing, step + 1, model, model.encoder, optimizer, scaler)

@@ -42,7 +42,7 @@ import mcl
 import mme
 import modist
 import mofo
-from common import (VIDEO_FILES, Clips, Env, FlowEstimator, Item, ResNet3D, VideoError, adamw, loader, make_backbone, probe,
+from common import (VIDEO_FILES, Clips, Env, FlowEstimator, Item, ResNet3D, VideoError, loader, make_backbone, make_optimizer, probe,
                     setup, to_device, vit_sizes, wrap_model)
 
 CONFIG = mofo.Config()                                             # 16 frames, 224 pixels, crops as in training
@@ -248,7 +248,7 @@ class Step:
                 self.model = mme.MME(self.flow, cfg.target, cfg.length, cfg.stride, cfg.mask_ratio, decoder_depth=1, **sizes)
                 frames = mme.frames_to_read(cfg.target, frames, cfg.tubelet_size, cfg.stride, cfg.length)[0]
             self.model.to(env.device)
-        self.optimizer = adamw(self.model, 1e-4, CONFIG.weight_decay, (0.9, 0.95), env.device)
+        self.optimizer = make_optimizer("adamw", self.model, 1e-4, CONFIG.weight_decay, env.device)
         self.net = wrap_model(self.model, env, compile)
         self.batch = to_device(torch.randint(256, (views * clips, frames, image_size, image_size, 3), dtype=torch.uint8), env.device)
         if script == "mcl":

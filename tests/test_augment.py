@@ -1,10 +1,10 @@
-"""Crops, boxes and labels: what pre-training and fine-tuning do to clips besides torchvision's augmentations."""
+"""Crops, colours and labels: what pre-training and fine-tuning do to clips besides torchvision's augmentations."""
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common import box_mask, multi_scale_crop, normalize, unnormalize
+from common import multi_scale_crop, normalize, unnormalize
 from finetune import soft_targets
 
 
@@ -41,14 +41,6 @@ def test_normalize_takes_bytes_and_colours_and_is_undone():
             torch.testing.assert_close(x[:, c], (clips[:, c].float() / 255 - mean[c]) / std[c])
         assert torch.equal(normalize(clips.float() / 255, config), x)
         torch.testing.assert_close(unnormalize(x, config) * 255, clips.float())
-
-
-def test_box_mask():
-    top, left, height, width = (torch.tensor([[v] for v in values]) for values in ((1, -2), (2, 4), (3, 4), (2, 9)))
-    masks = box_mask(top, left, height, width, 5, 6)
-    for k, (t, l, h, w) in enumerate(((1, 2, 3, 2), (-2, 4, 4, 9))):
-        for y, x in np.ndindex(5, 6):
-            assert masks[k, y, x] == (t <= y < t + h and l <= x < l + w)
 
 
 def test_soft_targets():

@@ -3,7 +3,6 @@ import importlib
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -235,7 +234,7 @@ def test_batch_and_epochs_count_videos_and_repeats_the_clips_of_each(script):
     flags = "--data k400 --repeats 2 --epochs 3 --batch 64 --device-batch 16 --frames 16".split()
     plan = common.plan_run(parse_config(module.Config, module.RECIPES, flags), 640, CPU)
     assert (plan.steps, plan.per_epoch, plan.micro, plan.accum) == (30, 10, 16, 4)
-    passes = [key for keys in common.StepSampler(640, plan, CPU, 0) for key in keys]
+    passes = [key for keys in common.step_batches(640, plan, CPU, 0) for key in keys]
     assert len(passes) == 3 * 640 and len(set(passes)) == len(passes)   # every video once in each of the three
     generator = plan.generator(CPU, 0, 0, 3)
     assert generator.first == 96 and generator.total == 128             # rows are clips
@@ -258,18 +257,6 @@ def test_all_scripts_have_the_same_loop():
     assert len(set(loops)) == 1 and loops[0].count("\n") > 30
 
 
-def test_every_command_of_the_readme_parses():
-    text = (REPO / "README.md").read_text()
-    blocks = "\n".join(re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S)).replace("\\\n", " ")
-    scripts = "|".join([*SCRIPTS, "finetune"])
-    commands = re.findall(rf"(?:python|torchrun [^#\n]*?)\s+((?:{scripts})\.py[^#\n&|]*)", blocks)
-    assert len(commands) >= 5
-    for command in commands:
-        script, *argv = shlex.split(command)
-        module = importlib.import_module(script.removesuffix(".py"))
-        parse_config(module.Config, module.RECIPES, [a for a in argv if a != "--help"])
-
-
 # ---- what may go wrong on the way ------------------------------------------------------------------------------------
 
 def test_broken_videos_do_not_stop_a_run_but_too_many_do(workplace, tmp_path):
@@ -289,8 +276,9 @@ def test_broken_videos_do_not_stop_a_run_but_too_many_do(workplace, tmp_path):
 def test_three_losses_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
     log = common.Log(tmp_path, CPU, common.Plan(8, 8, 1, 1, 10, 1.0), 0, 1)
     nan, inf = float("nan"), float("inf")
-    assert [log.finite(loss, ["a"]) for loss in (1.0, nan, 1.0, inf, nan)] == [True, False, True, False, False]
-    message = error_of(log.finite, nan, ["c.mp4"])
+    steps = ((1.0, 1.0), (nan, 1.0), (1.0, 1.0), (inf, 1.0), (1.0, nan))            # loss, norm of the gradient
+    assert [log.finite(*step, ["a"]) for step in steps] == [True, False, True, False, False]
+    message = error_of(log.finite, nan, 1.0, ["c.mp4"])
     assert "last.pt" in message and "c.mp4" in message
 
 
