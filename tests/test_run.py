@@ -33,6 +33,7 @@ EXACT = dict(mofo=["--frames", "8"], mme=["--frames", "8", "--length", "3"], mcl
              fame=["--no-merge"],                                       # backgrounds come from the process's own clips,
              modist=["--cross-weight", "0", "--backbone", "vit_tiny"])  # others have batch norm, per process on CPUs
 MASKED, TRACKED = ["mofo", "mme"], ["mofo", "mme", "mcl", "modist"]     # which hide patches, which estimate flow
+TRAINED = "runs/reference-mofo/last.pt"                                # once `reference("mofo")` was called
 CPU = common.Env(torch.device("cpu"), 0, 1, None)
 
 
@@ -164,7 +165,7 @@ def test_nodes_without_a_shared_disk_agree_on_the_step_or_stop(tmp_path, monkeyp
 
 def test_other_settings_and_other_first_weights_are_refused_and_fresh_starts_over(reference, tmp_path):
     reference("mofo")
-    content = torch.load("runs/reference-mofo/last.pt", weights_only=True)
+    content = torch.load(TRAINED, weights_only=True)
     torch.save(content, tmp_path / "a.pt")
     content["model"]["mask_token"] += 1
     torch.save(content, tmp_path / "b.pt")
@@ -202,14 +203,13 @@ MISTAKES = [
     (["fame", "modist"], "--optimizer lamb", "lamb", "sgd"), (["fame"], "--backbone vgg", "vgg", "vit_tiny"),
     (["fame"], "--batch 8 --device-batch 1", "one pair"), (["fame"], "--frames 1"), (["fame"], "--beta 1.5"),
     (["fame"], "--backbone s3d --image-size 32 --frames 4", "s3d", "4 frames", "32 pixels"),
-    (["mcl"], "--backbone s3d", "--attention l1"), (["mcl"], "--attention hard", "hard", "softmax"),
+    (["mcl"], "--backbone s3d", "s3d", "align"), (["mcl"], "--attention hard", "hard", "softmax"),
     (["mcl"], "--frames 10", "10 frames"), (["mcl"], "--momentum 1.5"), (["mcl"], "--frame-width 16"),
     (["modist"], "--stride 3", "--motion-stride 2"), (["modist"], "--motion-input edges", "edges", "frame_diff"),
-    (["modist"], "--max-crop 0.5"), (["finetune"], "--mode knn", "--init FILE"),
-    (["finetune"], "--mode guess --init x.pt", "guess", "linear", "export"),
-    (["finetune"], "--views 3 --init x.pt", "--views 3", "2x3"),
-    (["finetune"], "--label taste --init x.pt", "taste", "motion", "scene"),
-    (["finetune"], "--mode test --init runs/reference-mofo/last.pt", "head.weight")]
+    (["finetune"], "--mode knn", "--init FILE"), (["finetune"], f"--mode guess --init {TRAINED}", "guess", "export"),
+    (["finetune"], f"--views 3 --init {TRAINED}", "--views 3", "2x3"),
+    (["finetune"], f"--label taste --init {TRAINED}", "taste", "motion", "scene"),
+    (["finetune"], f"--mode test --init {TRAINED}", "head.weight")]
 
 
 @pytest.mark.parametrize("script, argv, words", [(script, argv, words) for scripts, argv, *words in MISTAKES
@@ -347,7 +347,7 @@ def test_a_published_layout_trains_and_tests(script, tmp_path):
 @pytest.mark.parametrize("backbone", ["vit_tiny", "r2plus1d_50"])
 def test_every_mode_of_finetune(backbone, reference):
     reference("mofo")
-    init, results = "runs/reference-mofo/last.pt", {}
+    init, results = TRAINED, {}
     if backbone != "vit_tiny":
         init = "runs/convolutional/last.pt"
         run("fame", *TINY, *RESNET, "--steps", 1, "--out", "runs/convolutional")
@@ -364,7 +364,7 @@ def test_every_mode_of_finetune(backbone, reference):
 
 def test_two_processes_test_like_one(reference):
     reference("mofo")
-    argv = ["--toy-train", 24, "--toy-test", 15, "--mode", "knn", "--init", "runs/reference-mofo/last.pt", "--workers",
+    argv = ["--toy-train", 24, "--toy-test", 15, "--mode", "knn", "--init", TRAINED, "--workers",
             0, "--test-batch", 4]
     run("finetune", *argv, "--out", "runs/knn1")
     finished(start("finetune", *argv, "--out", "runs/knn2", processes=2))
@@ -379,7 +379,7 @@ def test_a_test_video_that_cannot_be_read_counts_as_wrong_and_is_named(workplace
         file = tmp_path / split / ("even", "odd")[i % 2] / f"{i}.mp4"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(video[:600] if (split, i) == ("val", 3) else video)
-    run("finetune", "--data", tmp_path, "--mode", "knn", "--neighbours", 1, "--init", "runs/reference-mofo/last.pt",
+    run("finetune", "--data", tmp_path, "--mode", "knn", "--neighbours", 1, "--init", TRAINED,
         "--workers", 0, "--views", "1x1", "--out", "runs/unreadable")
     results = json.loads(Path("runs/unreadable/results.json").read_text())
     assert results["acc1_1x1"] == pytest.approx(500 / 6)
