@@ -31,19 +31,10 @@ def tiny_input():
 
 # ---- the public implementation ---------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def golden():
-    return golden_arrays("videomae_pretrain.npz")
-
-
-def golden_model(golden):
-    model = MaskedAutoencoder(32, 16, 16, 2, 48, 2, 3, 24, 2, 3)
+def test_encoder_prediction_loss_and_gradients_equal_the_public_implementation():
+    golden, model = golden_arrays("videomae_pretrain.npz"), MaskedAutoencoder(32, 16, 16, 2, 48, 2, 3, 24, 2, 3)
     model.load_state_dict({k[3:]: v for k, v in golden.items() if k.startswith("sd/")}, strict=True)
-    return model
-
-
-def test_encoder_prediction_loss_and_gradients_equal_the_public_implementation(golden):
-    model, video, hidden = golden_model(golden), golden["video"], golden["mask"]
+    video, hidden = golden["video"], golden["mask"]
     visible = torch.stack([torch.nonzero(~h)[:, 0] for h in hidden])
     encoded = model.encoder.tokens(patchify(video, 16, 2), visible)
     torch.testing.assert_close(encoded, golden["encoder_out"], atol=1e-5, rtol=0)
@@ -55,7 +46,8 @@ def test_encoder_prediction_loss_and_gradients_equal_the_public_implementation(g
     assert norms == pytest.approx({k: v.item() for k, v in golden.items() if k.startswith("gradnorm/")}, rel=1e-5)
 
 
-def test_positions_and_pixel_target_equal_the_public_implementation(golden):
+def test_positions_and_pixel_target_equal_the_public_implementation():
+    golden = golden_arrays("videomae_pretrain.npz")
     torch.testing.assert_close(sincos_positions(32, 48), golden["enc_pos"], atol=1e-6, rtol=0)
     torch.testing.assert_close(sincos_positions(32, 24), golden["dec_pos"], atol=1e-6, rtol=0)
     hidden, public = golden["mask"], golden["target_norm"]
@@ -69,11 +61,10 @@ def test_positions_and_pixel_target_equal_the_public_implementation(golden):
 
 @pytest.mark.parametrize("count, dim", [(7, 6), (1568, 8)])
 def test_positions_are_the_paper_s_sine_and_cosine_of_the_flat_index(count, dim):
-    table = sincos_positions(count, dim)[0]
-    for p in range(0, count, max(1, count // 20)):
-        for j in range(dim):
-            angle = p / 10000 ** (2 * (j // 2) / dim)
-            assert table[p, j].item() == pytest.approx(math.cos(angle) if j % 2 else math.sin(angle), abs=1e-6)
+    p, j = np.ogrid[:count, :dim]
+    angle = p / 10000 ** (2 * (j // 2) / dim)
+    expected = np.where(j % 2, np.cos(angle), np.sin(angle))
+    torch.testing.assert_close(sincos_positions(count, dim)[0], torch.from_numpy(expected).float(), atol=1e-6, rtol=0)
 
 
 # ---- motion map ------------------------------------------------------------------------------------------------------

@@ -58,13 +58,6 @@ def reference(workplace):
     return losses_of
 
 
-def finished(process):
-    """What it printed; it must have ended well."""
-    text = process.communicate()[0]
-    assert process.returncode == 0, text
-    return text
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_leaves_everything_it_promises_and_starts_others(script, reference):
     values, out = reference(script), Path(f"runs/reference-{script}")
@@ -116,7 +109,9 @@ def test_a_process_that_is_stopped_or_killed_goes_on_from_its_last_checkpoint(sc
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_give_the_losses_of_one(script, reference):
     out = f"runs/two-{script}"
-    finished(start(script, *TINY, *EXACT[script], "--out", out, processes=2))
+    process = start(script, *TINY, *EXACT[script], "--out", out, processes=2)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
     assert losses(out) == pytest.approx(reference(script), rel=2e-5)
 
 
@@ -367,7 +362,9 @@ def test_two_processes_test_like_one(reference):
     argv = ["--toy-train", 24, "--toy-test", 15, "--mode", "knn", "--init", TRAINED, "--workers",
             0, "--test-batch", 4]
     run("finetune", *argv, "--out", "runs/knn1")
-    finished(start("finetune", *argv, "--out", "runs/knn2", processes=2))
+    process = start("finetune", *argv, "--out", "runs/knn2", processes=2)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
     one, two = (json.loads(Path(f"runs/knn{n}/results.json").read_text()) for n in (1, 2))
     assert one["per_class"] == two["per_class"] and one["videos"] == two["videos"] == 15
 
