@@ -11,8 +11,8 @@ it, too: what it must tell is finer in time than what it is shown.
     z^p: position change, normalised in the token      position_target()     3
     z^s: HOG at the moving points                      hog(), shape_target() 3
     losses                                             position_loss(), shape_loss()   3
-    masked autoencoder with two heads                  MaskedAutoencoder     4
-    all of it on one batch                             MME                   4
+    masked autoencoder (VideoMAE's, from mofo.py)      MaskedAutoencoder     4
+    two heads; all of it on one batch                  MME                   4
 
 Differs from the paper and its released code, and why
  1. Flow is estimated in-line, on the very crop that the network sees, by RAFT: no offline pass, no archive of
@@ -42,14 +42,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, Decoder, FlowEstimator, Log, StopSignal, UserError, VITS, ViT, all_reduce_mean,
-                    clip_indices, constant, cosine_lr, draw_lines, example_clips, find_videos, gather_tokens, loader,
-                    make_optimizer, map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify,
-                    plan_run, rand, read_views, resize_flow, resume_or_init, save_checkpoint, save_sheet, setup,
-                    shutdown, sincos_positions, step_batches, to_device, to_float01, unpatchify, wrap_model)
+from common import (Clips, FlowEstimator, Log, StopSignal, UserError, VITS, all_reduce_mean, clip_indices, constant,
+                    cosine_lr, draw_lines, example_clips, find_videos, gather_tokens, loader, make_optimizer,
+                    map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand,
+                    read_views, resize_flow, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
+                    step_batches, to_device, to_float01, unpatchify, wrap_model)
+from mofo import MaskedAutoencoder, pixel_target
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -236,14 +236,6 @@ def shape_loss(prediction, target, later=0.1):
     return (error[..., 0] + later * error[..., 1:].sum(-1)).mean() / error.shape[-1]
 
 
-def pixel_target(clips01, patch_size, tubelet_size):
-    """Clips (B, 3, T, H, W) in [0, 1] -> (B, N, D), minus the mean and over the standard deviation (unbiased, + 1e-6)
-    of each patch and colour, colour fastest: VideoMAE's target."""
-    patches = patchify(clips01, patch_size, tubelet_size).unflatten(-1, (3, -1))            # (B, N, 3, D / 3)
-    var, mean = torch.var_mean(patches, -1, keepdim=True)
-    return ((patches - mean) / (var.sqrt() + 1e-6)).transpose(-1, -2).flatten(2)
-
-
 def tube_mask(count, grid, ratio, generator=None, device="cpu"):
     """Hide int(ratio * H' W') patches of each of `count` clips, at random, alike at all times -> (count, N) bool."""
     T, H, W = grid
@@ -252,49 +244,6 @@ def tube_mask(count, grid, ratio, generator=None, device="cpu"):
 
 
 # ---- 4. Model ------------------------------------------------------------------------------------------------------
-
-class MaskedAutoencoder(nn.Module):
-    """VideoMAE with a shallow decoder and several heads: encode the visible tokens, decode all, predict the hidden.
-
-    outputs: name -> size of a token's target.  Names in the state dict of the encoder are those of the public
-    VideoMAE pre-training checkpoints.
-    """
-
-    def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads,
-                 decoder_dim, decoder_depth, decoder_heads, outputs, **more):
-        super().__init__()
-        self.encoder = ViT(image_size, frames, patch_size, tubelet_size, dim, depth, heads, **more)
-        self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads)
-        self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(decoder_dim, 512), nn.GELU(), nn.Linear(512, size))
-                                    for name, size in outputs.items()})
-        positions = sincos_positions(math.prod(self.encoder.grid), decoder_dim)  # (1, N, decoder_dim)
-        self.register_buffer("positions", positions, persistent=False)
-        for module in [*self.encoder.modules(), *self.decoder.modules(), *self.heads.modules()]:
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-
-    def predict(self, clips, hidden, count=None):
-        """Clips (B, 3, T, H, W), normalised, hidden (B, N), as many per clip -> predictions of hidden tokens by name
-        (B, N_hidden, size), and which tokens these are, masked (B, N_hidden).
-
-        count is N_hidden where the caller knows it; asking the GPU would make the host wait.
-        """
-        p, t = self.encoder.patch_size, self.encoder.tubelet_size
-        count = count or int(hidden[0].sum())
-        order = hidden.byte().argsort(dim=1, stable=True)                       # visible tokens, then hidden ones
-        visible, masked = order[:, :-count], order[:, -count:]                  # (B, N_visible), (B, N_hidden)
-        z = self.encoder.tokens(patchify(clips, p, t), visible)                 # (B, N_visible, dim)
-        positions = self.positions.expand(len(clips), -1, -1)                   # (B, N, decoder_dim)
-        z = torch.cat([self.encoder_to_decoder(z) + gather_tokens(positions, visible),
-                       self.mask_token + gather_tokens(positions, masked)], 1)  # (B, N, decoder_dim)
-        z = self.decoder(z, count)                                              # (B, N_hidden, decoder_dim)
-        return {name: head(z).float() for name, head in self.heads.items()}, masked
-
 
 def frames_to_read(target, frames, tubelet_size, stride, length):
     """Number of frames of a clip and the distance between them: what the network sees, or also all in between and
@@ -325,11 +274,15 @@ class MME(MaskedAutoencoder):
         T, H, W = self.encoder.grid
         self.count = T * int(mask_ratio * H * W)                                # hidden tokens of a clip
         if not 0 < self.count < T * H * W:
-            raise UserError(f"--mask-ratio {mask_ratio} must leave some of the {H * W} patches hidden and some "
-                            "visible")
+            raise UserError(f"--mask-ratio {mask_ratio}: must leave some of the {H * W} patches hidden, some visible")
         self.flow, self.target, self.length, self.mask_ratio = flow, target, length, mask_ratio
         self.cell = patch_size // 2                                             # 4 points per token
         self.step = stride // frames_to_read(target, frames, tubelet_size, stride, length)[1]
+
+    def predict(self, clips, hidden, count=None):
+        """As VideoMAE's, but -> predictions by name (B, N_hidden, size), masked (B, N_hidden)."""
+        z, masked = super().predict(clips, hidden, count)                       # (B, N_hidden, decoder_dim)
+        return {name: head(z).float() for name, head in self.heads.items()}, masked
 
     def seen(self, clips):
         """The frames that the network sees: (B, 3, T, H, W)."""
@@ -412,7 +365,6 @@ def preview(model, clips, path):
     prediction, painted into the hidden tokens; how the points of hidden tokens move in L steps, relative to the mean
     of their token: true (green) and predicted (red), both 3 x as long.
     """
-    model.eval()
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
     targets, _, displacement = model.targets(clips)
     hidden = tube_mask(len(clips), grid, model.mask_ratio, torch.Generator(clips.device).manual_seed(0), clips.device)
@@ -446,7 +398,6 @@ def preview(model, clips, path):
     sheet = [row.unflatten(0, (len(clips), -1))[i:i + 2, ::2].flatten(0, 1) for i in range(0, len(clips), 2)
              for row in rows.values()]
     save_sheet(path, sheet, tile)
-    model.train()
 
 
 # ---- 6. Train ------------------------------------------------------------------------------------------------------

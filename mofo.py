@@ -3,8 +3,7 @@
 A masked autoencoder (VideoMAE, https://arxiv.org/abs/2203.12602) hides 90 % of a clip and learns by painting it in
 again.  Where it hides is left to chance, and in most videos most of the frame does not move.  MOFO finds the region
 that moves from optical flow, without labels, and masks by it: a fixed share of the patches inside the motion box is
-hidden, the rest of the 90 % comes from outside.  So every clip asks for what moves to be painted, from some of what
-moves.
+hidden, the rest of the 90 % comes from outside.
 
     Paper                                             Code                  Section
     motion map: flow edges, free of camera pans       motion_map()          2
@@ -147,9 +146,8 @@ def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.0
     sigma = blur * min(h, w)
     reach = math.ceil(3 * sigma)
     kernel = torch.exp(-torch.arange(-reach, reach + 1, device=motion.device) ** 2 / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-    smooth = F.conv2d(motion[:, None], kernel.view(1, 1, 1, -1), padding=(0, reach))
-    smooth = F.conv2d(smooth, kernel.view(1, 1, -1, 1), padding=(reach, 0))[:, 0]
+    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)                          # blurs along x, transposed along y
+    smooth = F.conv2d(F.conv2d(motion[:, None], kernel, padding="same"), kernel.mT, padding="same")[:, 0]
     smooth = (smooth - smooth.flatten(1).median(1).values[:, None, None]).clamp(min=0)
     peak = smooth.amax((1, 2))                                                  # (B,)
     height = peak * math.sqrt(2 * math.pi) * sigma                              # of the edge that blurs to this peak
@@ -206,44 +204,42 @@ def motion_tube_mask(boxes, found, grid, ratio, inside_ratio, generator=None, pa
 
 # ---- 4. Target and model -------------------------------------------------------------------------------------------
 
-def normalize_patches(patches):
-    """Patches (B, n, 3 * P) in [0, 1], colour slowest -> (B, n, P * 3), colour fastest: minus the mean and over the
-    standard deviation (unbiased, + 1e-6) of each patch and colour; also these two, (B, n, 3, 1), to paint with."""
-    patches = patches.unflatten(-1, (3, -1))
-    var, mean = torch.var_mean(patches, -1, keepdim=True)
-    deviation = var.sqrt() + 1e-6
-    return ((patches - mean) / deviation).transpose(-1, -2).flatten(2), mean, deviation
-
-
 def pixel_target(clips01, patch_size, tubelet_size):
-    """What is predicted: clips (B, 3, T, H, W) in [0, 1] -> (B, N, D), normalised per patch and colour."""
-    return normalize_patches(patchify(clips01, patch_size, tubelet_size))[0]
+    """What is predicted: clips (B, 3, T, H, W) in [0, 1] -> (B, N, D), minus the mean and over the standard deviation
+    (unbiased, + 1e-6) of each patch and colour, colour fastest."""
+    patches = patchify(clips01, patch_size, tubelet_size).unflatten(-1, (3, -1))            # (B, N, 3, D / 3)
+    var, mean = torch.var_mean(patches, -1, keepdim=True)
+    return ((patches - mean) / (var.sqrt() + 1e-6)).transpose(-1, -2).flatten(2)
 
 
 class MaskedAutoencoder(nn.Module):
     """VideoMAE: encode the visible tokens, decode all of them, compare the hidden ones with the pixels.
 
-    State-dict names are those of the public VideoMAE pre-training checkpoints.
+    State-dict names are those of the public VideoMAE pre-training checkpoints.  With `outputs`, name -> size of a
+    token's target, the pixels' linear head is replaced by one head of two layers for each (MME).
     """
 
     def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads,
-                 decoder_dim, decoder_depth, decoder_heads, **more):
+                 decoder_dim, decoder_depth, decoder_heads, outputs={}, **more):
         super().__init__()
         self.encoder = ViT(image_size, frames, patch_size, tubelet_size, dim, depth, heads, **more)
         self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads, 3 * tubelet_size * patch_size**2)
-        positions = sincos_positions(math.prod(self.encoder.grid), decoder_dim)  # (1, N, decoder_dim)
-        self.register_buffer("positions", positions, persistent=False)
-        for module in [*self.encoder.modules(), *self.decoder.modules()]:       # not what is between them (VideoMAE)
-            if isinstance(module, nn.Linear):
+        pixels = 0 if outputs else 3 * tubelet_size * patch_size**2
+        self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads, pixels)
+        self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(decoder_dim, 512), nn.GELU(), nn.Linear(512, size))
+                                    for name, size in outputs.items()})
+        self.register_buffer("positions", sincos_positions(math.prod(self.encoder.grid), decoder_dim), persistent=False)
+        for module in [*self.encoder.modules(), *self.decoder.modules(), *self.heads.modules()]:
+            if isinstance(module, nn.Linear):                                   # all but encoder_to_decoder (VideoMAE)
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
-    def forward(self, clips, hidden, count=None):
-        """Clips (B, 3, T, H, W), normalised, hidden (B, N), as many per clip -> prediction (B, N_hidden, D), loss.
+    def predict(self, clips, hidden, count=None):
+        """Clips (B, 3, T, H, W), normalised, hidden (B, N), as many per clip -> prediction of the hidden tokens
+        (B, N_hidden, D), and which these are, masked (B, N_hidden).
 
         count is N_hidden where the caller knows it; asking the GPU would make the host wait.
         """
@@ -255,9 +251,14 @@ class MaskedAutoencoder(nn.Module):
         positions = self.positions.expand(len(clips), -1, -1)                   # (B, N, decoder_dim)
         z = torch.cat([self.encoder_to_decoder(z) + gather_tokens(positions, visible),
                        self.mask_token + gather_tokens(positions, masked)], 1)  # (B, N, decoder_dim)
-        prediction = self.decoder(z, count)                                     # (B, N_hidden, D)
-        target = gather_tokens(pixel_target(unnormalize(clips, self.encoder.config), p, t), masked)  # (B, N_hidden, D)
-        return prediction, F.mse_loss(prediction.float(), target)
+        return self.decoder(z, count), masked
+
+    def forward(self, clips, hidden, count=None):
+        """As `predict` -> prediction (B, N_hidden, D), loss: its mean squared distance from the pixel target."""
+        prediction, masked = self.predict(clips, hidden, count)
+        clips01 = unnormalize(clips, self.encoder.config)
+        target = pixel_target(clips01, self.encoder.patch_size, self.encoder.tubelet_size)     # (B, N, D)
+        return prediction, F.mse_loss(prediction.float(), gather_tokens(target, masked))
 
 
 class MOFO(MaskedAutoencoder):
@@ -267,29 +268,27 @@ class MOFO(MaskedAutoencoder):
         super().__init__(**sizes)
         T, H, W = self.encoder.grid
         self.count = T * int(mask_ratio * H * W)                                # hidden tokens of a clip
-        if not 0 < self.count < T * H * W or not 0 <= (inside_ratio or 0) <= 1:
-            raise UserError(f"--mask-ratio {mask_ratio} must leave some of the {H * W} patches hidden and some "
-                            f"visible, --inside-ratio {inside_ratio} must be in [0, 1] or none")
+        if not 0 < self.count < T * H * W:
+            raise UserError(f"--mask-ratio {mask_ratio}: must leave some of the {H * W} patches hidden, some visible")
         if sizes["tubelet_size"] < 2:
             raise UserError("--tubelet-size 1: flow needs two frames of each tubelet")
         self.flow, self.mask_ratio, self.inside_ratio = flow, mask_ratio, inside_ratio
 
     @torch.no_grad()
-    def mask(self, clips, generator=None):
-        """Hidden (B, N) and what it comes from: flow (B, T', 2, h, w), motion (B, h, w), boxes (B, 4), found (B,)."""
-        flow, motion, boxes, found = find_motion(self.flow, clips, self.encoder.tubelet_size)
+    def mask(self, clips, generator=None, show=False):
+        """Hidden (B, N) and what it comes from: flow (B, T', 2, h, w), motion (B, h, w), boxes (B, 4), found (B,).
+        VideoMAE's mask needs no motion: it is not computed, unless it is to be shown."""
+        flow = motion = None
+        boxes = torch.zeros(len(clips), 4, device=clips.device)
+        found = boxes[:, 0] > 0
+        if show or self.inside_ratio is not None:
+            flow, motion, boxes, found = find_motion(self.flow, clips, self.encoder.tubelet_size)
         hidden = motion_tube_mask(boxes, found, self.encoder.grid, self.mask_ratio, self.inside_ratio, generator,
                                   self.encoder.patch_size)
         return hidden, flow, motion, boxes, found
 
     def forward(self, clips, generator=None):
-        if self.inside_ratio is None:                                                       # VideoMAE needs no flow
-            boxes = torch.zeros(len(clips), 4, device=clips.device)
-            found = torch.zeros(len(clips), dtype=torch.bool, device=clips.device)
-            hidden = motion_tube_mask(boxes, found, self.encoder.grid, self.mask_ratio, None, generator,
-                                      self.encoder.patch_size)
-        else:
-            hidden, _, _, boxes, found = self.mask(clips, generator)
+        hidden, _, _, boxes, found = self.mask(clips, generator)
         _, loss = super().forward(normalize(clips, self.encoder.config), hidden, self.count)
         area = (boxes[:, 2:] - boxes[:, :2]).prod(1) / math.prod(clips.shape[-2:])          # (B,), 0 without a box
         return loss, dict(with_box=found.float().mean(), box_area=area.sum() / found.sum().clamp(min=1))
@@ -304,27 +303,22 @@ def preview(model, clips, path):
     The rows: frames with the motion box, flow, motion map with the box, what the encoder sees, reconstruction (of
     hidden patches, each with its true mean and contrast, which the normalised target leaves open).
     """
-    model.eval()
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
-    hidden, flow, motion, boxes, found = model.mask(clips, torch.Generator(clips.device).manual_seed(0))
-    prediction, _ = MaskedAutoencoder.forward(model, normalize(clips, model.encoder.config), hidden)
+    generator = torch.Generator(clips.device).manual_seed(0)
+    hidden, flow, motion, boxes, found = model.mask(clips, generator, show=True)
+    prediction, _ = model.predict(normalize(clips, model.encoder.config), hidden)
     patches = patchify(to_float01(clips), p, t)                                             # (B, N, D)
-    _, mean, deviation = normalize_patches(patches)                                         # (B, N, 3, 1)
-    seen, painted = patches.clone(), patches.clone()
-    seen[hidden] = 0.5
+    var, mean = torch.var_mean(patches.unflatten(-1, (3, -1)), -1, keepdim=True)            # (B, N, 3, 1)
+    seen, painted = patches.masked_fill(hidden[..., None], 0.5), patches.clone()
     colours = prediction.float().unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(0, 1)     # (B N_hidden, 3, D / 3)
-    painted[hidden] = (colours * deviation[hidden] + mean[hidden]).flatten(1)
-    blocks = []                                                                             # per clip 5 rows
-    for i in range(len(clips)):
-        frames = to_float01(clips[i, :, ::2 * t]).transpose(0, 1)                           # every second tubelet
-        maps = F.interpolate(map_to_rgb(motion[i, None]), frames.shape[-2:]).expand(len(frames), -1, -1, -1)
-        boxed = [draw_box(x, boxes[i]) if found[i] else x for x in (frames, maps)]
-        shown = [unpatchify(x[i, None], grid, p, t)[0, :, ::2 * t].transpose(0, 1) for x in (seen, painted)]
-        shown = [x.clamp(0, 1) for x in shown]
-        blocks.append([boxed[0], flow_picture(flow[i, ::2]), boxed[1], *shown])
-    pairs = zip(blocks[::2], blocks[1::2])
-    save_sheet(path, [torch.cat([x.cpu(), y.cpu()]) for left, right in pairs for x, y in zip(left, right)])
-    model.train()
+    painted[hidden] = (colours * var[hidden].sqrt() + mean[hidden]).flatten(1).clamp(0, 1)
+    views = (unpatchify(x, grid, p, t)[:, :, ::2 * t].transpose(1, 2).cpu() for x in (patches, seen, painted))
+    frames, seen, painted = views                                       # of every second tubelet, (B, n, 3, H, W)
+    maps = F.interpolate(map_to_rgb(motion), frames.shape[-2:])[:, None].expand_as(frames)
+    frames, maps = ([draw_box(x, box) if has else x for x, box, has in zip(images, boxes, found)]
+                    for images in (frames, maps))
+    rows = [frames, [flow_picture(x) for x in flow[:, ::2]], maps, seen, painted]           # each B x (n, 3, h, w)
+    save_sheet(path, [torch.cat([row[i], row[i + 1]]) for i in range(0, len(clips), 2) for row in rows])
 
 
 # ---- 6. Train ------------------------------------------------------------------------------------------------------
@@ -332,8 +326,8 @@ def preview(model, clips, path):
 def sample_clips(video, item, rng, cfg):
     """cfg.repeats random clips of a video, each with a crop of its own -> uint8 (repeats, frames, side, side, 3)."""
     indices = [clip_indices(video, item, cfg.frames, cfg.stride, rng) for _ in range(cfg.repeats)]
-    height, width = video.info.height, video.info.width
-    crops = [multi_scale_crop(height, width, rng, cfg.min_crop, cfg.image_size) for _ in indices]
+    sides = video.info.height, video.info.width
+    crops = [multi_scale_crop(*sides, rng, cfg.min_crop, cfg.image_size) for _ in indices]
     return read_views(video, indices, crops, cfg.image_size)
 
 

@@ -42,8 +42,8 @@ import mcl
 import mme
 import modist
 import mofo
-from common import (VIDEO_FILES, Clips, Env, FlowEstimator, Item, ResNet3D, VideoError, loader, make_backbone, make_optimizer, probe,
-                    setup, to_device, VITS, wrap_model)
+from common import (Clips, Env, FlowEstimator, Item, ResNet3D, VIDEO_FILES, VITS, VideoError, loader, make_backbone,
+                    make_optimizer, probe, setup, to_device, wrap_model)
 
 CONFIG = mofo.Config()                                             # 16 frames, 224 pixels, crops as in training
 

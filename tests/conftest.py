@@ -14,9 +14,9 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 import common
-from common import RowGenerator, UserError, parse_config, to_float01
+from common import RowGenerator, UserError, parse_config, to_float01, toy_video
 
-SHARED = REPO.parent / "shared"                                            # golden numbers, real clips: tests skip without it
+SHARED = REPO.parent / "shared"                                            # golden numbers, real clips: or tests skip
 
 
 def golden_arrays(name):
@@ -44,7 +44,7 @@ def numbers(clips):
 
 
 def put(root, text={}, videos=()):
-    """Write files below root: text {name: content}, and something with a video's name for each of videos (listing opens none)."""
+    """Write files below root: text {name: content}, and something under each name of videos (listing opens none)."""
     for name, content in {**text, **dict.fromkeys(videos, "x")}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content.encode())
@@ -93,6 +93,12 @@ def toy_flow(truth, first, second):
     return np.where(inside, sprite, pan[:, None, None]), inside
 
 
+def toy_clips(count, labels=(None,), frames=36):
+    """The first toy videos of `test` -> uint8 (count, 3, frames, 64, 64), their truths; labels are taken in turn."""
+    videos, truths = zip(*[toy_video(0, "test", i, frames=frames, label=labels[i % len(labels)]) for i in range(count)])
+    return torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3).contiguous(), truths
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
     """A directory in which the toy data has been written once, for all tests."""
@@ -108,11 +114,13 @@ def run(script, *argv):
     module.main(parse_config(module.Config, module.RECIPES, [str(a) for a in argv]))
 
 
-def start(script, *argv, processes=1):
+def start(script, *argv, processes=1, cwd=None, **variables):
+    """The script in one new Python process, or several; `variables` are of the environment."""
     launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                       f"--nproc_per_node={processes}"]
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    return subprocess.Popen([*launch, str(REPO / f"{script}.py"), *map(str, argv)], env=env, text=True,
+    variables = dict(OMP_NUM_THREADS=1, CUDA_VISIBLE_DEVICES="") | variables
+    env = os.environ | {name: str(value) for name, value in variables.items()}
+    return subprocess.Popen([*launch, str(REPO / f"{script}.py"), *map(str, argv)], env=env, text=True, cwd=cwd,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

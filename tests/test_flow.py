@@ -1,0 +1,160 @@
+"""Optical flow: gradients against loops, TV-L1 and RAFT against shifts that are known, the toy data's true flow."""
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import common
+from common import FlowEstimator, read_clips, spatial_gradient, toy_video, tvl1, warp
+from conftest import SHARED, error_of, seeded, toy_clips, toy_flow
+
+torch.set_num_threads(1)
+RAFT = SHARED / "weights" / "raft_small.pth"
+needs_raft = pytest.mark.skipif(not RAFT.exists(), reason=f"{RAFT} is not here")
+
+
+def slow_gradient(x, middle=1):
+    """d/dx and d/dy of x (H, W): central differences, averaged over three lines of weights 1, middle, 1."""
+    H, W = len(x), len(x[0])
+    out = np.zeros((2, H, W))
+    def at(r, c):                                                               # the border is replicated
+        return x[min(max(r, 0), H - 1)][min(max(c, 0), W - 1)]
+    for r, c, (k, weight) in itertools.product(range(H), range(W), ((-1, 1), (0, middle), (1, 1))):
+        out[0, r, c] += weight / (2 + middle) * (at(r + k, c + 1) - at(r + k, c - 1)) / 2
+        out[1, r, c] += weight / (2 + middle) * (at(r + 1, c + k) - at(r - 1, c + k)) / 2
+    return out
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (1, 4), (6, 1), (2, 3, 4, 5)])
+@pytest.mark.parametrize("options", [{}, dict(middle=1), dict(middle=2)])
+def test_spatial_gradient_equals_loops_with_a_replicated_border(shape, options):
+    x = torch.randn(shape, generator=seeded())
+    expected = np.stack([slow_gradient(m, **options) for m in x.reshape(-1, *shape[-2:]).tolist()])
+    expected = torch.from_numpy(expected).float().view(*shape[:-2], 2, *shape[-2:])
+    torch.testing.assert_close(spatial_gradient(x, **options), expected, atol=1e-5, rtol=0)
+
+
+# ---- toy data --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("label", range(-1, 8))
+def test_true_toy_flow_carries_the_last_frame_back_to_the_first(label):
+    video, truth = toy_video(1, "train", label + 1, size=192, frames=16, label=label)   # large: warping loses little
+    flow, sprite = toy_flow(truth, 0, 15)
+    _, later = toy_flow(truth, 15, 0)
+    first, last = (torch.from_numpy(video[t]).permute(2, 0, 1)[None].float() / 255 for t in (0, 15))
+    back = warp(last, torch.from_numpy(flow)[None].float())
+    change, error = ((x - first).abs().mean((0, 1)) for x in (last, back))
+    x, y = np.mgrid[:192, :192][::-1] + flow                                    # where each pixel goes
+    stays = (x > 0) & (x < 191) & (y > 0) & (y < 191)
+    def grow(mask):
+        return F.max_pool2d(torch.as_tensor(mask)[None, None].float(), 5, 1, 2)[0, 0].numpy() > 0
+    edge = grow(sprite) & grow(~sprite)                                         # two pixels on either side
+    hit = grow(warp(torch.from_numpy(later)[None, None].float(), torch.from_numpy(flow)[None].float())[0, 0] > 0)
+    for part in (sprite & ~edge & stays, ~sprite & ~edge & stays & ~hit):
+        assert part.sum() > 300 and change[part].mean() > 0.004, "or the test would prove nothing"
+        assert error[part].mean() < 0.3 * change[part].mean()
+
+
+# ---- TV-L1 -----------------------------------------------------------------------------------------------------------
+
+def waves(dx, dy, h=48, w=64):
+    """A smooth image (3, h, w) in [0, 1] whose content is shifted by (dx, dy)."""
+    y, x = torch.meshgrid(torch.arange(h) - dy, torch.arange(w) - dx, indexing="ij")
+    z = [torch.sin(x / 3.1 + y / 7 + k) + torch.sin(y / 2.7 - x / 9 + 2 * k) + torch.sin((x + y) / 4.3)
+         for k in range(3)]
+    return 0.5 + torch.stack(z) / 6
+
+
+@pytest.mark.parametrize("dx, dy", [(0.4, -0.7), (1.5, 0.8), (-2.3, 1.1), (0.0, 3.0), (0.0, 0.0)])
+def test_tvl1_finds_a_known_sub_pixel_shift(dx, dy):
+    first, second = waves(0, 0)[None], waves(dx, dy)[None]
+    flow = tvl1(first, second)
+    error = (flow - torch.tensor([dx, dy]).view(2, 1, 1)).norm(dim=1)[0, 6:-6, 6:-6].mean()
+    assert error < (0.2 if dx or dy else 1e-5)
+    left = (warp(second, flow) - first)[..., 6:-6, 6:-6].abs().mean()           # the sign: second(x + u) = first(x)
+    assert left <= 0.25 * (second - first)[..., 6:-6, 6:-6].abs().mean() + 1e-6
+
+
+def test_flow_of_each_clip_is_what_it_would_be_alone_and_has_one_flow_per_pair():
+    clips, estimate = toy_clips(3)[0][:, :, :8:2], FlowEstimator("tvl1")
+    flow = estimate(clips)
+    assert flow.shape == (3, 3, 2, 64, 64) and estimate.seconds() > 0 and estimate.seconds() == 0
+    for i, t in itertools.product(range(3), range(3)):
+        torch.testing.assert_close(estimate(clips[i:i + 1, :, t:t + 2])[0, 0], flow[i, t], atol=1e-4, rtol=0)
+    torch.testing.assert_close(estimate(clips.float() / 255), flow, atol=1e-4, rtol=0)
+
+
+def test_flow_size_changes_the_grid_and_the_unit():
+    pair = torch.stack([waves(0, 0, 64, 64), waves(2, 1, 64, 64)], 1)[None]
+    flow = FlowEstimator("tvl1", size=96)(pair)
+    assert flow.shape == (1, 1, 2, 96, 96)
+    expected = torch.tensor([3.0, 1.5])
+    torch.testing.assert_close(flow[0, 0, :, 12:-12, 12:-12].mean((1, 2)), expected, atol=0.15, rtol=0)
+
+
+# ---- RAFT ------------------------------------------------------------------------------------------------------------
+
+def shifted_pair(height, width, dx=5, dy=3):
+    """A real frame and itself moved by (dx, dy) pixels -> uint8 (1, 3, 2, height, width)."""
+    video = SHARED / "videos" / "juggling.mp4"
+    if not video.exists():
+        pytest.skip(f"{video} is not here")
+    frame = torch.tensor(read_clips(video, [10], size=(360, 640))[0]).permute(2, 0, 1)
+    return torch.stack([frame[:, y:y + height, x:x + width] for x, y in ((60, 40), (60 - dx, 40 - dy))], 1)[None]
+
+
+@needs_raft
+@pytest.mark.parametrize("height, width, grid", [
+    (224, 224, (224, 224)), (132, 156, (128, 160)), (100, 182, (128, 184)), (64, 64, (128, 128))])
+def test_raft_finds_the_shift_of_a_real_frame_in_pixels_of_its_grid(height, width, grid):
+    flow = FlowEstimator("raft_small", RAFT)(shifted_pair(height, width, 4, 2))
+    expected = torch.tensor([4 * grid[1] / width, 2 * grid[0] / height])        # a multiple of 8, at least 128
+    assert flow.shape == (1, 1, 2, *grid)
+    torch.testing.assert_close(flow[0, 0].flatten(1).median(1).values, expected, atol=0.75, rtol=0.1)
+    if height == 224:
+        assert (flow[0, 0] - expected.view(2, 1, 1)).norm(dim=0)[16:-16, 16:-16].mean() < 0.3
+
+
+@needs_raft
+def test_raft_takes_bytes_and_floats_each_clip_alone_and_may_round():
+    exact, rounding = (FlowEstimator("raft_small", RAFT, 4, amp=amp) for amp in (None, torch.bfloat16))
+    clips = torch.cat([shifted_pair(128, 128, *shift) for shift in ((5, 3), (-3, 1), (0, 8))])
+    flow, rounded = exact(clips), rounding(clips)
+    torch.testing.assert_close(exact(clips.float() / 255), flow, atol=1e-3, rtol=0)
+    torch.testing.assert_close(exact(clips[1:2])[0], flow[1], atol=1e-3, rtol=0)
+    assert not flow.requires_grad and rounded.dtype == torch.float32
+    assert 0 < (flow - rounded).norm(dim=2).mean() < 0.1
+
+
+@pytest.mark.parametrize("side", [(224, 224), (128, 128), (240, 320), (448, 448), (2048, 2048)])
+def test_a_chunk_has_no_more_correlation_maps_than_cudnn_samples(side, monkeypatch):
+    monkeypatch.setattr(common.Raft_Small_Weights.DEFAULT.__class__, "get_state_dict",
+                        lambda self, **_: torchvision.models.optical_flow.raft_small().state_dict())
+    estimate = FlowEstimator("raft_small", updates=1)
+    estimate.device = torch.device("cuda")                                      # as it would choose there
+    pairs = estimate.chunk(*side)
+    maps = pairs * (side[0] // 8) * (side[1] // 8)
+    assert pairs >= 1 and (maps <= 65535 or pairs == 1) and maps + maps // pairs > 65535      # no fewer than needed
+    assert FlowEstimator("tvl1").chunk(64, 64) == 128
+
+
+@pytest.mark.parametrize("fault", [None, b"", b"not a checkpoint", {"wrong": torch.zeros(1)},
+                                   OSError("network is unreachable"), TimeoutError(), RuntimeError("invalid hash")])
+def test_weights_that_cannot_be_had_name_both_ways_out(tmp_path, monkeypatch, fault):
+    path = tmp_path / "raft.pth"
+    if isinstance(fault, Exception):
+        def fail(*_, **__):
+            raise fault
+        monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fail)
+        message = error_of(FlowEstimator, "raft_large")
+    else:
+        if isinstance(fault, bytes):
+            path.write_bytes(fault)
+        elif fault:
+            torch.save(fault, path)
+        message = error_of(FlowEstimator, "raft_small", str(path))
+        assert "raft.pth" in message
+    assert "--raft-weights" in message and "--flow tvl1" in message
