@@ -464,7 +464,7 @@ def global_seed(generator, purpose, row=0):
 
 
 def per_clip(transform, clips, generator=None, purpose=1):
-    """One of torchvision's random transforms on clips (B, 3, T, H, W): drawn anew for each clip, alike in its frames."""
+    """One of torchvision's random transforms of clips (B, 3, T, H, W): drawn anew for each, alike in its frames."""
     out = []
     with torch.autocast(clips.device.type, enabled=False):                     # places and colours want fp32
         for row, clip in enumerate(clips):

@@ -72,7 +72,7 @@ class Config:
     tubelet_size: int = 2              # frames of a token
     min_crop: float = 0.66             # smallest side of a crop relative to the frame's short side, in (0, 1]
     mask_ratio: float = 0.9            # share of the patches that is hidden, in (0, 1)
-    inside_ratio: float | None = 0.75  # share of the patches in the motion box that is hidden, in [0, 1]; none: VideoMAE
+    inside_ratio: float | None = 0.75  # share of the patches in the box that is hidden, in [0, 1]; none: VideoMAE
     flow: Literal["raft_small", "raft_large", "tvl1"] = "raft_small"  # optical flow
     raft_weights: str = ""             # file with torchvision's RAFT state dict; default: download
     flow_updates: int = 6              # refinement steps of RAFT

@@ -534,7 +534,8 @@ def test_help_is_the_comments(capsys):
         parse_config(Config, TOY_RECIPES, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert info.value.code == 0 and "{" not in shown
-    for words in ("clips, of which 50 % are mirrored, in [1, inf) (default: 8)", "per 256 # clips", "--no-compile", *TOY_RECIPES):
+    help_text = "clips, of which 50 % are mirrored, in [1, inf) (default: 8)"
+    for words in (help_text, "per 256 # clips", "--no-compile", *TOY_RECIPES):
         assert words in shown
 
 

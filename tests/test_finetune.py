@@ -1060,7 +1060,7 @@ def test_a_file_of_class_names(lists, tune, tmp_path, capsys):
     for more, said in (([], True), (["--classes", tmp_path / "same.txt"], False)):       # without names: the data's
         run("finetune", *test, *more)
         assert ("does not name its classes" in capsys.readouterr().out) == said
-    for more, message in ((["--classes", tmp_path / "two.txt"], "missing .*head.weight .2, 192.*unexpected .*head.weight .3, 192"),
+    for more, message in ((["--classes", tmp_path / "two.txt"], "missing .*weight .2, 192.*unexpected .*weight .3, 192"),
                           (["--classes", "gone.txt"], "--classes gone.txt"), ([], "does not say its classes")):
         with pytest.raises(UserError, match=message):
             run("finetune", *predict, *more)

@@ -1,4 +1,4 @@
-"""The README against the code: its commands, its reading guide.  `python tests/test_readme.py` writes the guide anew."""
+"""The README against the code: its commands, its reading guide, which `python tests/test_readme.py` writes anew."""
 import importlib
 import inspect
 import re
@@ -12,7 +12,7 @@ from common import parse_config
 SCRIPTS = "mofo", "mme", "fame", "mcl", "modist", "finetune"
 GUIDE = (
     ("MOFO: motion, free of camera pans", "mean over windows of \\|∇ mean flow\\|", "mofo.motion_map"),
-    ("MOFO: the region that moves", "columns and rows between the 1 % and 99 % quantiles of the map", "mofo.motion_box"),
+    ("MOFO: the region that moves", "columns and rows between the map's 1 % and 99 % quantiles", "mofo.motion_box"),
     ("MOFO: mask by motion", "m_in = clamp(⌊r n_in⌋, max(0, K − n_out), min(n_in, K))", "mofo.motion_tube_mask"),
     ("VideoMAE: masked autoencoder", "mean of (prediction − target)² over hidden patches", "mofo.MaskedAutoencoder"),
     ("MOFO: what moves attends to the rest", "softmax(q_in k_outᵀ / √d) v_out", "finetune.MotionFocus"),
