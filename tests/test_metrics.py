@@ -270,6 +270,8 @@ def test_linear_probe_solves_what_is_linear_and_knn_votes():
     assert (fit_linear(features, labels, 3, 1e-3)(features).argmax(1) == labels).float().mean() > 0.98
     strict, loose = ((fit_linear(features, labels, 3, l2)(features).softmax(1).amax(1)).mean() for l2 in (1.0, 1e-3))
     assert strict < 0.8 < 0.98 < loose                                         # the penalty makes it less certain
+    shares = fit_linear(torch.ones(90, 2), labels.clamp(max=1), 2, 1.0)(torch.ones(1, 2)).softmax(1)
+    torch.testing.assert_close(shares, torch.tensor([[1 / 3, 2 / 3]]), rtol=1e-3, atol=1e-3)       # the bias is free
     features = features[:, :7] / features[:, :7].norm(dim=1, keepdim=True)
     votes = torch.zeros(90, 3)
     for q in range(90):
