@@ -3,7 +3,7 @@
 Nothing in this file is an equation of one of the five papers; those are in mofo.py and its siblings.  The sections:
 
     1 config    2 processes and devices    3 video    4 data sets    5 toy data    6 augmentation on the device
-    7 optical flow    8 backbones    9 momentum contrast    10 checkpoints of other people    11 run    12 pictures
+    7 optical flow    8 backbones    9 momentum contrast    10 public checkpoints    11 run    12 pictures
 
 Clips are uint8 (B, 3, T, H, W) tensors until the network sees them.  Boxes are (x1, y1, x2, y2) in pixels, x2 and y2
 exclusive.  `hidden` is a bool mask over tokens, True = masked.  Tokens are in (t, h, w) order, t slowest.
@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import signal
-import struct
 import sys
 import time
 import typing
@@ -31,6 +30,7 @@ import zipfile
 from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from fractions import Fraction
 from functools import partial
 from itertools import count, dropwhile, islice, pairwise
 from pathlib import Path
@@ -240,9 +240,10 @@ def rand(rows, *shape, generator=None, device="cpu"):
 # key packet before a wanted frame on, as long as all is as it should be.  What is odd takes the sure way: decode from
 # the start and count.  mp4 and mov list their packets in the header, so only the groups (a key packet up to the next
 # one) that hold wanted frames are read, whatever the length.  Of other files all packets are read, though not decoded.
-# Long films are better copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
+# Long videos are better copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
 
 FAST = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4"}             # codecs in which a packet is a frame, as a rule
+BYTE_PLANES = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
 
 
 class VideoError(ValueError):
@@ -262,10 +263,11 @@ class Video(contextlib.AbstractContextManager):
 
     def __init__(self, path):
         self.path, self.file, self.counted = os.fspath(path), None, False   # counted: it takes the sure way
-        self._either_way(lambda: self.counted or self._find_groups())
+        self._either_way(lambda: self.counted or self._list_packets())
 
     def __exit__(self, *_):
-        self.file and self.file.close()
+        if self.file:
+            self.file.close()
 
     def _either_way(self, job, *args):
         """job(*args) the fast way or, if anything fails there, the sure one, where the file is at fault."""
@@ -291,116 +293,116 @@ class Video(contextlib.AbstractContextManager):
 
     def _count(self):
         self._open()
-        tick, frames = self.stream.time_base, [(f.pts, _upright(f)[:2]) for f in self.file.decode(self.stream)]
-        if not frames:
+        frames, tick = self.file.decode(self.stream), self.stream.time_base
+        first = next(frames, None)
+        if first is None:
             raise VideoError("no frames")
-        times, (self.sides, *_) = zip(*frames)
+        times = [first.pts, *(frame.pts for frame in frames)]
+        self.first, self.total, self.counted = _upright(first), len(times), True
         self.times = sorted(int(n / self.rate / tick) if None in times else t for n, t in enumerate(times))
         if self.times[-1] > self.times[0]:                                  # the header's rate may be that of packets
             self.rate = (len(times) - 1) / ((self.times[-1] - self.times[0]) * tick)
-        self.keys, self.counted = [0, len(times)], True
 
-    def _find_groups(self):
+    def _list_packets(self):
         self._open()
-        codec, index, self.packets, self.times, self.packed = self.codec, self.stream.index_entries, None, None, False
+        codec, index, self.packets, self.times = self.codec, self.stream.index_entries, None, None
         packets = (p for p in self.file.demux(self.stream) if p.size)
         head = next(packets)
         # Only the first packet tells some things, such as x264's build, whose faults are imitated.
         frame = [*codec.decode(head), *codec.decode(None)][0]
         codec.flush_buffers()
-        self.sides = _upright(frame)[:2]
+        self.first = _upright(frame)
         fast = codec.name in FAST and head.is_keyframe and frame.key_frame and not frame.interlaced_frame
-        if codec.name != "mpeg4" and 0 < self.stream.frames == len(index) and head.pts <= self.stream.start_time:
-            keys = [0]                                                      # films have 100,000s of packets: use keys
-            while (k := index.search_timestamp(index[keys[-1]].timestamp + 1, backward=False)) > 0:
-                keys.append(k)
-            self.keys = [*keys, len(index)]                                 # where each group begins; the total
-            fast &= not any(e.is_discard for e in (*index[:self.keys[1]], *index[keys[-1]:len(index)]))   # edit lists
+        if codec.name != "mpeg4" and 0 < self.stream.frames == len(index):
+            self.total = len(index)                                         # edit lists cut at both ends
+            fast &= head.pts <= self.stream.start_time and not any(e.is_discard for e in index[:17] + index[-17:])
         else:
-            self.packets = [head, *packets]
-            self.times = sorted(p.dts if p.pts is None else p.pts for p in self.packets)
-            self.packed = codec.name == "mpeg4" and _number_pictures(self.packets)
-            pts = [p.pts for p in self.packets]
-            fast &= pts[0] == min(pts) and len({*pts}) == len(pts) and not any(p.is_discard for p in self.packets)
-            back = pts != sorted(pts)                                       # time stamps are those of display
-            fast &= back == codec.has_b_frames or codec.name == "mpeg4" and not back
-            keys = [i for i, p in enumerate(self.packets) if p.is_keyframe and not (self.packed and i)]
-            self.keys = [*keys, len(pts)]
+            packets = [head, *packets]
+            self.times = sorted(p.dts if p.pts is None else p.pts for p in packets)
+            self.packets, self.total = _mpeg4_pictures(packets) if codec.name == "mpeg4" else packets, len(packets)
+            shown = {p.pts for p in self.packets if not p.is_discard}
+            fast &= len(shown) == self.total and self.packets[0].pts == min(shown)
         if not fast:
             raise VideoError
 
     @property
     def info(self):
-        ticks, frames = self.stream.duration or 0, self.keys[-1]
-        seconds = max(0, ticks * self.stream.time_base) or max(0, self.file.duration or 0) / 1e6 or frames / self.rate
-        return VideoInfo(frames, float(self.rate), *self.sides, float(seconds))
+        seconds = max(0, (self.stream.duration or 0) * self.stream.time_base) or max(0, self.file.duration or 0) / 1e6
+        return VideoInfo(self.total, float(self.rate), self.first.height, self.first.width,
+                         float(seconds or self.total / self.rate))
 
-    def _group(self, j):
-        """Group j -> [(packet, display ordinal)] in decode order; fails if it does not fit the index."""
-        a, b = self.keys[j:j + 2]
-        packets = self.packets and self.packets[a:b]
-        if packets is None:
-            times = [entry.timestamp for entry in self.stream.index_entries[a:b]]
+    def _group(self, n):
+        """The group that holds frame n -> [(packet, frame number)] in decode order; fails if it is not as listed."""
+        # What is decoded before a key packet is shown before everything from that packet on, in open groups too:
+        # so the numbers of a group's frames are those of its packets, in order of display.
+        listed = self.packets or self.stream.index_entries
+        start = next(i for i in range(n, -1, -1) if listed[i].is_keyframe)
+        stop = next((i for i in range(n + 1, self.total) if listed[i].is_keyframe), self.total)
+        packets = listed[start:stop]
+        if not self.packets:
+            times = [entry.timestamp for entry in packets]
             self.file.seek(times[0], stream=self.stream)
-            *packets, after = islice(dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream)), b - a + 1)
-            if [p.dts for p in packets] != times or not packets[0].is_keyframe or after.size and not after.is_keyframe:
+            rest = dropwhile(lambda p: p.dts != times[0], self.file.demux(self.stream))
+            *packets, after = islice(rest, stop - start + 1)
+            if [p.dts for p in packets] != times or after.size and not after.is_keyframe:
                 raise VideoError
-        # What is decoded before a key packet is shown before everything from that packet on, in open groups too.
         shown = sorted({p.pts for p in packets if not p.is_discard})
-        ordinal = dict(zip(shown, range(a, b), strict=True))
-        return [(p, ordinal[p.pts]) for p in packets]
+        numbers = dict(zip(shown, range(start, stop), strict=True))
+        return [(p, numbers[p.pts]) for p in packets]
 
     def index_at(self, seconds):
-        """Ordinal of the frame on display `seconds` after the first one appears, clamped to the video."""
+        """Number of the frame on display `seconds` after the first one appears, clamped to the video."""
         return self._either_way(self._index_at, seconds)
 
     def _index_at(self, seconds):
         ticks = int((seconds + 5e-4) / self.stream.time_base)               # some containers round to milliseconds
         if self.times is not None:
             return max(bisect_right(self.times, self.times[0] + ticks) - 1, 0)
-        index, now = self.stream.index_entries, self.stream.start_time + ticks
-        # pts >= dts: the frame is in the last group whose key packet has dts <= now, or in one before it.
-        for j in range(bisect_right(self.keys[1:-1], now, key=lambda k: index[k].timestamp), -1, -1):
-            known = [n for p, n in self._group(j) if p.pts <= now]
-            if known or j == 0:
-                return max(known, default=0)
+        now = self.stream.start_time + ticks
+        n = self.stream.index_entries.search_timestamp(now)                 # of the last key packet with dts <= now
+        while n >= 0:                                                       # pts >= dts: it is there or before
+            group = self._group(n)
+            if shown := [k for p, k in group if p.pts <= now]:
+                return max(shown)
+            n = min(k for _, k in group) - 1
+        return 0
 
     def _frames(self, wanted):
-        """Set of ordinals -> yields (ordinal, frame), each once; fails if a frame is not the expected one."""
+        """Set of frame numbers -> yields (number, frame), each once; fails if a frame is not the expected one."""
         if self.counted:
             self._open()                                                    # flushing would leave some state behind
             frames = enumerate(islice(self.file.decode(self.stream), max(wanted) + 1))
             yield from ((n, frame) for n, frame in frames if n in wanted)
             return
-        runs, last = [], None                                               # each decoded from a key packet on
-        for j in sorted({bisect_right(self.keys, n) - 1 for n in wanted}):
-            run = self._group(j)
-            if any(n in wanted and p.pts < run[0][0].pts for p, n in run):  # open group: its first frames on display
-                run = (runs.pop() if last == j - 1 else self._group(j - 1)) + run     # refer to the group before it
-            runs, last = [*runs, run], j
+        runs, end = [], 0                                                   # each is decoded from a key packet on
+        for n in sorted(wanted):
+            if n >= end:
+                run = self._group(n)
+                start, stop = min(k for _, k in run), max(k for _, k in run) + 1
+                if any(k in wanted and p.pts < run[0][0].pts for p, k in run):  # what is shown before the key packet
+                    run = (runs.pop() if start == end else self._group(start - 1)) + run    # refers to the group before
+                runs, end = [*runs, run], stop
         for run in runs:
-            key = run[0][0].pts
-            ordinals, last = {p.pts: n for p, n in run if p.pts >= key}, None
-            stop, end = max(wanted & {*ordinals.values()}), max(i for i, (_, n) in enumerate(run) if n in wanted) + 1
-            # Time stamps that go back are those of display.  Then frames that no other refers to can be left out, as
-            # can what follows the last wanted packet.  Without that proof, all are compared, and one more if need be.
-            unsure = self.packed or all(a.pts < b.pts for (a, _), (b, _) in pairwise(run[:end]))
-            for p, n in [*(run if unsure else run[:end]), (None, None)]:    # None drains the decoder
-                if self.codec.name in ("h264", "mpeg4"):
-                    self.codec.skip_frame = "DEFAULT" if unsure or n in wanted else "NONREF"
+            numbers, key, last = {p.pts: n for p, n in run}, run[0][0].pts, None
+            # Time stamps that go back are those of display.  Then frames that no other refers to can be left out.
+            # What follows the last wanted packet can, too, unless the order of display is not known.
+            back = any(a.pts > b.pts for (a, _), (b, _) in pairwise(run))
+            if back or not self.codec.has_b_frames or self.codec.name == "mpeg4":
+                run = run[:1 + max(i for i, (_, n) in enumerate(run) if n in wanted)]
+            skip = back and self.codec.name in ("h264", "mpeg4")
+            for p, n in [*run, (None, None)]:                               # None drains the decoder
+                self.codec.skip_frame = "NONREF" if skip and n not in wanted else "DEFAULT"
                 for frame in self.codec.decode(p):
                     if last is None and frame.pts < key:                    # it refers to what is before the key packet
                         continue
-                    n = ordinals[frame.pts]
+                    n = numbers[frame.pts]
                     first = frame.pts == key and frame.key_frame
-                    fits = first if last is None else n == last + 1 if unsure else n > last
+                    fits = first if last is None else n > last if back else n == last + 1
                     if not fits or frame.is_corrupt or frame.interlaced_frame:      # a field may be a packet of its own
                         raise VideoError
                     last = n
                     if n in wanted:
                         yield n, frame
-                if last is not None and last >= stop + (unsure and self.codec.has_b_frames):
-                    break
             self.codec.flush_buffers()
 
     def read(self, indices, size=None, crop=None):
@@ -412,82 +414,86 @@ class Video(contextlib.AbstractContextManager):
         indices, (total, _, height, width, _) = [int(i) for i in indices], self.info
         if not indices or min(indices) < 0 or max(indices) >= total:
             raise ValueError(f"{self.path}: indices {indices} do not fit its {total} frames")
-        rows, boxes = {}, np.broadcast_to((0, 0, width, height) if crop is None else crop, (len(indices), 4)).tolist()
-        for row, (n, (x1, y1, x2, y2)) in enumerate(zip(indices, boxes)):   # ordinal -> box -> rows of the output
+        boxes = np.broadcast_to((0, 0, width, height) if crop is None else crop, (len(indices), 4)).tolist()
+        for x1, y1, x2, y2 in boxes:
             if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
                 raise ValueError(f"{self.path}: box {x1, y1, x2, y2} does not fit its {width} x {height} pixels")
-            rows.setdefault(n, {}).setdefault((x1, y1, x2, y2), []).append(row)
-        return self._either_way(self._read, rows, len(indices), size)
+        return self._either_way(self._read, indices, boxes, size)
 
-    def _read(self, rows, count, size):
-        out, graphs, missing = None, {}, set(rows)
-        for n, frame in self._frames(set(rows)):
-            missing.remove(n)
-            for box, where in rows[n].items():
-                image = self._picture(frame, box, size, graphs)
-                out = np.empty((count, *image.shape), np.uint8) if out is None else out
-                if image.shape != out.shape[1:]:
-                    raise VideoError("pictures of different sizes; give size")
-                out[where] = image
-        if missing:
-            raise VideoError(f"damaged, frame {min(missing)} cannot be decoded")
-        return out
+    def _read(self, indices, boxes, size):
+        images, rows, filters = [None] * len(indices), {}, functools.cache(_crop_filter)
+        for row, n in enumerate(indices):
+            rows.setdefault(n, []).append(row)
+        for n, frame in self._frames(set(indices)):
+            frame = _upright(frame)
+            for row in rows.pop(n):
+                images[row] = self._cut(frame, boxes[row], size, filters)
+        if rows:
+            raise VideoError(f"damaged, frame {min(rows)} cannot be decoded")
+        if len({image.shape for image in images}) > 1:
+            raise VideoError("pictures of different sizes; give size")
+        return np.stack(images)
 
-    def _picture(self, frame, box, size, graphs):
-        """Decoded frame -> (H, W, 3) uint8, upright; graphs keeps the filters, and what fits them, between frames."""
-        height, width, swap, down, right = _upright(frame)
-        x1, x2 = box[0] * width // self.sides[1], -(-box[2] * width // self.sides[1])     # sides change in some files
-        y1, y2 = box[1] * height // self.sides[0], -(-box[3] * height // self.sides[0])
+    def _cut(self, frame, box, size, filters):
+        """Upright frame -> the box in it, (H, W, 3) uint8."""
+        (x1, y1, x2, y2), first = box, self.first                           # sides change in some files
+        x1, x2 = x1 * frame.width // first.width, -(-x2 * frame.width // first.width)
+        y1, y2 = y1 * frame.height // first.height, -(-y2 * frame.height // first.height)
         if size is None:
-            image = frame.to_ndarray(format="rgb24", threads=1)
-            return (image.swapaxes(0, 1) if swap else image)[::down, ::right][y1:y2, x1:x2]
-        x1, x2 = (x1, x2) if right > 0 else (width - x2, width - x1)        # the box in the coded picture
-        y1, y2 = (y1, y2) if down > 0 else (height - y2, height - y1)
-        x1, y1, x2, y2, *size = (y1, x1, y2, x2, *size) if swap else (x1, y1, x2, y2, *size[::-1])
+            return frame.to_ndarray(format="rgb24", threads=1)[y1:y2, x1:x2]
         if (x2 - x1, y2 - y1) != (frame.width, frame.height):
-            if (name := frame.format.name) not in graphs:                   # the filter moves pointers: bytes only
-                parts = frame.format.components
-                graphs[name] = len({part.plane for part in parts if part.bits == 8}) == len(parts)
-            frame = frame if graphs[name] else frame.reformat(format="rgb24", threads=1)
-            key = x1, y1, x2, y2, frame.width, frame.height, frame.format.name
-            if key not in graphs:
-                graph = graphs[key] = av.filter.Graph()
-                graph.link_nodes(graph.add_buffer(None, *key[4:6], frame.format, time_base=self.stream.time_base),
-                                 graph.add("crop", f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1"),
-                                 graph.add("buffersink")).configure()
-            graphs[key].vpush(frame)
-            frame = graphs[key].vpull()
-        image = frame.reformat(*size, "rgb24", interpolation="BILINEAR", threads=1).to_ndarray(threads=1)
-        return (image.swapaxes(0, 1) if swap else image)[::down, ::right]
+            if frame.format.name not in BYTE_PLANES:                        # of others the filter mixes up the bytes
+                frame = frame.reformat(format="rgb24", threads=1)
+            crop = filters(frame.width, frame.height, frame.format.name, f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1")
+            crop.vpush(frame)
+            frame = crop.vpull()
+        return frame.reformat(size[1], size[0], "rgb24", interpolation="BILINEAR", threads=1).to_ndarray(threads=1)
+
+
+def _crop_filter(width, height, pixel_format, box):
+    graph = av.filter.Graph()
+    source = graph.add_buffer(None, width, height, pixel_format, time_base=Fraction(1, 1))
+    graph.link_nodes(source, graph.add("crop", box), graph.add("buffersink")).configure()
+    return graph
 
 
 def _upright(frame):
-    """Height and width as displayed, and the way there: transpose if `swap`, then steps `down` and `right`, 1 or -1."""
+    """A frame as displayed: turned and mirrored by the display matrix, where the file has one."""
     matrix = frame.side_data.get("DISPLAYMATRIX")                           # x' = a x + c y, y' = b x + d y
-    a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
+    if matrix is None:
+        return frame
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    image, right, down = frame.to_ndarray(format="rgb24", threads=1), a, d
     if abs(b) > abs(a):
-        return frame.width, frame.height, True, 1 - 2 * (b < 0), 1 - 2 * (c < 0)
-    return frame.height, frame.width, False, 1 - 2 * (d < 0), 1 - 2 * (a < 0)
+        image, right, down = image.swapaxes(0, 1), c, b
+    image = image[::-1 if down < 0 else 1, ::-1 if right < 0 else 1]
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
 
 
-def _number_pictures(packets):
-    """Gives packets of MPEG-4 Part 2 pts that number them in display order, which AVI does not tell -> packed?
+def _mpeg4_pictures(packets):
+    """Packets of MPEG-4 Part 2 -> one for each picture, with its number on display as pts, which AVI does not tell.
 
-    In packed streams pictures wait for the next packet, up to a tiny one that only keeps a place.  Fails for others.
+    In packed streams a picture may lie in the packet before its own, which is tiny then.  Fails for others.
     """
-    waiting, packed, reference = [], False, packets[0]
-    for i, p in enumerate(packets):
-        found = [kind[0] >> 6 for kind in re.findall(rb"\x00\x00\x01\xb6(.)", bytes(p), re.S)]
-        kind, *waiting = waiting + found * (p.size >= 20)
-        if waiting not in ([], [2]):
-            raise VideoError
-        packed |= bool(waiting)
+    begin, pictures, shown, waiting = b"\x00\x00\x01\xb6", [], [], []
+    for p in packets:
+        head, *coded = bytes(p).split(begin)
+        if p.size >= 20:
+            pictures += [head + begin + coded[0], *(begin + data for data in coded[1:])]
+    if len(pictures) - len(packets) not in (0, 1):                          # the last one may be cut off
+        raise VideoError
+    for i, data in enumerate(pictures[:len(packets)]):
+        kind, p = data[data.index(begin) + 4] >> 6, av.Packet(len(data))
+        p.update(data)
+        pictures[i], p.is_keyframe = p, kind == 0
         if kind == 2:                                                       # a B-frame: shown at once
-            p.pts = i - 1
+            shown.append(p)
         else:                                                               # shown when the next one that is none comes
-            reference.pts, reference = i - 1, p
-    reference.pts = len(packets) - 1
-    return packed
+            shown += waiting
+            waiting = [p]
+    for n, p in enumerate([*shown, *waiting]):
+        p.pts = n
+    return pictures[:len(packets)]
 
 
 def probe(path):
@@ -551,46 +557,42 @@ def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
     Raises UserError if nothing is found or the annotations do not join the files.
     """
     splits = TOY_SPLITS if data == "toy" else ("train", "test") if data in DATA_SETS else ("train", "test", "all")
-    choices = LABELS.get(data, ("",))
-    if split not in splits:
-        raise UserError(f"--train-split or --part {split}: {data} has {', '.join(splits)}")
-    if label and label not in choices:
-        raise UserError(f"--label {label}: {data} has {', '.join(choices) or 'one kind of label only'}")
-    if not 1 <= fold <= (3 if data in ("ucf101", "hmdb51") else 1):
-        raise UserError(f"--split {fold}: ucf101 and hmdb51 have 1, 2 and 3, other data has 1 only")
-    label = label or choices[0]
+    labels, folds = LABELS.get(data, ("",)), (1, 2, 3) if data in ("ucf101", "hmdb51") else (1,)
+    label = label or labels[0]
+    for flag, value, choices in (("--train-split or --part", split, splits), ("--label", label, labels),
+                                 ("--split", fold, folds)):
+        if value not in choices:
+            raise UserError(f"{flag} {value}: {data} has {', '.join(map(str, choices)) or 'no choice'}")
     if data not in DATA_SETS:
         return _own_videos(Path(data), root, split)
     if data == "ava":
-        raise UserError("--data ava is for finetune.py; pre-training takes its films as --data DIR")
+        raise UserError("--data ava is for finetune.py; pre-training takes its videos as --data DIR")
     root = data_root(data, root)
     if data == "toy":
         return _toy(root, split, label, *toy)
+    expected = f"Expected there, in any depth: {LAYOUTS[data]}"
     if not root.is_dir():
-        raise UserError(f"--data {data}: no directory {root}. Put there, in any depth: {LAYOUTS[data]}; or name "
-                        f"another place with --root DIR, or set VIDEO_ROOT so that $VIDEO_ROOT/{data} is it")
+        raise UserError(f"--data {data}: no directory {root}; name another with --root DIR, or set VIDEO_ROOT so that "
+                        f"$VIDEO_ROOT/{data} is it. {expected}")
     files, videos = {}, {}                                                 # annotation file by name, video by stem
-
-    def rank(path):                                                        # k400 has replacements of corrupt files
-        return bool(_size(path)), "replacement" in str(path.relative_to(root))
     for path in list_files(root):
         found, key = files, path.name.lower()
         if path.suffix.lower() in VIDEO_FILES:                             # YouTube ids: 11 characters, also - and _
             found, key = videos, path.stem[:11] if data == "k400" else path.stem.lower()
-        if key not in found or rank(path) > rank(found[key]):              # of equals the first
+        if not _size(found.get(key)):                                      # the first with content: k400's replacement/
             found[key] = path
     try:
         rows, classes = READERS[data](files, split, label, fold)
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"--data {data}: an annotation file below {root} is not as published "
-                        f"({type(error).__name__}: {error}). Expected: {LAYOUTS[data]}") from None
-    if rows is None and split_dir(root, split):
-        return _own_videos(root, None, split)
-    if rows is None:
-        raise UserError(f"--data {data}: no annotations below {root}. Expected there, in any depth: {LAYOUTS[data]}")
+        ids = {name.lower(): i for i, name in enumerate(classes)}          # ucf101: copies differ in HandstandPushups
+        rows = [(key, ids[name.lower()] if isinstance(name, str) else name, *times) for key, name, *times in rows]
+    except Exception as error:
+        if isinstance(error, StopIteration) and split_dir(root, split):    # k400 without a list
+            return _own_videos(root, None, split)
+        raise UserError(f"--data {data}: no annotations below {root}, or not as published ({type(error).__name__}: "
+                        f"{error}). {expected}") from None
     if not any(key in videos for key, *_ in rows):
         raise UserError(f"--data {data}: none of the {len(rows)} listed videos is below {root}. Listed: "
-                        f"{[r[0] for r in rows[:2]]}, found: {list(videos)[:2]}. Expected: {LAYOUTS[data]}")
+                        f"{[r[0] for r in rows[:2]]}, found: {list(videos)[:2]}. {expected}")
     return make_listing(f"{data} {split}", [(key, videos.get(key), *rest) for key, *rest in rows], classes)
 
 
@@ -615,91 +617,71 @@ def _size(path):
 
 def make_listing(what, rows, classes):
     """Rows (name, path or None, label[, start, stop]) -> Listing of the files with content; prints the counts."""
-    size = functools.cache(_size)                                          # many segments of a film
+    size = functools.cache(_size)                                          # many segments of a video
     items = [Item(str(path), *rest) for _, path, *rest in rows if size(path)]
     missing = list(dict.fromkeys(str(path or name) for name, path, *_ in rows if not size(path)))
     empty = sum(size(path) == 0 for _, path, *_ in rows)
     absent = len(rows) - len(items) - empty
     summary = f"{what}: {len(rows)} listed, {len(items)} found, {absent} missing, {empty} empty"
     if not items:
-        raise UserError(f"{summary}: nothing to read")
+        raise UserError(f"{summary}: nothing to read {missing[:1]}")
     summary += f", {len(classes)} classes" if classes else ""
     print0(summary)
     return Listing(items, classes, missing, summary)
 
 
+# Each reader: annotation files by name, ... -> rows (stem of a video, name of its class[, start, stop]), class names.
+
 def _ucf101(files, split, label, fold):
-    if "classind.txt" not in files or f"{split}list0{fold}.txt" not in files:
-        return None, None
     pairs = [line.split() for line in read_lines(files["classind.txt"])]
     classes = [name for _, name in sorted((int(number), name) for number, name in pairs)]
-    ids = {name.lower(): i for i, name in enumerate(classes)}              # copies differ in HandstandPushups
     paths = [Path(line.split()[0]) for line in read_lines(files[f"{split}list0{fold}.txt"])]
-    return [(path.stem.lower(), ids[path.parent.name.lower()]) for path in paths], classes
+    return [(path.stem.lower(), path.parent.name) for path in paths], classes
 
 
 def _hmdb51(files, split, label, fold):
-    end = f"_test_split{fold}.txt"
-    lists = [files[name + end] for name in sorted(name.removesuffix(end) for name in files if name.endswith(end))]
-    classes = [path.name[:-len(end)] for path in lists]                    # in order: sword, then sword_exercise
-    wanted, rows = {"train": "1", "test": "2"}[split], []
-    for i, path in enumerate(lists):
-        for line in read_lines(path):
+    end, wanted, rows = f"_test_split{fold}.txt", "1" if split == "train" else "2", []
+    classes = sorted(name.removesuffix(end) for name in files if name.endswith(end))
+    for name in classes:
+        for line in read_lines(files[name + end]):
             video, code = line.rsplit(None, 1)                             # a few names hold spaces
             if code == wanted:
-                rows.append((Path(video).stem.lower(), i))
-    return rows or None, classes
+                rows.append((Path(video).stem.lower(), name))
+    return rows, classes
 
 
 def _k400(files, split, label, fold):
-    names = {"train": ("train.csv", "kinetics_train.csv", "kinetics400_train.csv"),
-             "test": ("val.csv", "validate.csv", "validation.csv", "kinetics_val.csv", "kinetics400_val.csv")}
-    path = next((files[name] for name in names[split] if _size(files.get(name))), None)
-    if path is None:
-        return None, None
-    lines = read_lines(path)
-    if "youtube_id" not in lines[0]:                                       # VideoMAE's form: path label
+    ends = "train.csv" if split == "train" else ("val.csv", "validate.csv", "validation.csv")
+    path = next(path for name, path in files.items() if name.endswith(ends) and _size(path))
+    if "youtube_id" not in read_lines(path)[0]:                            # VideoMAE's form: path label
         rows, classes = _list_rows(path)
-        if not classes:
-            raise ValueError(f"no labels in {path.name}")
         return [(Path(video).stem[:11], number) for video, number in rows], classes
-    table = list(csv.DictReader(lines))
-    labels = [row["label"].replace('"', "").replace("_", " ").strip() for row in table]
-    classes = sorted(set(labels))
-    if len(classes) != 400:
-        print0(f"note: {path} names {len(classes)} classes; Kinetics-400 has 400, ids are those of the sorted names")
-    ids = {name: i for i, name in enumerate(classes)}
-    return [(row["youtube_id"].strip(), ids[name]) for row, name in zip(table, labels)], classes
+    rows = [(row["youtube_id"].strip(), row["label"].replace("_", " ").strip()) for row in read_table(path)]
+    return rows, sorted({name for _, name in rows})
 
 
 def _ssv2(files, split, label, fold):
     def read(name):
-        path = files.get(f"something-something-v2-{name}.json", files.get(f"{name}.json"))
-        return json.loads(path.read_text(encoding="utf-8-sig")) if path else None
-    ids, entries = read("labels"), read({"train": "train", "test": "validation"}[split])
-    if ids is None or entries is None:
-        return None, None
-    classes = sorted(ids, key=lambda name: int(ids[name]))
-    ids = {name: i for i, name in enumerate(classes)}                      # a part of the classes has gaps in its ids
-    return [(e["id"].lower(), ids[e["template"].replace("[", "").replace("]", "")]) for e in entries], classes
+        path = files.get(f"something-something-v2-{name}.json") or files[f"{name}.json"]
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    numbers, entries = read("labels"), read("train" if split == "train" else "validation")
+    rows = [(e["id"].lower(), e["template"].replace("[", "").replace("]", "")) for e in entries]
+    return rows, sorted(numbers, key=lambda name: int(numbers[name]))
 
 
 def _epic(files, split, label, fold):
-    tables = {s: files.get(f"epic_100_{name}.csv") for s, name in (("train", "train"), ("test", "validation"))}
-    if tables[split] is None:
-        return None, None
-    tables = {s: list(csv.DictReader(read_lines(path))) for s, path in tables.items() if path}
+    names = {"train": "epic_100_train.csv", "test": "epic_100_validation.csv"}
+    tables = {part: read_table(files[name]) for part, name in names.items() if name in files}
     pairs = {(int(row["verb_class"]), int(row["noun_class"])) for table in tables.values() for row in table}
     verbs, nouns = (_epic_names(files, kind, ids) for kind, ids in zip(("verb", "noun"), zip(*pairs)))
     actions = sorted(f"{verb}:{noun}" for verb, noun in pairs)             # the 3,806 pairs that occur
     # verb-noun: labels are pairs; the classes are the verbs, then the nouns, so that one head holds both
     both = [f"verb:{name}" for name in verbs] + [f"noun:{name}" for name in nouns]
     classes = {"verb": verbs, "noun": nouns, "action": actions, "verb-noun": both}
-    ids = {name: i for i, name in enumerate(actions)}
     rows = []
     for row in tables[split]:
         verb, noun = int(row["verb_class"]), int(row["noun_class"])
-        target = {"verb": verb, "noun": noun, "action": ids[f"{verb}:{noun}"], "verb-noun": (verb, noun)}[label]
+        target = {"verb": verb, "noun": noun, "action": f"{verb}:{noun}", "verb-noun": (verb, noun)}[label]
         start, stop = _seconds(row["start_timestamp"]), _seconds(row["stop_timestamp"])
         rows.append((row["video_id"].lower(), target, start, stop))
     return rows, classes[label]
@@ -708,7 +690,7 @@ def _epic(files, split, label, fold):
 def _epic_names(files, kind, ids):
     """Names of the verb or noun classes from EPIC_100_{kind}_classes.csv; numbers where it has none."""
     path = files.get(f"epic_100_{kind}_classes.csv")
-    names = {int(row["id"]): row["key"] for row in csv.DictReader(read_lines(path))} if path else {}
+    names = {int(row["id"]): row["key"] for row in read_table(path)} if path else {}
     return [names.get(i, str(i)) for i in range(1 + max(*ids, *names, 0))]
 
 
@@ -717,6 +699,11 @@ READERS = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "ssv2": _ssv2, "
 
 def read_lines(path):
     return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+
+
+def read_table(path):
+    """A csv file with names of columns -> a dict per row."""
+    return list(csv.DictReader(read_lines(path)))
 
 
 def _seconds(stamp):
@@ -728,22 +715,19 @@ def _toy(root, split, label, train=1024, test=256, size=64):
     """The toy data, written on first use; in its third split, `train_biased`, the scene gives the motion away."""
     root = root / f"{size}px"
     once_per_disk(lambda: make_toy(root, split, test if split == "test" else train, size))
-    rows = [(row["path"], root / row["path"], int(row["label" if label == "motion" else "scene"]))
-            for row in csv.DictReader(read_lines(root / f"{split}.csv"))]
-    return make_listing(f"toy {split}", rows, list(TOY_CLASSES if label == "motion" else TOY_SCENES))
+    column, classes = ("label", TOY_CLASSES) if label == "motion" else ("scene", TOY_SCENES)
+    rows = [(row["path"], root / row["path"], int(row[column])) for row in read_table(root / f"{split}.csv")]
+    return make_listing(f"toy {split}", rows, list(classes))
 
 
 def _own_videos(path, root, split):
     """A directory ({train,val}/<class>/*, <class>/*, or any videos in any depth), a list file or a single video of
     the user's own; split "all" is everything below a directory."""
-    if path.suffix.lower() in VIDEO_FILES and path.is_file():
-        return make_listing(str(path), [(str(path), path, -1)], [])
+    if path.is_file() and path.suffix.lower() in VIDEO_FILES:
+        return make_listing(str(path), [(path, path, -1)], [])
     if path.is_file():
         rows, classes = _list_rows(path)
         rows = [(video, Path(root or path.parent, video), label) for video, label in rows]
-        if not any(file.exists() for _, file, _ in rows):
-            raise UserError(f"--data {path}: none of its {len(rows)} videos exists {[str(r[1]) for r in rows[:1]]}. "
-                            "Paths are relative to the list; --root DIR names another base")
         return make_listing(f"{path} {split}", rows, classes)
     if not path.is_dir():
         raise UserError(f"--data {path}: neither one of {', '.join(DATA_SETS)} nor an existing directory or list file")
@@ -751,15 +735,13 @@ def _own_videos(path, root, split):
     if split != "all" and base == path and divided:
         raise UserError(f"--data {path}: no directory {' or '.join(SPLIT_DIRS[split][:2])}, so no {split} split")
     files = [f for f in list_files(base) if f.suffix.lower() in VIDEO_FILES]
-    if not files:
-        raise UserError(f"--data {path}: no {', '.join(sorted(VIDEO_FILES))} file below {base}")
     folders = [f.relative_to(base).parts[0] if f.parent != base else "" for f in files]
     several = len(set(folders)) > 1 and not divided                        # train, val of split "all" are no classes
     classes = sorted(set(folders)) if "" not in folders and (several or base != path) else []
-    items = [Item(str(f), classes.index(c) if classes else -1) for f, c in zip(files, folders)]
+    items = [Item(f, classes.index(c) if classes else -1) for f, c in zip(files, folders)]
     if classes and base == path and split != "all":                        # it comes without a split: make one
         items = hold_out(items, split)
-    return make_listing(f"{path} {split}", [(item.path, Path(item.path), item.label) for item in items], classes)
+    return make_listing(f"{path} {split}", [(item.path, item.path, item.label) for item in items], classes)
 
 
 def split_dir(path, split):
@@ -838,18 +820,14 @@ def collate(samples):
     clips is uint8 (B, T, H, W, 3), or a dict of such: the K clips of each sample that could be read, which is what
     `read` says.  It is None if there is none.
     """
-    def join(arrays):
-        return torch.from_numpy(np.concatenate(arrays))
+    def join(found):
+        if isinstance(found[0], dict):
+            return {key: join([c[key] for c in found]) for key in found[0]}
+        return torch.from_numpy(np.concatenate(found))
 
     clips, names, labels, errors = zip(*samples)
     found = [c for c in clips if c is not None]
-    if not found:
-        joined = None
-    elif isinstance(found[0], dict):
-        joined = {key: join([c[key] for c in found]) for key in found[0]}
-    else:
-        joined = join(found)
-    return dict(clips=joined, names=list(names), labels=torch.tensor(labels),
+    return dict(clips=join(found) if found else None, names=list(names), labels=torch.tensor(labels),
                 read=torch.tensor([c is not None for c in clips]), errors=sum(errors, []))
 
 
@@ -960,12 +938,10 @@ def toy_video(seed, split, index, size=64, frames=36, label=None):
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     plaid = 0.5 + 0.5 * np.sin(wave * u) * np.sin(wave * v)
     alpha = (_toy_depth(truth, slice(None)) + 0.5).clip(0, 1)[..., None]     # an edge that moves by fractions of a px
-    video = (1 - alpha) * _mix(dark, middle, ground) + alpha * _mix(bright, fourth, plaid)
+    background = dark + (middle - dark) * ground[..., None]
+    sprite = bright + (fourth - bright) * plaid[..., None]
+    video = (1 - alpha) * background + alpha * sprite
     return (video * 255).round().clip(0, 255).astype(np.uint8), truth
-
-
-def _mix(a, b, weight):
-    return a + (b - a) * weight[..., None]
 
 
 def _toy_grid(size):
@@ -1029,15 +1005,6 @@ def _toy_depth(truth, frame):
     return edge - np.linalg.norm(offset, truth["order"], axis=-3)
 
 
-def toy_flow(truth, first, second):
-    """True flow (2, H, W) in px from frame `first` to frame `second`, and the sprite's mask (H, W) in `first`."""
-    inside = _toy_depth(truth, first) > 0
-    (c1, c2), (s1, s2) = truth["centre"][[first, second]], truth["scale"][[first, second]]
-    pan = truth["camera"][second] - truth["camera"][first]
-    sprite = (c2 - c1)[:, None, None] + (_toy_grid(truth["size"]) - c1[:, None, None]) * (s2 / s1 - 1)
-    return np.where(inside, sprite, pan[:, None, None]), inside
-
-
 def make_toy(root, split, count, size=64, frames=36, seed=0):
     """Write root/<split>/<index>.mp4, the truth of each as .npz, and root/<split>.csv with lines path,label,scene.
 
@@ -1052,9 +1019,10 @@ def make_toy(root, split, count, size=64, frames=36, seed=0):
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         jobs = pool.map(write, range(count), chunksize=8)
         rows = list(tqdm(jobs, f"writing toy videos, {split}", count, unit="video", disable=None))
-    with open(f"{listing}.tmp", "w", newline="") as file:
+    temporary = f"{listing}.{os.getpid()}.tmp"
+    with open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([("path", "label", "scene"), *rows])
-    os.replace(f"{listing}.tmp", listing)
+    os.replace(temporary, listing)
 
 
 def _write_toy(root, split, size, frames, seed, index):
@@ -1063,17 +1031,17 @@ def _write_toy(root, split, size, frames, seed, index):
     if path.exists():                                                        # written after its truth: both complete
         truth = np.load(path.with_suffix(".npz"))
     else:
-        video, truth = toy_video(seed, split, index, size, frames)
-        with open(f"{path}.npz.tmp", "wb") as file:
+        (video, truth), temporary = toy_video(seed, split, index, size, frames), f"{path}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as file:
             np.savez(file, **truth)
-        os.replace(f"{path}.npz.tmp", path.with_suffix(".npz"))
-        with av.open(f"{path}.tmp", "w", format="mp4") as file:
+        os.replace(temporary, path.with_suffix(".npz"))
+        with av.open(temporary, "w", format="mp4") as file:
             stream = file.add_stream("libx264", 16, width=size, height=size, pix_fmt="yuv420p", options=dict(
                 preset="veryfast", crf="18", threads="1"))                   # one thread: the same bytes everywhere
             for frame in video:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
             file.mux(stream.encode())
-        os.replace(f"{path}.tmp", path)
+        os.replace(temporary, path)
     return f"{split}/{path.name}", int(truth["label"]), int(truth["scene"])
 
 
@@ -1496,7 +1464,7 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def forward_map(self, clips):
-        """(B, 3, T, H, W) -> feature map (B, dim, T', H', W').  For pictures of another size than the network's the
+        """(B, 3, T, H, W) -> feature map (B, dim, T', H', W').  For frames of another size than the network's the
         positions are interpolated, bicubically, frame by frame."""
         grid, positions = (self.grid[0], *(side // self.patch_size for side in clips.shape[-2:])), self.positions
         if grid != self.grid:
@@ -1541,25 +1509,27 @@ class ConvNet(nn.Module):
     forward = ViT.forward                                                          # pooled, and if there is one, head
 
 
+def conv3d(inputs, outputs, time, space, stride=1):
+    """Convolution without bias by a kernel of `time` x `space` x `space`, padded, with a stride in space."""
+    return nn.Conv3d(inputs, outputs, (time, space, space), (1, stride, stride), (time // 2, space // 2, space // 2),
+                     bias=False)
+
+
 class Bottleneck(nn.Module):
     """ResNet bottleneck in 3-D: `time` is the temporal kernel, of the first convolution or, if `split`, of one behind
     the spatial convolution, without norm or activation between them."""
 
     def __init__(self, inputs, width, stride, time, split):
         super().__init__()
-        spatial = nn.Conv3d(width, width, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False)
-        first = 1 if split else time
-        self.conv1 = nn.Conv3d(inputs, width, (first, 1, 1), padding=(first // 2, 0, 0), bias=False)
-        self.conv2 = spatial
+        self.conv1 = conv3d(inputs, width, 1 if split else time, 1)
+        self.conv2 = conv3d(width, width, 1, 3, stride)
         if split:
-            temporal = nn.Conv3d(width, width, (time, 1, 1), padding=(time // 2, 0, 0), bias=False)
-            self.conv2 = nn.Sequential(spatial, temporal)
-        self.conv3 = nn.Conv3d(width, 4 * width, 1, bias=False)
+            self.conv2 = nn.Sequential(self.conv2, conv3d(width, width, time, 1))
+        self.conv3 = conv3d(width, 4 * width, 1, 1)
         self.bn1, self.bn2, self.bn3 = nn.BatchNorm3d(width), nn.BatchNorm3d(width), nn.BatchNorm3d(4 * width)
         self.downsample = None
         if stride > 1 or inputs != 4 * width:
-            self.downsample = nn.Sequential(nn.Conv3d(inputs, 4 * width, 1, (1, stride, stride), bias=False),
-                                            nn.BatchNorm3d(4 * width))
+            self.downsample = nn.Sequential(conv3d(inputs, 4 * width, 1, 1, stride), nn.BatchNorm3d(4 * width))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -1689,7 +1659,7 @@ def set_batch_norm(model, momentum):
             module.momentum = momentum
 
 
-# ---- 10. Checkpoints of other people -------------------------------------------------------------------------------
+# ---- 10. Public checkpoints ----------------------------------------------------------------------------------------
 
 class LoadReport(NamedTuple):
     """Names of tensors: what was loaded, what only the model has, what only the file has."""
@@ -1698,13 +1668,10 @@ class LoadReport(NamedTuple):
     unexpected: list
 
 
-# Where the weights lie in a file, what is put before their names, and which parameters are no part of the backbone.
+# Where the weights lie in a file, and what is put before their names.
 WRAPPERS = ("model", "module", "model_state", "state_dict")
 PREFIXES = ("", "encoder.", "model.", "module.", "backbone.", "encoder.model.", "encoder_q.encoder.model.",
             "module.encoder_q.", "encoder_q.", "module.backbone.", "module.encoder.")
-NOT_BACKBONE = (r"(encoder\.)?(head|fc_norm|norm|fc)\.|decoder\.|encoder_to_decoder\.|mask_token|heads\.|"
-                r"keys\.|(motion_)?queue|updates|order\.|motion(_head)?\.|local_MCA\.")
-
 
 # Parts of names there and here, in the order in which they are replaced, either way; a name gets a dot in front.
 HUGGING_FACE = (
@@ -1724,78 +1691,27 @@ SIZES = dict(image_size="image_size", frames="num_frames", patch_size="patch_siz
              dim="hidden_size", depth="num_hidden_layers", heads="num_attention_heads")
 # What names of tensors tell of a network: its norms; torchvision's have seen Kinetics' colours, SlowFast's its own.
 HINTS = {r"(^|\.)fc_norm\.weight$": dict(norms=("fc_norm",)),
-         r"^(?!.*decoder)(.*\.)?(layer)?norm\.weight$": dict(norms=("norm",)),
+         r"(^|\.)(layer)?norm\.weight$": dict(norms=("norm",)),
          r"\b(stem|features\.0\.0)\.0\.w": dict(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989)),
          r"pathway0_": dict(mean=(0.45,) * 3, std=(0.225,) * 3)}
-# Stands for what is not torch's in a checkpoint, e.g. paths, Namespaces, numpy's numbers: takes all, keeps nothing.
-Unknown = type("Unknown", (), dict.fromkeys(("__init__", "__setstate__"), lambda *_: None))
-DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
-              I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
 
 
-def write_safetensors(path, tensors):
-    """Write tensors {name: tensor}, the widest types first, so that all are aligned.
+class Unknown:
+    """Stands for what is not torch's in a checkpoint, e.g. paths, Namespaces, numpy's numbers; keeps nothing of it."""
 
-    The format: length of the header (8 bytes, little endian), header (JSON, padded to 8 bytes), the bytes of the
-    tensors in a row.  Nothing in it can run code.
-    """
-    header, end, names = {"__metadata__": {"format": "pt"}}, 0, {dtype: name for name, dtype in DTYPES.items()}
-    tensors = dict(sorted(tensors.items(), key=lambda pair: -pair[1].itemsize))
-    for name, x in tensors.items():
-        begin, end = end, end + x.nbytes
-        header[name] = dict(dtype=names[x.dtype], shape=list(x.shape), data_offsets=[begin, end])
-    header = (text := json.dumps(header).encode()) + b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        for x in tensors.values():
-            file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    def __init__(self, *_):
+        pass
+
+    __setstate__ = __init__
 
 
-def read_safetensors(path):
-    """{name: tensor on the CPU} of a safetensors file, each read straight into its memory; UserError if damaged."""
+def import_safetensors():
+    """The package for .safetensors files; nothing else needs it."""
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            size = os.path.getsize(path) - 8 - length                              # of the tensors
-            header, tensors, total = json.loads(file.read(length)), {}, 0
-            header.pop("__metadata__", None)
-            for name, about in header.items():
-                (begin, end), dtype = about["data_offsets"], DTYPES[about["dtype"]]
-                total += end - begin
-                if not 0 <= begin <= end <= size or end - begin != math.prod(about["shape"]) * dtype.itemsize:
-                    raise ValueError(f"{name}: its bytes {begin} to {end} of {size} are not its {about['shape']}")
-                tensors[name] = torch.empty(about["shape"], dtype=dtype)
-                file.seek(8 + length + begin)
-                file.readinto(tensors[name].flatten().view(torch.uint8).numpy())
-            if total != size:
-                raise ValueError(f"it describes {total} bytes of tensors and holds {size}")
-            return tensors
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({_first_line(error)})") from None
-
-
-def huggingface_config(path):
-    """dict(backbone=sizes, mean and std, classes=names, where there are some) from Hugging Face's config.json and the
-    files beside it; {} if it is not VideoMAE's.  Their ViT-S says 16 heads; it was trained with 6."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("model_type") != "videomae":
-            return {}
-        backbone, names = {ours: config[theirs] for ours, theirs in SIZES.items()}, config.get("id2label", {})
-        if not all(isinstance(size, int) for size in backbone.values()):
-            raise ValueError(f"sizes must be whole numbers: {backbone}")
-        classes = [names[str(i)] for i in range(len(names))]
-        if (backbone["dim"], backbone["heads"]) == (384, 16):
-            backbone["heads"] = VITS["vit_small"][2]
-        for path in path.parent.glob("*preprocessor_config.json"):                 # video_, too
-            about = json.loads(path.read_text(encoding="utf-8"))
-            asked, scale = about.get("do_normalize", True), 255 * about.get("rescale_factor", 1 / 255)
-            for k, none in (("mean", 0), ("std", 1)):
-                backbone[k] = tuple(value / scale for value in (about["image_" + k] if asked else [none] * 3))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: does not describe a VideoMAE ({type(error).__name__}: {_first_line(error)}). Move "
-                        "it away to name the network with --model") from None
-    return dict(backbone=backbone) | (dict(classes=classes) if classes and "LABEL_0" not in classes else {})
+        import safetensors.torch
+    except ImportError:
+        raise UserError("Hugging Face's .safetensors files need a package: pip install safetensors") from None
+    return safetensors.torch
 
 
 def weights_file(path):
@@ -1807,6 +1723,25 @@ def weights_file(path):
     return path
 
 
+def huggingface_config(folder):
+    """dict(backbone=sizes, mean and std, classes=names, where there are some) from the .json files of Hugging Face's
+    VideoMAE."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        backbone = {ours: int(config[theirs]) for ours, theirs in SIZES.items()}
+        if (backbone["dim"], backbone["heads"]) == (384, 16):                      # their ViT-S was trained with 6
+            backbone["heads"] = 6
+        for file in folder.glob("*preprocessor_config.json"):                      # video_, too
+            processor = json.loads(file.read_text(encoding="utf-8"))
+            backbone |= dict(mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]))
+        names = config.get("id2label", {})
+        classes = [names[str(i)] for i in range(len(names))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: config.json or preprocessor_config.json does not describe a VideoMAE "
+                        f"({type(error).__name__}: {_first_line(error)})") from None
+    return dict(backbone=backbone) | (dict(classes=classes) if classes and "LABEL_0" not in classes else {})
+
+
 def load_file(path):
     """A checkpoint -> dict(model=its tensors by name, backbone=what is known of its network: norms, mean, std, perhaps
     sizes, classes if it has them, and what else is there); no code of the file runs.  Raises UserError.
@@ -1814,31 +1749,29 @@ def load_file(path):
     Takes torch.save's files and Hugging Face's model.safetensors, pytorch_model.bin or the folder that holds either.
     """
     path = weights_file(path)
-    if path.suffix == ".safetensors":
-        content = read_safetensors(path)
-    else:
-        try:
-            strange = ["argparse.Namespace", "numpy.core.multiarray.scalar", "numpy.dtype"]     # before torch 1.6
+    try:
+        if path.suffix == ".safetensors":
+            content = import_safetensors().load_file(path)
+        else:
+            strange = ["argparse.Namespace"]                                       # in a file from before torch 1.6
             if zipfile.is_zipfile(path):
                 strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            stand_ins = {name: Unknown for name in strange} | {"collections.defaultdict": lambda *_: {}}
-            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
+            with torch.serialization.safe_globals([(Unknown, name) for name in strange]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            why = re.sub(r"(?s)^Weights only load failed.*?(Unpickler error: |\n{3})", "", str(error))      # and advice
-            raise UserError(f"{path}: cannot be read as a checkpoint ({_first_line(why or error)})") from None
+    except Exception as error:                                                     # torch's advice is to run its code
+        raise UserError(f"{path}: cannot be read as a checkpoint, is it damaged? ({type(error).__name__})") from None
     content = content if isinstance(content, dict) else {}
     weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
     state = {k: x for k, x in weights.items() if isinstance(x, torch.Tensor)}
     about = {k: x for k, x in content.items() if not isinstance(x, torch.Tensor)}
-    config, backbone = path.with_name("config.json"), dict(norms=(), mean=MEAN, std=STD)
-    if path.suffix in (".safetensors", ".bin") and config.exists():
-        about |= huggingface_config(config)
+    if path.suffix in (".safetensors", ".bin") and path.with_name("config.json").exists():
+        about |= huggingface_config(path.parent)
+    backbone = dict(norms=(), mean=MEAN, std=STD)
     for pattern, values in HINTS.items():
-        backbone |= values if any(re.search(pattern, k) for k in state) else {}
-    if isinstance(said := about.get("backbone"), dict) and "image_size" in said:       # ours, or a Hugging Face folder
-        backbone |= dict(mean=MEAN, std=STD) | said
-    return about | dict(model=state, backbone=backbone)
+        if any(re.search(pattern, k) for k in state):
+            backbone |= values
+    said = about.get("backbone")                                                   # ours, or a Hugging Face folder's
+    return about | dict(model=state, backbone=backbone | (said if isinstance(said, dict) else {}))
 
 
 def replace_parts(name, pairs):
@@ -1849,29 +1782,20 @@ def replace_parts(name, pairs):
     return name[1:]
 
 
-def convert_names(state, own):
-    """The tensors of a file, under our names and in the shapes of `own`; those of our own files stay as they are.
+def convert_names(state):
+    """The tensors of a file under our names; those of our own files stay as they are.
 
     Hugging Face's VideoMAE has q, k and v apart.  SlowFast, and with it MaCLR, and torchvision only have other names.
-    Image ViTs (timm) have a key bias, which softmax ignores, and a 2-D patch embedding: it is repeated in time and
-    divided by the tubelet, so that a still clip gives what the image gives; their positions are not used.
     """
     if any(".attention.attention.query." in k for k in state):
         base = "encoder." if any("decoder." in k for k in state) else ""           # pre-training files have both
         state = {replace_parts(k, HUGGING_FACE).replace("videomae.", base): x for k, x in state.items()}
     elif any("pathway0_" in k for k in state):
         state = {replace_parts(k, SLOWFAST): x for k, x in state.items()}
-    state = {re.sub(r"^((?:(?:module|backbone)\.)*)fc\.(weight|bias)$", r"\1head.\2", k): x for k, x in state.items()}
-    tubelet = next((x.shape[2] for k, x in own.items() if k.endswith("patch_embed.proj.weight")), 0)
-    for name, x in list(state.items()):
+    state = {re.sub(r"(^|\.)fc\.(weight|bias)$", r"\1head.\2", k): x for k, x in state.items()}
+    for name in [k for k in state if k.endswith(".attn.query.weight")]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if name.endswith(".attn.query.weight") and all(part in state for part in parts):
-            state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in parts])
-        elif name.endswith(".attn.qkv.bias"):
-            state[name.replace("qkv.bias", "q_bias")], _, state[name.replace("qkv.bias", "v_bias")] = x.chunk(3)
-            del state[name]
-        elif name.endswith("patch_embed.proj.weight") and x.ndim == 4 and tubelet:
-            state[name] = x[:, :, None].expand(-1, -1, tubelet, -1, -1) / tubelet
+        state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in parts if part in state])
     return state
 
 
@@ -1882,58 +1806,56 @@ def inflate_resnet2d(state, own):
     Kernels get one tap in time that is not 0, temporal kernels of their own are the identity: each step of the
     features is what the 2-D network makes of one frame.  A MoCo head goes to heads.inter.  Source: MCL's code.
     """
-    first = next((k for k, x in state.items() if re.search(r"(^|\.)conv1\.weight$", k) and x.ndim == 4), "")
-    prefix = first.removesuffix("conv1.weight")                  # of the whole network: a stem comes first
-    stem = next((k for k in own if k.endswith("stem.conv1.weight")), None)
+    first = next((k for k, x in state.items() if k.endswith("conv1.weight") and x.ndim == 4), "")
+    stem = next((k for k in own if k.endswith("stem.conv1.weight")), "")
     if not first or not stem:
         return state
-    add, out = stem.removesuffix("stem.conv1.weight"), {}
-    for old in [k for k in state if k.startswith(prefix)]:       # MoCo's key encoder is left out
-        x, name = state[old], add + re.sub(r"^(conv1|bn1)\.", r"stem.\1.", old.removeprefix(prefix))
-        name = re.sub(r"^.*\bfc\.(\d)", r"heads.inter.\1", name)
-        spatial, temporal = (name.replace("conv2.weight", f"conv2.{i}.weight") for i in (0, 1))
+
+    def inflate(x, taps):
+        return F.pad(x[:, :, None], (0, 0, 0, 0, (taps - 1) // 2, taps // 2))
+    theirs, ours, out = first.removesuffix("conv1.weight"), stem.removesuffix("stem.conv1.weight"), {}
+    for old in [k for k in state if k.startswith(theirs)]:       # MoCo's key encoder is left out
+        x, name = state[old], re.sub(r"^(conv1|bn1)\.", r"stem.\1.", old.removeprefix(theirs))
+        name = "heads.inter." + name.removeprefix("fc.") if name.startswith("fc.") else ours + name
+        temporal = name.replace("conv2.", "conv2.1.")
         if temporal != name and temporal in own:
-            out[temporal] = torch.zeros_like(own[temporal])
-            out[temporal][:, :, 1, 0, 0] = torch.eye(len(out[temporal]))
-            name = spatial
-        if name in own and x.ndim == 4:
-            taps = own[name].shape[2]
-            x = F.pad(x[:, :, None], (0, 0, 0, 0, (taps - 1) // 2, taps // 2))
-        out[name] = x
+            out[temporal] = inflate(torch.eye(len(x))[..., None, None], 3)
+            name = name.replace("conv2.", "conv2.0.")
+        out[name] = inflate(x, own[name].shape[2]) if name in own and x.ndim == 4 else x
     return out
 
 
 def load_weights(model, path, strict_backbone=True, new=()):
     """Load weights by name from our own files and those that `load_file` and `convert_names` tell of -> LoadReport.
 
-    Of all prefixes that one is taken under which most tensors match in name and shape.  Raises UserError, naming the
-    first tensors, if none matches or one of the backbone does not: never train on silently random weights.  The
-    backbone is all but the last norms, heads and decoders; strict_backbone False drops the check, "all" extends it to
-    everything.  What begins with one of `new` stays as it is.  Mean and std of the input go into the network's config.
+    Of all prefixes that one is taken under which most names match.  Raises UserError, naming the first tensors, if
+    none fits or one of the backbone is missing: never train on silently random weights.  The backbone is the encoder
+    without its last norm and head; strict_backbone False drops the check, "all" extends it to everything.  What begins
+    with one of `new` stays as it is.  Mean and std of the input go into the network's config.
     """
-    content, readings = load_file(path), []
-    own = {k: x for k, x in model.state_dict().items() if not k.startswith(new)}
-    state = inflate_resnet2d(convert_names(content["model"], own), own)
-    for prefix in PREFIXES:
-        for add in ("", "encoder."):                             # a bare encoder also fits into a masked autoencoder
-            names = {name: k for k in state if k.startswith(prefix) and (name := add + k[len(prefix):]) in own}
-            fits = {k: old for k, old in names.items() if own[k].shape == state[old].shape}
-            readings.append((fits, names))
-    best, names = max(readings, key=lambda reading: (len(reading[0]), len(reading[1])))
-    missing, unexpected = [k for k in model.state_dict() if k not in best], [k for k in state if k not in best.values()]
-    needed = [k for k in missing if strict_backbone == "all" or not re.match(NOT_BACKBONE, k)]
-    shapes = [f"; shapes: {k} {tuple(state[names[k]].shape)} there, {tuple(own[k].shape)} here"
-              for k in needed if k in names]
-    config, there = getattr(getattr(model, "encoder", model), "config", {}), content["backbone"]
-    sizes = [f"; {k} {there[k]} there, {config[k]} here" for k in list(SIZES)[2:]      # heads do not show in shapes
-             if k in config and there.get(k, config[k]) != config[k]]
-    if not best or strict_backbone and (needed or sizes):
-        raise UserError(f"{path} does not fit: {len(best)} of {len(own)} tensors match; missing {needed[:3]}, "
-                        f"unexpected {unexpected[:3]}{''.join(shapes[:1] + sizes)}. Choose the file's network with "
-                        "--model or --backbone; sizes of a ViT that have no name there get one in VITS in common.py")
-    model.load_state_dict({k: state[old] for k, old in best.items()}, strict=False)
-    config.update(mean=there["mean"], std=there["std"])
-    return LoadReport(list(best), missing, unexpected)
+    content, everything = load_file(path), model.state_dict()
+    own = {k: x for k, x in everything.items() if not k.startswith(new)}
+    state = inflate_resnet2d(convert_names(content["model"]), own)
+    readings = [{add + k.removeprefix(prefix): k for k in state if k.startswith(prefix)}
+                for prefix in PREFIXES for add in ("", "encoder.")]     # a bare encoder also fits into an autoencoder
+    names = max(readings, key=lambda names: len(names.keys() & own.keys()))
+    fits = {k: names[k] for k, x in own.items() if k in names and state[names[k]].shape == x.shape}
+    missing = [k for k in everything if k not in fits]
+    unexpected = [k for k in state if k not in fits.values()]
+    encoder, inside = getattr(model, "encoder", model), "encoder." if hasattr(model, "encoder") else ""
+    needed = [k for k in missing if strict_backbone == "all" or k.startswith(inside)
+              and not k.removeprefix(inside).startswith(("norm.", "fc_norm.", "head.", "local_MCA."))]
+    config, there = getattr(encoder, "config", {}), content["backbone"]
+    heads = there.get("heads", config.get("heads"))                    # which do not show in the shapes
+    if not fits or strict_backbone and (needed or heads != config.get("heads")):
+        gone = [f"{k} {tuple(everything[k].shape)}" for k in needed[:3]]
+        left = [f"{k} {tuple(state[k].shape)}" for k in unexpected[:3]]
+        raise UserError(f"{path} does not fit: {len(fits)} of {len(own)} tensors match; missing {gone}, unexpected "
+                        f"{left}; heads {heads} there, {config.get('heads')} here. Choose the file's network with "
+                        "--model or --backbone; sizes of a ViT that have no name get one in VITS in common.py")
+    model.load_state_dict({k: state[name] for k, name in fits.items()}, strict=False)
+    config.update({k: there[k] for k in ("mean", "std")})
+    return LoadReport(list(fits), missing, unexpected)
 
 
 def export_huggingface(network, classes, folder):
@@ -1941,18 +1863,16 @@ def export_huggingface(network, classes, folder):
 
     With a head it is a VideoMAEForVideoClassification that knows the class names, without one a VideoMAEModel.  Its
     input is (B, T, 3, H, W), normalised.  The biases of q and v are written under both of their names: releases look
-    for one of them and leave the other 0 or random; 4.57, 5.0, 5.5, 5.12 and 5.23 load them (5.5 and 5.12 report a
-    new key bias, which softmax ignores).  Logits differ by 1e-5, as the epsilons of fc_norm do.  Raises UserError.
+    for one of them and leave the other 0 or random.  Logits differ by 1e-5, as the epsilons of fc_norm do.  Raises
+    UserError.
     """
-    if not isinstance(network, ViT):
-        raise UserError("only ViT networks can be exported, as Hugging Face's VideoMAE is one, not "
-                        f"{type(network).__name__}")
     head, c = hasattr(network, "head"), network.config
-    if head != ("fc_norm" in c["norms"]):
-        raise UserError(f"Hugging Face's VideoMAE has fc_norm just if it has a head; here: {c['norms']}, head {head}")
+    if not isinstance(network, ViT) or head != ("fc_norm" in c["norms"]):
+        raise UserError("only ViT networks can be exported, with fc_norm just if they have a head, as Hugging Face's "
+                        "VideoMAE is one")
     if head and len(classes) != network.head.out_features:
         raise UserError(f"the head has {network.head.out_features} outputs and there are {len(classes)} class names")
-    folder, pairs, tensors = Path(folder), [(ours, theirs) for theirs, ours in HUGGING_FACE], {}
+    tensors, pairs = {}, [(ours, theirs) for theirs, ours in HUGGING_FACE]
     for name, x in network.state_dict().items():
         inside = head and not name.startswith(("head.", "fc_norm."))
         there = "videomae." * inside + replace_parts(name, pairs)
@@ -1960,22 +1880,19 @@ def export_huggingface(network, classes, folder):
             tensors |= zip([there.replace("qkv", part) for part in ("query", "key", "value")], x.chunk(3))
         else:
             tensors[there] = x
-        if name.endswith(("q_bias", "v_bias")):
-            tensors[re.sub(r"(query|value)\.bias$", name[-6:], there)] = x
+            tensors[there.replace("query.bias", "q_bias").replace("value.bias", "v_bias")] = x
+    tensors = {k: x.clone() for k, x in tensors.items()}                           # none may share memory
     size, kind = c["image_size"], "VideoMAEForVideoClassification" if head else "VideoMAEModel"
-    config = dict(model_type="videomae", architectures=[kind], num_channels=3,
-                  **{theirs: c[ours] for ours, theirs in SIZES.items()},
-                  intermediate_size=4 * network.dim, hidden_act="gelu", layer_norm_eps=1e-6,
-                  hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02, qkv_bias=True,
-                  use_mean_pooling="norm" not in c["norms"], norm_pix_loss=True)
+    config = dict(model_type="videomae", architectures=[kind], **{theirs: c[ours] for ours, theirs in SIZES.items()},
+                  intermediate_size=4 * network.dim, layer_norm_eps=1e-6, use_mean_pooling="norm" not in c["norms"])
     if head:
         config |= dict(id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)})
-    processor = dict(image_processor_type="VideoMAEImageProcessor", do_resize=True, size=dict(shortest_edge=size),
-                     resample=2, do_center_crop=True, crop_size=dict(height=size, width=size), do_rescale=True,
-                     rescale_factor=1 / 255, do_normalize=True, image_mean=c["mean"], image_std=c["std"])
+    processor = dict(image_processor_type="VideoMAEImageProcessor", size=dict(shortest_edge=size),
+                     crop_size=dict(height=size, width=size), image_mean=c["mean"], image_std=c["std"])
+    folder, weights = Path(folder), import_safetensors().save(tensors, dict(format="pt"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "model.safetensors", tensors)
+        (folder / "model.safetensors").write_bytes(weights)
         for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -254,23 +254,16 @@ class FAME(nn.Module):
 
 @torch.no_grad()
 def preview(model, clips, path):
-    """Write what the method sees in clips (2 B, 3, T, H, W) uint8, B even, two side by side, three rows each.
-
-    The rows: frames of the clip; frame difference, soft map, mask, and the clip whose background it gets; the merged
-    clip.
-    """
+    """Write what the method sees in clips (2 B, 3, T, H, W) uint8, a row for the first view of each video: its first
+    frame, frame difference, soft map, mask, the clip whose background it gets, the merged clip at three moments."""
     clips = to_float01(clips)[::2]
     mask, soft = foreground_mask(clips, model.beta)
-    maps = [map_to_rgb(x) for x in (frame_difference(clips), soft, mask)]                   # each (B, 3, H, W)
+    maps = [map_to_rgb(x) for x in (frame_difference(clips), soft, mask)]       # each (B, 3, H, W)
     partner = torch.arange(len(clips), device=clips.device).roll(1)
-    merged = merge(clips, mask, partner)
-    shown = torch.linspace(0, clips.shape[2] - 1, 4).round().long()
-    blocks = []
-    for i in range(len(clips)):
-        other = clips[partner[i], :, :1].transpose(0, 1).cpu()
-        frames = [x[i, :, shown].transpose(0, 1).cpu() for x in (clips, merged)]
-        blocks.append([frames[0], torch.cat([*(x[i, None] for x in maps), other]), frames[1]])
-    save_sheet(path, [torch.cat(pair) for a, b in zip(blocks[::2], blocks[1::2]) for pair in zip(a, b)])
+    merged = merge(clips, mask, partner).cpu()
+    moments = [merged[:, :, t] for t in (0, merged.shape[2] // 2, -1)]
+    first = clips[:, :, 0].cpu()
+    save_sheet(path, torch.stack([first, *maps, first[partner.cpu()], *moments], 1))        # (B, 8, 3, H, W)
 
 
 # ---- 5. Train ------------------------------------------------------------------------------------------------------

@@ -13,24 +13,22 @@ the motion map in space and time.
     motion alignment loss                             alignment_map(), alignment_loss()       4
 
 Differs from the paper and its released code, and why
- 1. Flow is computed in the training step (released: TV-L1 of the whole data set before the first one).  So there is
-    no ranking of all clips of a video: of two random clips the one with more motion is taken with probability 0.7,
-    else any of the two.  So .68 of the clips are from the upper half of their video's motion (published: .85).
+ 1. Flow is computed in the training step (released: TV-L1 of the whole data set before the first one), so clips of a
+    video are not ranked: of two random ones that with more motion is taken with probability 0.7, else any.  So .68 of
+    the clips are from the upper half of their video's motion (published: .85).
  2. A clip's motion map is the mean of four pairs of neighbouring frames (released: windows of 8 flows around each
     frame), and is not rounded to 8 bits; strong motion there wraps around to none.
  3. The target is flipped with its clip (released: 37.5 % of all targets are mirrored in one component or both).
  4. The spatio-temporal term weights time steps by their share of the motion.  The published softmax over raw sums
     picks one step and depends on units: --attention softmax, for flow over --stride frames.
- 5. Keys are encoded with running instead of batch statistics, averaged over steps as the key encoder's weights are,
-    as in fame.py, instead of shuffling clips across GPUs.  Queries: synchronised batch norm on several GPUs, except
-    for the last one, which is differentiated twice.
+ 5. Keys are encoded with running statistics instead of shuffling clips across GPUs, as in fame.py.  Queries: batch
+    norm is synchronised on several GPUs, except for the last one, which is differentiated twice.
  6. Of a frame, the largest part of 4:3 is used (--frame-height, --frame-width), at a random place per sample.
     Colour jitter is one affine map per clip.  If a crop's size never fits, the largest that does is taken.
- 7. The weight of the order loss grows per step, not per epoch.  All rates are per 256 videos, the published 32 per
-    step have the published ones.
- 8. ViT: features are LayerNorm(mean of tokens), and the aligned layer is the last block's first linear layer of the
-    MLP, before its GELU (our choice): like the published one it is the last linear map before a non-linearity and
-    the mean.  Of a ViT's or a longer clip's finer map, means over cells are aligned.
+ 7. The weight of the order loss grows per step, not per epoch.
+ 8. ViT: features are LayerNorm(mean of tokens), and the aligned layer is the first one of the last block's MLP (our
+    choice): like the published one it is the last linear map before a non-linearity and the mean.  Of a ViT's or a
+    longer clip's finer map, means over cells are aligned.
 
 Run    python mcl.py                                         # toy data; 2.6 minutes on 2 CPU cores
        torchrun --nproc_per_node=4 mcl.py --data ucf101 --root DIR --init moco_v2_200ep.pth.tar   # not run by us
@@ -39,7 +37,7 @@ Run    python mcl.py                                         # toy data; 2.6 min
 import copy
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -50,10 +48,10 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Bottleneck, Clips, FlowEstimator, Log, Queue, StopSignal, UserError, ViT, all_reduce_mean, blur,
-                    colour_jitter, constant, cosine_lr, crop_resize, draw_box, draw_lines, ema_update, example_clips,
-                    find_videos, item_frames, loader, make_backbone, make_optimizer, map_to_rgb, normalize, open_run,
-                    parse_config, patchify, plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet,
-                    setup, shutdown, spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
+                    colour_jitter, constant, cosine_lr, crop_resize, draw_box, ema_update, example_clips, find_videos,
+                    item_frames, loader, make_backbone, make_optimizer, map_to_rgb, normalize, open_run, parse_config,
+                    patchify, plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
+                    spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -173,9 +171,8 @@ def tournament(scores, generator=None, p=0.7):
 
 
 def hot_box(motion_map):
-    """Motion map (B, gh, gw) -> the box that holds its hottest tenth of cells (B, 4) in cells, and the share of it
-    that a crop must hold (B,): the smaller the box the more of it, and nothing where the box is large or nothing
-    moves."""
+    """Motion map (B, gh, gw) -> the box of its hottest tenth of cells (B, 4), in cells, and the share of it that a crop
+    must hold (B,): the smaller the box the more of it, nothing where the box is large or nothing moves."""
     B, gh, gw = motion_map.shape
     hottest = motion_map.flatten(1).topk(int(0.1 * gh * gw), dim=1).indices     # (B, 4)
     y, x = hottest // gw, hottest % gw
@@ -207,8 +204,7 @@ def motion_crop(motion_map, height, width, generator=None, min_area=0.2, places=
     def held(start, length, first, last):
         return ((start + length).minimum(last) - start.maximum(first)).clamp(min=0) / (last - first)
     cover = held(x, w, x1, x2) * held(y, h, y1, y2)                             # (B, places)
-    enough = cover >= share[:, None]
-    best = torch.where(enough.any(1), enough.float().argmax(1), cover.argmax(1))[:, None]
+    best = torch.where(cover >= share[:, None], 2.0, cover).argmax(1, keepdim=True)         # the first of the largest
     x, y = x.gather(1, best), y.gather(1, best)
     return torch.cat([x, y, x + w, y + h], 1)
 
@@ -246,8 +242,7 @@ def split(encoder, clips):
         y, (conv, norm) = last.conv1(x), last.conv2
 
     def rest(X):
-        X = F.batch_norm(X, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum,
-                         norm.eps)
+        X = nn.BatchNorm3d.forward(norm, X)                                     # not synchronised
         return F.relu(X + x.float()).mean((2, 3, 4))
     return conv(y), rest
 
@@ -270,8 +265,7 @@ def alignment_loss(P, M, attention="l1"):
     steps' motion ("softmax", published); s: over space, of means over time; t: over time, of sums over space.
     Neither the scale of P nor, with "l1", that of M matters.  Source: MCL 3.3.
     """
-    def cosine(a, b):
-        return F.cosine_similarity(a, b, dim=-1, eps=1e-12)
+    cosine = partial(F.cosine_similarity, dim=-1, eps=1e-12)
     P = P / P.detach().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)           # (its values are around 1e-7)
     P, M = P.flatten(2), M.flatten(2)                                           # (B, t, h w)
     motion = M.sum(2)                                                           # (B, t)
@@ -282,10 +276,6 @@ def alignment_loss(P, M, attention="l1"):
 
 
 # ---- 5. Model ------------------------------------------------------------------------------------------------------
-
-def projection(dim, outputs):
-    return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, outputs))
-
 
 class MCL(nn.Module):
     """dict of clips (6 B, 3, T + 1, H, W) uint8, two candidates for each of three clips of every video, and order
@@ -300,7 +290,9 @@ class MCL(nn.Module):
                  outputs=128):
         super().__init__()
         self.encoder, self.flow = encoder, flow
-        self.heads = nn.ModuleDict({name: projection(encoder.dim, outputs) for name in ("inter", "intra", "order")})
+        dim = encoder.dim
+        self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, outputs))
+                                    for name in ("inter", "intra", "order")})
         self.order = nn.Linear(3 * outputs, 2)
         self.keys = copy.deepcopy(nn.ModuleDict(dict(encoder=encoder, heads=self.heads))).requires_grad_(False)
         self.queue = Queue(queue, outputs)
@@ -317,8 +309,7 @@ class MCL(nn.Module):
             ema_update(self.keys[name], getattr(self, name), momentum, self.updates)
 
     def choose(self, clips, generator=None):
-        """Candidates (3 K B, 3, T + 1, H, W) -> the chosen clips (B, 3, 3, T + 1, H, W), their maps (B, 3, 7, 7), all
-        maps (B, 3, K, 7, 7) and the choice (B, 3)."""
+        """Candidates (3 K B, 3, T + 1, H, W) -> the chosen clips (B, 3, 3, T + 1, H, W), their maps (B, 3, 7, 7)."""
         clips = clips.unflatten(0, (-1, 3, 2 if self.motion_clips else 1))     # (B, 3, K, 3, T + 1, H, W)
         B, _, K, _, frames = clips.shape[:5]
         maps, chosen = torch.zeros(B, 3, K, *GRID[1:], device=clips.device), clips.new_zeros(B, 3, dtype=torch.long)
@@ -330,7 +321,7 @@ class MCL(nn.Module):
         if self.motion_clips:
             chosen = tournament(maps.mean((3, 4)), generator)
         at = torch.arange(B, device=clips.device)[:, None], torch.arange(3, device=clips.device), chosen
-        return clips[at], maps[at], maps, chosen
+        return clips[at], maps[at]
 
     def view(self, clips, motion, generator=None):
         """A random view of clips (B, 3, T, H, W): normalised (B, 3, T, side, side), its box and whether mirrored."""
@@ -367,7 +358,7 @@ class MCL(nn.Module):
 
     def forward(self, batch, generator=None):
         with torch.no_grad(), torch.autocast(batch["clips"].device.type, enabled=False):
-            clips, maps, _, _ = self.choose(batch["clips"], generator)
+            clips, maps = self.choose(batch["clips"], generator)
             views, boxes, flips = zip(*(self.view(clips[:, i, :, :-1], maps[:, i], generator) for i in (0, 0, 1, 2)))
             flow = self.query_motion(clips[:, 0], boxes[0], flips[0]) if self.align_weight else None
             self.keys.eval()                                                    # running statistics, see 5. above
@@ -389,7 +380,7 @@ class MCL(nn.Module):
             guess = self.order(F.normalize(torch.cat([q["order"], k1, k2], 1), dim=1))
             order = F.cross_entropy(guess, batch["order"])
             loss = inter + intra + self.order_weight * progress * order
-            stats = dict(inter=inter.detach(), intra=intra.detach(), order=order.detach())
+            stats = dict(inter=inter, intra=intra, order=order)
             if self.align_weight:
                 P = self.look(own[:, 0], X)                                     # (B, t, h, w)
                 M = motion_target(flow, P.shape[1:])
@@ -397,61 +388,41 @@ class MCL(nn.Module):
                 align, cosines = alignment_loss(P, M, self.attention)
                 loss = loss + (1 + (self.updates < self.warmup)) * self.align_weight * align
                 P = P.detach().flatten(1)
-                stats |= {f"align_{name}": value.detach() for name, value in cosines.items()}
+                stats |= {f"align_{name}": value for name, value in cosines.items()}
                 stats |= dict(zero_maps=(P.amax(1) == 0).float().mean(), map_norm=P.norm(dim=1).mean())
+            near = (q["inter"] @ k[:, 0].T).argmax(1)                           # (B,) most similar first key
+            stats["top1"] = 100 * (near == torch.arange(len(near), device=near.device)).float().mean()
         self.queue.enqueue(keys["inter"])
-        with torch.autocast(X.device.type, enabled=False):                      # bf16 would not tell them apart
-            near = (q["inter"].detach() @ k[:, 0].T).argmax(1)                  # (B,) most similar first key
-        return loss, stats | dict(top1=100 * (near == torch.arange(len(near), device=near.device)).float().mean())
+        return loss, {name: value.detach() for name, value in stats.items()}
 
 
 # ---- 6. Preview ----------------------------------------------------------------------------------------------------
 
-CURVE = 24                                           # points of a video's motion curve
-
-
 @torch.no_grad()
 def preview(model, batch, path):
-    """Write what the method sees in an even number of videos, two side by side, four rows each.
-
-    The rows: motion over the video (black), spans of the candidates (grey) and of the chosen clips (red: query and
-    first key, blue: other keys); query clip with the box of its hottest cells (red) and the crop (yellow), its motion
-    map, the query as the network sees it at its start and end; target over time; where the network looks, over time.
-    """
+    """Write what the method sees, a row for each video: its first clip with the box of the hottest cells (red) and the
+    query's crop (yellow), and its motion map; then, of the start and of the end of the query, what the network sees,
+    the motion there and where the network looks."""
     model.eval()
-    device, tile = batch["clips"].device, 112
-    generator = torch.Generator(device).manual_seed(0)
-    clips, maps, _, chosen = model.choose(batch["clips"], generator)
-    B, _, _, _, H, W = clips.shape
-    query, box, flipped = model.view(clips[:, 0, :, :-1], maps[:, 0], generator)
-    key, *_ = model.view(clips[:, 0, :, :-1], maps[:, 0], generator)
+    generator = torch.Generator(batch["clips"].device).manual_seed(0)
+    clips, maps = (x[:, 0] for x in model.choose(batch["clips"], generator))    # (B, 3, T + 1, H, W), (B, 7, 7)
+    query, box, flipped = model.view(clips[:, :, :-1], maps, generator)
+    key, *_ = model.view(clips[:, :, :-1], maps, generator)
     with torch.enable_grad():
         X, q = model.embed(model.encoder, model.heads, query)
         _, k = model.embed(model.keys["encoder"], model.keys["heads"], key)
         P = model.look((q["inter"] * k["inter"]).sum(1), X)
-    M = motion_target(model.query_motion(clips[:, 0], box, flipped), P.shape[1:])
-    curve = motion_boundary(model.flow(batch["curve"])).mean((1, 2)).unflatten(0, (B, -1)).cpu()    # (B, CURVE)
-    hot = hot_box(maps[:, 0])[0] * constant((W / GRID[2], H / GRID[1]) * 2, device)
-    shown = torch.linspace(0, P.shape[1] - 1, 4).round().long()
-    blocks = []
-    for i in range(B):
-        times, height = torch.linspace(0, 4 * tile - 1, CURVE), 0.9 * tile * (1 - curve[i] / curve[i].max())
-        row = torch.full((1, 3, tile, 4 * tile), 0.95)
-        row = draw_lines(row, torch.stack([times, height], 1)[None, None], (0, 0, 0))
-        spans = (4 * tile * batch["spans"][i].flatten(0, 1)).round().int().tolist()         # of 3 K candidates
-        for j, (start, end) in enumerate(spans):
-            clip, candidate = divmod(j, len(spans) // 3)
-            colour = ((0.8, 0.1, 0.1), (0.1, 0.2, 0.9), (0.1, 0.2, 0.9))[clip]
-            colour = colour if candidate == chosen[i, clip] else (0.7, 0.7, 0.7)
-            row[..., tile - 24 + 4 * j:tile - 21 + 4 * j, start:end] = torch.tensor(colour)[:, None, None]
-        frame = F.interpolate(to_float01(clips[i, 0, :, :1]).transpose(0, 1).cpu(), (2 * H, 2 * W))
-        frame = draw_box(draw_box(frame, 2 * hot[i]), 2 * box[i], "yellow")
-        ends = unnormalize(query[i, :, [0, -1]], model.encoder.config).transpose(0, 1).cpu()
-        second = [F.interpolate(x, (tile, tile)) for x in (frame, map_to_rgb(maps[i, :1]), ends)]
-        blocks.append([torch.cat(row.split(tile, 3)), torch.cat(second), map_to_rgb(M[i, shown]),
-                       map_to_rgb(P[i, shown])])
-    save_sheet(path, [torch.cat([F.interpolate(x, (tile, tile)) for x in pair]) for a, b in
-                      zip(blocks[::2], blocks[1::2]) for pair in zip(a, b)], tile)
+    M = motion_target(model.query_motion(clips, box, flipped), P.shape[1:])
+    seen, tile = unnormalize(query, model.encoder.config), 112
+    frames = F.interpolate(to_float01(clips[:, :, 0]).cpu(), (tile, tile))
+    hot = hot_box(maps)[0] * (tile / maps.shape[-1])                            # cells -> pixels of the tile
+    crop = box * constant((tile / clips.shape[-1], tile / clips.shape[-2]) * 2, box.device)
+    for i in range(len(frames)):
+        frames[i] = draw_box(draw_box(frames[i:i + 1], hot[i]), crop[i], "yellow")[0]
+    columns = [frames, map_to_rgb(maps)]                                        # each (B, 3, h, w)
+    for t in (0, -1):
+        columns += [seen[:, :, t], map_to_rgb(M[:, t]), map_to_rgb(P[:, t])]
+    save_sheet(path, torch.stack([F.interpolate(x.cpu(), (tile, tile)) for x in columns], 1), tile)
     model.train()
 
 
@@ -468,38 +439,29 @@ def random_starts(first, last, span, candidates, rng):
     if half - 1 - span >= first:
         halves = [(first, half - 1 - span), (half, last - span)]
         anchor, others = halves if before else halves[::-1]
-        starts = [rng.integers(*anchor, candidates, endpoint=True),
-                  np.sort(rng.integers(*others, 2 * candidates, endpoint=True))]    # k1 is before k2, whichever wins
+        starts = [*rng.integers(*anchor, candidates, endpoint=True),
+                  *np.sort(rng.integers(*others, 2 * candidates, endpoint=True))]   # k1 is before k2, whichever wins
     else:
         starts = np.sort(rng.integers(first, max(first, last - span), 3 * candidates, endpoint=True))
-        starts = [starts] if before else [starts[-candidates:], starts[:-candidates]]
-    return np.concatenate(starts).reshape(3, candidates), before
+        starts = starts if before else np.roll(starts, candidates)                  # the last ones are the anchor's
+    return np.reshape(starts, (3, candidates)), before
 
 
-def sample_clips(video, item, rng, cfg, curve=False):
+def sample_clips(video, item, rng, cfg):
     """cfg.repeats samples of a video -> dict(clips: uint8 (3 K repeats, frames + 1, height, width, 3), K candidates
-    for each of three clips, order: (repeats,) is the first clip before the others?); with `curve` also pairs of
-    frames over the video and the spans (repeats, 3, K, 2) of the candidates in it, in [0, 1]."""
+    for each of three clips, order: (repeats,) is the first clip before the others?)."""
     (first, last), span, K = item_frames(video, item), cfg.stride * cfg.frames, 2 if cfg.motion_clips else 1
     size, (height, width) = (cfg.frame_height, cfg.frame_width), (video.info.height, video.info.width)
     scale = min(height / size[0], width / size[1])
     h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-    starts, orders, indices, crops = [], [], [], []
+    orders, indices, crops = [], [], []
     for _ in range(cfg.repeats):
-        start, before = random_starts(first, last, span, K, rng)
+        starts, before = random_starts(first, last, span, K, rng)
         x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
-        starts.append(start)
         orders.append(before)
-        indices += [np.minimum(s + cfg.stride * np.arange(cfg.frames + 1), last) for s in start.ravel()]
-        crops += [(x, y, x + w, y + h)] * start.size
-    out = dict(clips=read_views(video, indices, crops, size), order=np.array(orders, np.int64))
-    if curve:
-        times = np.linspace(first, max(first, last - cfg.stride), CURVE).astype(int)
-        pairs = [np.minimum([t, t + cfg.stride], last) for t in times]
-        ends = np.stack(starts)[..., None] + [0, span]
-        out["curve"] = read_views(video, pairs, crops[:1] * CURVE, size)
-        out["spans"] = ((ends - first) / (last - first + 1)).clip(0, 1).astype(np.float32)
-    return out
+        indices += [np.minimum(start + cfg.stride * np.arange(cfg.frames + 1), last) for start in starts.ravel()]
+        crops += [(x, y, x + w, y + h)] * starts.size
+    return dict(clips=read_views(video, indices, crops, size), order=np.array(orders, np.int64))
 
 
 def main(cfg):
@@ -519,8 +481,7 @@ def main(cfg):
     optimizer = make_optimizer(cfg.optimizer, model, lr, cfg.weight_decay, env.device)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
-    sample = partial(sample_clips, cfg=replace(cfg, repeats=1), curve=True)
-    examples = example_clips(Clips(listing.items, sample, cfg.seed))
+    examples = example_clips(dataset)
 
     # >>> same: loop
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)

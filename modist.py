@@ -19,8 +19,8 @@ from those is used; these are our choices, or differ from them, and why
  2. Flow is computed in the training step, on the crop that the RGB network sees: both modalities of a moment share
     crop and flip.  Only RGB gets colour jitter and blur.
  3. Each query is compared with the queue of its key's modality; the two cross-modal directions are summed.
- 4. Keys are encoded with running instead of batch statistics, averaged over steps as the key encoder's weights are,
-    as in fame.py, instead of shuffling clips across GPUs.  On several GPUs the queries' batch norm is synchronised.
+ 4. Keys are encoded with running statistics instead of shuffling clips across GPUs, as in fame.py.  On several GPUs
+    the queries' batch norm is synchronised.
  5. Optimiser, schedule and crops are those that Feichtenhofer et al. (2021, https://arxiv.org/abs/2104.14558) use for
     MoCo on the same network; the momentum of the keys is constant.  Colour jitter is one affine map per clip.
  6. RGB is normalised with ImageNet's mean and deviation or those of --init (released: .45 and .225).
@@ -164,6 +164,12 @@ def info_nce(query, key, negatives, temperature):
     return F.softplus(other.logsumexp(1) - own).mean()
 
 
+def top1(query, key):
+    """How often (%) the own key is the most similar one: query, key (B, D)."""
+    own = torch.arange(len(query), device=query.device)
+    return 100 * ((query.detach() @ key.T).argmax(1) == own).float().mean()
+
+
 def projection(dim, hidden=2048, outputs=128):
     """Two linear layers; init N(0, .01) as released."""
     head = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
@@ -225,71 +231,60 @@ class MoDist(nn.Module):
 
         def embed(network, head, x):
             return F.normalize(head(network(x)).float(), dim=1)                 # (B, outputs)
+        zv = embed(self.encoder, self.head, v1)
+        zm = None if m1 is None else embed(self.motion, self.motion_head, m1)
         with torch.no_grad():
             self.keys.eval()                                                    # running statistics, see 4. above
             kv = embed(self.keys["encoder"], self.keys["head"], v2)
-        zv = embed(self.encoder, self.head, v1)
-        with torch.autocast(clips.device.type, enabled=False):
-            Qv = self.queue.keys.clone()                                        # as it is now, for backward
-            terms = dict(rgb=info_nce(zv, kv, Qv, self.temperature))
-        stats = dict(top1=self.top1(zv, kv))
-        loss = terms["rgb"]
-        if m1 is not None:
-            with torch.no_grad():
-                km = embed(self.keys["motion"], self.keys["motion_head"], m2)
-            zm = embed(self.motion, self.motion_head, m1)
-            with torch.autocast(clips.device.type, enabled=False):
+            km = None if m2 is None else embed(self.keys["motion"], self.keys["motion_head"], m2)
+        with torch.autocast(clips.device.type, enabled=False):                  # bf16 would not tell similarities apart
+            Qv, T = self.queue.keys.clone(), self.temperature                   # as they are now, for backward
+            loss = rgb = info_nce(zv, kv, Qv, T)
+            stats = dict(rgb=rgb, top1=top1(zv, kv))
+            if zm is not None:
                 Qm = self.motion_queue.keys.clone()
-                terms["cross"] = (info_nce(zv, km, Qm, self.temperature) +      # RGB -> motion
-                                  info_nce(zm, kv, Qv, self.temperature))       # motion -> RGB
-                loss = loss + self.cross_weight * terms["cross"]
+                cross = info_nce(zv, km, Qm, T) + info_nce(zm, kv, Qv, T)       # RGB -> motion, motion -> RGB
+                loss = loss + self.cross_weight * cross
+                stats |= dict(cross=cross, cross_top1=top1(zm, kv))
                 if self.motion_motion:
-                    terms["motion"] = info_nce(zm, km, Qm, self.temperature)
-                    loss = loss + terms["motion"]
-            stats["cross_top1"] = self.top1(zm, kv)
-            self.motion_queue.enqueue(km)
-        self.queue.enqueue(kv)                                                  # after all losses
-        return loss, stats | {name: term.detach() for name, term in terms.items()}
-
-    def top1(self, query, key):
-        """How often (%) the own key is the most similar one: query, key (B, outputs)."""
-        own = torch.arange(len(query), device=query.device)
-        with torch.autocast(query.device.type, enabled=False):                  # bf16 would not tell them apart
-            return 100 * ((query.detach() @ key.T).argmax(1) == own).float().mean()
+                    stats["motion"] = info_nce(zm, km, Qm, T)
+                    loss = loss + stats["motion"]
+                self.motion_queue.enqueue(km)
+            self.queue.enqueue(kv)                                              # after all losses
+        return loss, {name: value.detach() for name, value in stats.items()}
 
 
 # ---- 4. Preview ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def preview(model, clips, path):
-    """Write what the method sees in clips (2 B, 3, F, H, W) uint8, B even, two videos side by side.
-
-    The rows: RGB frames of the first moment; flow and what the motion network sees of it, in time; the sum of the
-    motion maps and the three second moments whose RGB is most similar to it, best first, the own one framed.
-    """
+    """Write what the method sees in clips (2 B, 3, F, H, W) uint8, a row for each video: its first moment's RGB at
+    start and end, flow and what the motion network sees of it at the middle, and the sum of all of that; then the
+    three second moments whose RGB is most similar to it, best first, the own one framed."""
     model.eval()
-    (first, second), keys = clips.unflatten(0, (-1, 2)).unbind(1), model.keys
-    shown = torch.linspace(0, first.shape[2] - 2, 4).round().long()
+    first, second = clips.unflatten(0, (-1, 2)).unbind(1)
     rgb = [to_float01(x[:, :, :-1:model.rgb_step]) for x in (first, second)]
-    frames = to_float01(first[:, :, shown]).transpose(1, 2).cpu()                           # (B, 4, 3, H, W)
-    rows, tile = [frames], frames.shape[-2:]
+    visual, keys = [normalize(x, model.encoder.config) for x in rgb], model.keys
+    columns, middle = [rgb[0][:, :, 0], rgb[0][:, :, -1]], first.shape[2] // 2              # each (B, 3, H, W)
     if hasattr(model, "motion"):
         maps = motion_maps(first, model.flow, model.motion_input, model.edge_clip)          # (B, 3, F - 1, h, w)
         if model.motion_input != "frame_diff":
-            field = model.flow(first)[:, shown]                                             # (B, 4, 2, h, w)
-            rows.append(torch.stack([F.interpolate(flow_picture(x), tile) for x in field]))
-        rows.append(F.interpolate(maps[:, :, shown].abs().cpu(), (4, *tile)).transpose(1, 2))
-        query, about = model.motion_head(model.motion(maps)), maps.abs().mean(2)
+            flow = model.flow(first)[:, middle]                                             # (B, 2, h, w)
+            columns.append(torch.cat([flow_picture(x) for x in flow.split(1)]))             # each to its own scale
+        total = maps.abs().sum(2)
+        columns += [maps[:, :, middle].abs(), total / total.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)]
+        query = model.motion_head(model.motion(maps))
     else:
-        query, about = model.head(model.encoder(normalize(rgb[0], model.encoder.config))), frames[:, 0]
-    found = F.normalize(keys["head"](keys["encoder"](normalize(rgb[1], model.encoder.config))), dim=1)
-    best = (F.normalize(query, dim=1) @ found.T).argsort(1, descending=True)[:, :3].cpu()   # (B, 3)
-    about = F.interpolate(about.cpu() / about.amax((1, 2, 3), keepdim=True).cpu().clamp(min=1e-6), tile)
-    picture = rgb[1][:, :, rgb[1].shape[2] // 2].cpu()                                      # (B, 3, H, W)
-    framed = draw_box(picture, torch.tensor([0, 0, tile[1] - 1, tile[0] - 1]))
-    matches = [torch.stack([framed[j] if j == i else picture[j] for j in row]) for i, row in enumerate(best.tolist())]
-    rows.append(torch.cat([about[:, None], torch.stack(matches)], 1))                       # (B, 4, 3, H, W)
-    save_sheet(path, [row[i:i + 2].flatten(0, 1) for i in range(0, len(first) // 2 * 2, 2) for row in rows])
+        query = model.head(model.encoder(visual[0]))
+    found = F.normalize(keys["head"](keys["encoder"](visual[1])), dim=1)
+    best = (F.normalize(query, dim=1) @ found.T).argsort(1, descending=True).cpu()          # (B, B)
+    frames = rgb[1][:, :, rgb[1].shape[2] // 2].cpu()                                       # (B, 3, H, W)
+    H, W = frames.shape[-2:]
+    framed = draw_box(frames, torch.tensor([0, 0, W - 1, H - 1]))
+    for match in best[:, :3].T:                                                             # (B,) of each place
+        own = match == torch.arange(len(match))
+        columns.append(torch.where(own[:, None, None, None], framed[match], frames[match]))
+    save_sheet(path, torch.stack([F.interpolate(x.cpu(), (H, W)) for x in columns], 1))
     model.train()
 
 

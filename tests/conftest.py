@@ -14,7 +14,7 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 import common
-from common import RowGenerator, UserError, parse_config
+from common import RowGenerator, UserError, parse_config, to_float01
 
 SHARED = REPO.parent / "shared"                                            # golden numbers, real clips: tests skip without it
 
@@ -65,6 +65,32 @@ def seeded(seed=0, first=0, total=None):
     if total is not None:
         generator.first, generator.total = first, total
     return generator.manual_seed(seed)
+
+
+def noise(*shape, seed=0, least=0.0, most=1.0, dtype=torch.float32):
+    """Uniform random numbers."""
+    return least + (most - least) * torch.rand(*shape, generator=seeded(seed), dtype=dtype)
+
+
+class FakeFlow:
+    """In place of a FlowEstimator: numbers made of the colours of both frames; it keeps what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, clips):
+        self.asked.append(clips.clone())
+        x = to_float01(clips)
+        return torch.stack([5 * x[:, 0, 1:] - 2 * x[:, 1, :-1], 3 * x[:, 2, 1:] * x[:, 0, :-1]], 2)
+
+
+def toy_flow(truth, first, second):
+    """True flow (2, H, W) in px from frame `first` to frame `second`, and the sprite's mask (H, W) in `first`."""
+    inside = common._toy_depth(truth, first) > 0
+    (c1, c2), (s1, s2) = truth["centre"][[first, second]], truth["scale"][[first, second]]
+    pan = truth["camera"][second] - truth["camera"][first]
+    sprite = (c2 - c1)[:, None, None] + (common._toy_grid(truth["size"]) - c1[:, None, None]) * (s2 / s1 - 1)
+    return np.where(inside, sprite, pan[:, None, None]), inside
 
 
 @pytest.fixture(scope="session")

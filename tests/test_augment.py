@@ -2,7 +2,6 @@
 import math
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch

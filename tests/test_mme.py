@@ -1,7 +1,6 @@
 """MME against slow loops written from the paper and its code, the released HOG's numbers, and the truth of the toy data."""
 import math
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ from torch import nn
 import mme
 import mofo
 from common import (FlowEstimator, RowGenerator, UserError, gather_tokens, normalize, patchify, sincos_positions,
-                    toy_flow, toy_video, unpatchify)
+                    toy_video, unpatchify)
 from mme import (MME, NOISE, MaskedAutoencoder, frames_to_read, grid_points, hog, pixel_target, position_loss, position_target,
                  shape_loss, shape_target, to_tokens, trajectories, tube_mask)
-from conftest import golden_arrays, seeded
+from conftest import golden_arrays, seeded, toy_flow
 
 torch.set_num_threads(1)
 TINY = dict(image_size=32, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3, decoder_dim=12, decoder_depth=1,

@@ -1,6 +1,5 @@
 """MOFO against slow loops written from the papers, the public VideoMAE's numbers, and the truth of the toy data."""
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +10,10 @@ from torch import nn
 
 import common
 from common import (Attention, Block, FlowEstimator, RowGenerator, UserError, VITS, ViT, multi_scale_crop, normalize,
-                    patchify, read_clips, sincos_positions, spatial_gradient, toy_flow, toy_video, tvl1, unpatchify,
+                    patchify, read_clips, sincos_positions, spatial_gradient, toy_video, tvl1, unpatchify,
                     warp)
 from mofo import MOFO, MaskedAutoencoder, find_motion, motion_box, motion_map, motion_tube_mask, pixel_target
-from conftest import SHARED, golden_arrays, seeded
+from conftest import SHARED, golden_arrays, seeded, toy_flow
 
 torch.set_num_threads(1)
 RAFT = SHARED / "weights" / "raft_small.pth"

@@ -3,25 +3,28 @@ import os
 import random
 import re
 import shutil
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 
 from common import Clips, Item, Video, VideoError, multi_scale_crop, probe, read_clips
+from conftest import SHARED
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "videos"
-CASES = REAL.parent / "cases"
 H264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
+OPEN = H264 + ":open-gop=1"
 
 
-def write(path, frames=40, codec="libx264", size=(96, 128), fmt="yuv420p", pts=None, mux=None, **options):
-    """A textured picture sliding past, so that every frame differs; mux: options of the container."""
-    rng = np.random.default_rng(0)                                      # mostly grey: video halves the colour resolution
+def write(path, frames=40, codec="libx264", size=(96, 128), fmt="yuv420p", pts=None, mux={}, x264="", x265="", **more):
+    """A texture sliding past, so that every frame differs; mux: options of the container."""
+    rng = np.random.default_rng(0)                                      # mostly grey: video halves colour resolution
     texture = (rng.integers(0, 200, (30, 50, 1)) + rng.integers(0, 55, (30, 50, 3))).astype(np.uint8)
     texture = texture.repeat(8, 0).repeat(8, 1)
-    with av.open(str(path), "w", options=mux or {}) as out:
+    options = {**more, "x264-params": x264} if x264 else more
+    if x265:
+        codec, options = "libx265", {"x265-params": x265 + ":log-level=0"}
+    with av.open(str(path), "w", options=mux) as out:
         stream = out.add_stream(codec, rate=30, options=options)
         stream.height, stream.width, stream.pix_fmt = *size, fmt
         for i in range(frames):
@@ -34,13 +37,12 @@ def write(path, frames=40, codec="libx264", size=(96, 128), fmt="yuv420p", pts=N
     return path
 
 
-def remux(source, path, change=lambda i, p: p):
-    """Copies packets; change returns a packet or None."""
-    with av.open(str(source)) as a, av.open(str(path), "w") as b:
+def remux(path, change, **options):
+    """Writes a video, then its packets again as change(number, packet) returns them; it may return None."""
+    with av.open(str(write(path.with_stem("before"), **options))) as a, av.open(str(path), "w") as b:
         stream = b.add_stream_from_template(a.streams.video[0])
-        for i, packet in enumerate(a.demux(video=0)):
-            packet = change(i, packet) if packet.size else None
-            if packet is not None:
+        for i, packet in enumerate(p for p in a.demux(video=0) if p.size):
+            if packet := change(i, packet):
                 packet.stream = stream
                 b.mux(packet)
     return path
@@ -53,18 +55,8 @@ def later(ticks):
     return change
 
 
-def hide(i, packet):                                                    # VP8: clears show_frame in every 7th packet
-    if i % 7 != 3:
-        return packet
-    data = bytearray(bytes(packet))
-    data[0] &= ~16
-    new = av.Packet(bytes(data))
-    new.pts, new.dts, new.time_base, new.duration = packet.pts, packet.dts, packet.time_base, packet.duration
-    return new
-
-
-def vfr(i):
-    return i * i // 3 + i
+def cut(first):
+    return lambda i, packet: packet if i >= first else None
 
 
 def no_pts(i, packet):                                                  # as if there were no B-frames
@@ -90,6 +82,11 @@ def filled(old, data):
     return packet
 
 
+def hide(i, packet):                                                    # VP8: clears show_frame in every 7th packet
+    data = bytes(packet)
+    return filled(packet, bytes([data[0] & ~16]) + data[1:]) if i % 7 == 3 else packet
+
+
 def left_out(i, packet):                                                # MPEG-4: a picture that is "not coded"
     if i % 12 != 7:
         return packet
@@ -97,11 +94,10 @@ def left_out(i, packet):                                                # MPEG-4
     return filled(packet, bytes(packet)[:4] + (head & ~63 | 15).to_bytes(2, "big"))
 
 
-def pack(source, path):
+def pack(path, **options):
     """MPEG-4 as of DivX and Xvid: B-frames wait in the packet before theirs, a tiny packet keeps the last place."""
-    with av.open(str(source)) as a:
-        old = [p for p in a.demux(video=0) if p.size]
-    data, start = [bytes(p) for p in old], b"\0\0\1\xb6"
+    with av.open(str(write(path.with_stem("unpacked"), codec="mpeg4", **options))) as a:
+        data, start = [bytes(p) for p in a.demux(video=0) if p.size], b"\0\0\1\xb6"
     data[0] = data[0].replace(start, b"\0\0\1\xb2DivX503b1393p" + start, 1)
     b_frame, packed = [d[d.index(start) + 4] >> 6 == 2 for d in data] + [False], []
     for i, d in enumerate(data):
@@ -110,12 +106,12 @@ def pack(source, path):
         elif b_frame[i + 1]:
             d += data[i + 1]
         packed.append(d)
-    return remux(source, path, lambda i, p: filled(p, packed[i]))
+    return remux(path, lambda i, p: filled(p, packed[i]), codec="mpeg4", **options)
 
 
-def old_x264(source, path):
+def old_x264(path):
     """4:4:4 without loss as if by an old build of x264, which predicts otherwise; decoders look for its number."""
-    data = Path(source).read_bytes()
+    data = write(path, 60, fmt="yuv444p", x264="keyint=12:qp=0:8x8dct=1:bframes=0:analyse=i8x8").read_bytes()
     assert data.count(b"x264 - core ") == 1
     path.write_bytes(re.sub(rb"x264 - core \d+", b"x264 - core 140", data))
     return path
@@ -123,7 +119,7 @@ def old_x264(source, path):
 
 def two_sizes(path):
     """VP9 whose picture is smaller after 20 frames."""
-    large, small = (write(path.with_stem(path.stem + str(h)), 20, "libvpx-vp9", (h, 128), g="10") for h in (96, 60))
+    large, small = (write(path.with_stem(f"rows{h}"), 20, "libvpx-vp9", (h, 128), g="10") for h in (96, 60))
     with av.open(str(large)) as a, av.open(str(small)) as b, av.open(str(path), "w") as out:
         stream = out.add_stream_from_template(a.streams.video[0])
         for i, packet in enumerate(p for f in (a, b) for p in f.demux(video=0) if p.size):
@@ -134,8 +130,7 @@ def two_sizes(path):
 
 def cover(path):
     """An attached picture is the first video stream."""
-    film = write(path.with_stem("film"), **{"x264-params": H264})
-    with av.open(str(film)) as a, av.open(str(path), "w") as out:
+    with av.open(str(write(path.with_stem("video"), x264=H264))) as a, av.open(str(path), "w") as out:
         picture = out.add_stream("mjpeg", rate=1)
         picture.height, picture.width, picture.pix_fmt, picture.disposition = 32, 32, "yuvj420p", 1024
         stream = out.add_stream_from_template(a.streams.video[0])
@@ -145,41 +140,34 @@ def cover(path):
                 packet.stream = stream
                 out.mux(packet)
     data = path.read_bytes()
-    to, at = data.index(b"trak") - 4, data.rindex(b"udta") - 4          # move the picture's box before that of the film
+    to, at = data.index(b"trak") - 4, data.rindex(b"udta") - 4          # move the picture's box before the video's
     end = at + int.from_bytes(data[at:at + 4], "big")
     path.write_bytes(data[:to] + data[at:end] + data[to:at] + data[end:])
     return path
 
 
 MADE = {
-    "closed.mp4": lambda p: write(p, **{"x264-params": H264}),
-    "open.mp4": lambda p: write(p, **{"x264-params": H264 + ":open-gop=1"}),
-    "open.ts": lambda p: write(p, **{"x264-params": H264 + ":open-gop=1"}),
-    "pyramid.mkv": lambda p: write(p, **{"x264-params": "bframes=8:b-adapt=2:ref=6:keyint=15"}),
-    "refresh.mp4": lambda p: write(p, **{"x264-params": "intra-refresh=1:keyint=12:bframes=0"}),
-    "one_key.mp4": lambda p: write(p),
-    "vfr.mp4": lambda p: write(p, pts=vfr, **{"x264-params": H264}),
-    "vfr.mkv": lambda p: write(p, pts=vfr, **{"x264-params": H264}),
-    "negative.mp4": lambda p: remux(write(p.with_stem("a"), **{"x264-params": H264 + ":open-gop=1"}), p, later(-5 * 512)),
-    "late.mp4": lambda p: remux(write(p.with_stem("b"), **{"x264-params": H264}), p, later(7 * 512)),
-    "cut_open.mp4": lambda p: remux(write(p.with_stem("c"), **{"x264-params": H264 + ":open-gop=1"}), p,
-                                    lambda i, q: q if i >= 9 else None),     # begins with leading pictures
-    "cut_mid.mkv": lambda p: remux(write(p.with_stem("d"), **{"x264-params": H264 + ":open-gop=1"}), p,
-                                   lambda i, q: q if i >= 4 else None),      # begins inside a group
+    "closed.mp4": lambda p: write(p, x264=H264), "open.mp4": lambda p: write(p, x264=OPEN),
+    "open.ts": lambda p: write(p, x264=OPEN), "one_key.mp4": lambda p: write(p),
+    "pyramid.mkv": lambda p: write(p, x264="bframes=8:b-adapt=2:ref=6:keyint=15"),
+    "refresh.mp4": lambda p: write(p, x264="intra-refresh=1:keyint=12:bframes=0"),
+    "vfr.mp4": lambda p: write(p, pts=lambda i: i * i // 3 + i, x264=H264),
+    "vfr.mkv": lambda p: write(p, pts=lambda i: i * i // 3 + i, x264=H264),
+    "negative.mp4": lambda p: remux(p, later(-5 * 512), x264=OPEN),
+    "late.mp4": lambda p: remux(p, later(7 * 512), x264=H264),
+    "cut_open.mp4": lambda p: remux(p, cut(9), x264=OPEN),              # begins with leading pictures
+    "cut_mid.mkv": lambda p: remux(p, cut(4), x264=OPEN),               # begins inside a group
     "fragments.mp4": lambda p: write(p, g="12", mux={"movflags": "frag_keyframe"}),
-    "10bit.mp4": lambda p: write(p, fmt="yuv420p10le", **{"x264-params": H264}),
+    "10bit.mp4": lambda p: write(p, fmt="yuv420p10le", x264=H264),
     "odd.mp4": lambda p: write(p, size=(95, 127), fmt="yuv444p", g="12"),
-    "one.mp4": lambda p: write(p, 1),
-    "three.mp4": lambda p: write(p, 3),
-    "hevc.mp4": lambda p: write(p, codec="libx265", **{"x265-params": "keyint=12:bframes=3:open-gop=1:log-level=0"}),
-    "hevc_radl.mp4": lambda p: write(p, codec="libx265", fmt="yuv420p10le",
-                                     **{"x265-params": "keyint=12:bframes=3:open-gop=0:radl=2:log-level=0"}),
-    "hevc_layers.mkv": lambda p: write(p, codec="libx265", **{"x265-params": "keyint=12:temporal-layers=3:log-level=0"}),
-    "hevc_cut.mp4": lambda p: remux(write(p.with_stem("e"), codec="libx265", **{
-        "x265-params": "keyint=12:min-keyint=12:bframes=3:open-gop=1:log-level=0"}), p, lambda i, q: q if i >= 9 else None),
+    "one.mp4": lambda p: write(p, 1), "three.mp4": lambda p: write(p, 3),
+    "hevc.mp4": lambda p: write(p, x265="keyint=12:bframes=3:open-gop=1"),
+    "hevc_radl.mp4": lambda p: write(p, fmt="yuv420p10le", x265="keyint=12:bframes=3:open-gop=0:radl=2"),
+    "hevc_layers.mkv": lambda p: write(p, x265="keyint=12:temporal-layers=3"),
+    "hevc_cut.mp4": lambda p: remux(p, cut(9), x265="keyint=12:min-keyint=12:bframes=3:open-gop=1"),
     "vp9.webm": lambda p: write(p, codec="libvpx-vp9", g="12", **{"lag-in-frames": "16", "cpu-used": "8"}),
     "vp8.webm": lambda p: write(p, codec="libvpx", g="12"),
-    "vp8_hidden.webm": lambda p: remux(write(p.with_stem("f"), codec="libvpx", g="12"), p, hide),
+    "vp8_hidden.webm": lambda p: remux(p, hide, codec="libvpx", g="12"),
     "av1.mp4": lambda p: write(p, codec="libsvtav1", g="12", preset="12"),
     "av1.mkv": lambda p: write(p, codec="libsvtav1", preset="12"),
     "mpeg4.avi": lambda p: write(p, codec="mpeg4", bf="2", g="12"),
@@ -193,23 +181,20 @@ MADE = {
     "1x1.mkv": lambda p: write(p, 5, codec="ffv1", size=(1, 1), fmt="yuv444p"),
 }
 ODD = {                                                                 # packets tell one thing, decoders do another
-    "packed.avi": lambda p: pack(write(p.with_stem("g"), codec="mpeg4", bf="2", g="12"), p),
-    "packed1.avi": lambda p: pack(write(p.with_stem("h"), codec="mpeg4", bf="1", g="12"), p),
-    "left_out.avi": lambda p: remux(write(p.with_stem("i"), codec="mpeg4", g="12"), p, left_out),
-    "h264.avi": lambda p: write(p, **{"x264-params": H264 + ":open-gop=1"}),
-    "no_pts.mp4": lambda p: remux(write(p.with_stem("j"), **{"x264-params": H264}), p, no_pts),
-    "all_keys.mp4": lambda p: remux(write(p.with_stem("l"), **{"x264-params": H264 + ":open-gop=1"}), p, all_keys),
-    "some_keys.mp4": lambda p: remux(write(p.with_stem("m"), **{"x264-params": H264 + ":open-gop=1"}), p, some_keys),
-    "all_keys_vp9.mp4": lambda p: remux(write(p.with_stem("n"), codec="libvpx-vp9", g="12"), p, all_keys),
-    "all_keys.avi": lambda p: remux(write(p.with_stem("o"), codec="mpeg4", bf="2", g="12"), p, all_keys),
-    "old_x264.mp4": lambda p: old_x264(write(p.with_stem("q"), 60, fmt="yuv444p", **{
-        "x264-params": "keyint=12:qp=0:8x8dct=1:bframes=0:analyse=i8x8"}), p),
-    "edit.mp4": lambda p: remux(write(p.with_stem("s"), **{"x264-params": H264 + ":open-gop=1"}), p, later(-9 * 512)),
-    "cut_open.mkv": lambda p: remux(write(p.with_stem("t"), **{"x264-params": H264 + ":open-gop=1"}), p,
-                                    lambda i, q: q if i >= 9 else None),
-    "two_sizes.webm": two_sizes,
-    "cover.mp4": cover,
+    "packed.avi": lambda p: pack(p, bf="2", g="12"), "packed1.avi": lambda p: pack(p, bf="1", g="12"),
+    "left_out.avi": lambda p: remux(p, left_out, codec="mpeg4", g="12"), "h264.avi": lambda p: write(p, x264=OPEN),
+    "no_pts.mp4": lambda p: remux(p, no_pts, x264=H264), "no_pts_open.mp4": lambda p: remux(p, no_pts, x264=OPEN),
+    "all_keys.mp4": lambda p: remux(p, all_keys, x264=OPEN), "some_keys.mp4": lambda p: remux(p, some_keys, x264=OPEN),
+    "all_keys_vp9.mp4": lambda p: remux(p, all_keys, codec="libvpx-vp9", g="12"),
+    "all_keys.avi": lambda p: remux(p, all_keys, codec="mpeg4", bf="2", g="12"), "old_x264.mp4": old_x264,
+    "edit.mp4": lambda p: remux(p, later(-9 * 512), x264=OPEN), "cut_open.mkv": lambda p: remux(p, cut(9), x264=OPEN),
+    "two_sizes.webm": two_sizes, "cover.mp4": cover,
 }
+REAL = ["arm_wrestling.mp4", "av1_video.mkv", "h265_video.mp4", "juggling.mp4", "nasa_13013.mp4",
+        "nasa_13013_rotated.mp4", "pancake.mkv", "people.mp4", "pool.mp4", "structuralize.mp4",
+        "test_non_zero_start.mp4", "testsrc2_odd_height_and_width_vp9.mp4", "ucf_style.avi"]
+CASES = ["big_small.webm", "copy_open.avi", "cover_first.mp4", "hflip.mp4", "neg.mkv", "noctts.mp4", "nostss.mp4",
+         "nostss_vp9.mp4", "p10.mp4", "paff.mp4"]
 FAST = ["closed.mp4", "open.mp4", "open.ts", "pyramid.mkv", "vfr.mkv", "fragments.mp4", "10bit.mp4", "hevc.mp4",
         "vp9.webm", "av1.mkv", "mpeg4.avi", "mpeg4.mp4", "keys.avi", "b1.avi", "packed.avi", "cover.mp4",
         "arm_wrestling.mp4", "pancake.mkv", "ucf_style.avi", "nasa_13013_rotated.mp4"]
@@ -222,9 +207,9 @@ def make(name, folder):
             return (MADE | ODD)[name](folder / name)
         except (av.codec.codec.UnknownCodecError, av.error.EncoderNotFoundError) as error:
             pytest.skip(f"no encoder: {error}")
-    if not REAL.is_dir():
-        pytest.skip(f"no {REAL}")
-    return REAL / name if name in REAL_NAMES else CASES / name
+    if not SHARED.is_dir():
+        pytest.skip(f"no {SHARED}")
+    return SHARED / ("videos" if name in REAL else "cases") / name
 
 
 def decode_all(path):
@@ -250,20 +235,19 @@ def upright(image, matrix):
     return out
 
 
+def assert_resized(got, image):
+    """got is about what torch makes of the image."""
+    want = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
+    want = torch.nn.functional.interpolate(want, got.shape[:2], mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    assert np.abs(got - want.numpy()).mean() < 4
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("v") / "clip.mp4", 60, size=(120, 160), **{"x264-params": H264})
+    return write(tmp_path_factory.mktemp("v") / "clip.mp4", 60, size=(120, 160), x264=H264)
 
 
-REAL_NAMES = [
-    "arm_wrestling.mp4", "av1_video.mkv", "h265_video.mp4", "juggling.mp4", "nasa_13013.mp4", "nasa_13013_rotated.mp4",
-    "pancake.mkv", "people.mp4", "pool.mp4", "structuralize.mp4", "test_non_zero_start.mp4",
-    "testsrc2_odd_height_and_width_vp9.mp4", "ucf_style.avi"]
-CASE_NAMES = ["big_small.webm", "copy_open.avi", "cover_first.mp4", "hflip.mp4", "neg.mkv", "noctts.mp4", "nostss.mp4",
-              "nostss_vp9.mp4", "p10.mp4", "paff.mp4"]
-
-
-@pytest.mark.parametrize("name", list(MADE) + REAL_NAMES + list(ODD) + CASE_NAMES)
+@pytest.mark.parametrize("name", [*MADE, *REAL, *ODD, *CASES])
 def test_equals_decoding_everything(name, tmp_path):
     path = make(name, tmp_path)
     frames, times = decode_all(path)
@@ -272,7 +256,7 @@ def test_equals_decoding_everything(name, tmp_path):
     assert (info.frames, info.height, info.width) == (n, *frames[0].shape[:2])
     sets = [[0], [n - 1], [n - 1, 0, n - 1], list(range(n))[-20:], [min(n // 2 + 4 * k, n - 1) for k in range(16)]]
     sets += [[rng.randrange(n) for _ in range(rng.choice([1, 3, 8]))] for _ in range(6)]
-    sets += [[i] for i in range(n)] if name in ODD or name in CASE_NAMES else []
+    sets += [[i] for i in (range(n) if name in ODD else rng.sample(range(n), 12) if name in CASES else [])]
     if len({f.shape for f in frames}) > 1:                              # read alone, frames have their own size
         sets = [[i] for indices in sets for i in indices]
     for indices in sets:
@@ -283,7 +267,7 @@ def test_equals_decoding_everything(name, tmp_path):
         for indices in sets[10::-1]:
             assert all(np.array_equal(image, frames[i]) for image, i in zip(video.read(indices), indices)), indices
         assert name not in FAST or not video.counted
-        if name in MADE or name in REAL_NAMES and name != "ucf_style.avi":      # its times are out of order
+        if name in MADE or name in REAL and name != "ucf_style.avi":    # its times are out of order
             for i in rng.sample(range(n), min(n, 12)):
                 stop = times[i + 1] if i + 1 < n else times[i] + 9
                 assert video.index_at(times[i] - times[0]) == i
@@ -298,57 +282,18 @@ def test_info_and_index_at(clip):
 
 
 def test_crop_and_size(clip):
-    frames = read_clips(clip, [7, 30])
-    boxes = [(11, 7, 91, 67), (0, 60, 80, 120)]
+    frames, indices = read_clips(clip, [7, 30]), [7, 30, 7]
+    boxes = [(11, 7, 91, 67), (0, 60, 80, 120), (0, 60, 80, 120)]
+    cuts = [frames[0, 7:67, 11:91], frames[1, 60:120, :80], frames[0, 60:120, :80]]
     assert np.array_equal(read_clips(clip, [7, 30], crop=boxes[0]), frames[:, 7:67, 11:91])
-    both = read_clips(clip, [7, 30, 7], crop=[*boxes, boxes[1]])
-    assert np.array_equal(both, [frames[0, 7:67, 11:91], frames[1, 60:120, :80], frames[0, 60:120, :80]])
-    sized = read_clips(clip, [7, 30, 7], size=(32, 48), crop=[*boxes, boxes[1]])
-    assert sized.shape == (3, 32, 48, 3) and sized.dtype == np.uint8 and sized.flags.c_contiguous
-    for image, i, box in zip(sized, [7, 30, 7], [*boxes, boxes[1]]):
-        assert np.array_equal(image, read_clips(clip, [i], size=(32, 48), crop=box)[0])
+    assert np.array_equal(read_clips(clip, indices, crop=boxes), cuts)
+    sized = read_clips(clip, indices, size=(30, 40), crop=boxes)
+    assert sized.shape == (3, 30, 40, 3) and sized.dtype == np.uint8 and sized.flags.c_contiguous
+    for image, i, box, part in zip(sized, indices, boxes, cuts):
+        assert np.array_equal(image, read_clips(clip, [i], size=(30, 40), crop=box)[0])
+        assert_resized(image, part)
     whole = read_clips(clip, [7], size=(60, 80))
     assert np.array_equal(whole, read_clips(clip, [7], size=(60, 80), crop=(0, 0, 160, 120)))
-    for box in boxes:                                                   # the same picture as cutting, then resizing
-        torch = pytest.importorskip("torch")
-        want = torch.from_numpy(frames[0, box[1]:box[3], box[0]:box[2]].copy()).permute(2, 0, 1)[None].float()
-        want = torch.nn.functional.interpolate(want, (30, 40), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-        got = read_clips(clip, [7], size=(30, 40), crop=box)[0]
-        assert np.abs(got - want.numpy()).mean() < 4, np.abs(got - want.numpy()).mean()
-
-
-@pytest.mark.parametrize("turns", [0, 1, 2, 3])
-def test_rotation(turns, tmp_path, clip):
-    path = tmp_path / "turned.mp4"
-    with av.open(str(clip)) as a, av.open(str(path), "w") as b:
-        stream = b.add_stream_from_template(a.streams.video[0])
-        if not hasattr(stream, "set_display_rotation"):
-            pytest.skip("this version of PyAV cannot write a rotation")
-        stream.set_display_rotation(90 * turns)
-        for packet in a.demux(video=0):
-            if packet.size:
-                packet.stream = stream
-                b.mux(packet)
-    with av.open(str(path)) as a:
-        assert (next(a.decode(video=0)).rotation - 90 * turns) % 360 == 0
-    want = np.rot90(read_clips(clip, [20])[0], turns)                   # counter-clockwise, as players turn it
-    height, width = want.shape[:2]
-    assert probe(path)[2:4] == (height, width)
-    assert np.array_equal(read_clips(path, [20])[0], want)
-    box = (10, 20, 90, 100)
-    assert np.array_equal(read_clips(path, [20], crop=box)[0], want[20:100, 10:90])
-    for size in [(80, 80), (40, 60)]:
-        got, still = (read_clips(f, [20], size=s, crop=c)[0] for f, s, c in [
-            (path, size, box), (clip, size if turns % 2 == 0 else size[::-1], unturned(box, turns, height, width))])
-        assert np.array_equal(got, np.rot90(still, turns))
-
-
-def unturned(box, turns, height, width):
-    """The box in the coded picture, by marking its pixels."""
-    mask = np.zeros((height, width), bool)
-    mask[box[1]:box[3], box[0]:box[2]] = True
-    y, x = np.nonzero(np.rot90(mask, -turns))
-    return x.min(), y.min(), x.max() + 1, y.max() + 1
 
 
 @pytest.mark.parametrize("fmt", ["yuv420p", "yuv420p10le", "nv12", "yuyv422", "yuv422p12le", "gbrp10le", "rgb565le"])
@@ -358,11 +303,7 @@ def test_crop_in_every_format(fmt, tmp_path):
     path = write(tmp_path / "clip.nut", 2, codec, fmt=fmt)
     whole = read_clips(path, [1])[0]
     for x1, y1, x2, y2 in [(11, 7, 91, 67), (10, 6, 90, 66), (1, 0, 128, 96), (127, 95, 128, 96)]:
-        torch = pytest.importorskip("torch")
-        want = torch.from_numpy(whole[y1:y2, x1:x2].copy()).permute(2, 0, 1)[None].float()
-        want = torch.nn.functional.interpolate(want, (30, 40), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-        got = read_clips(path, [1], size=(30, 40), crop=(x1, y1, x2, y2))[0]
-        assert np.abs(got - want.numpy()).mean() < 4, (x1, y1, x2, y2)
+        assert_resized(read_clips(path, [1], size=(30, 40), crop=(x1, y1, x2, y2))[0], whole[y1:y2, x1:x2])
 
 
 @pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1),
@@ -376,16 +317,11 @@ def test_display_matrix(matrix, tmp_path, clip):
     path.write_bytes(data[:data.rindex(plain)] + track + data[data.rindex(plain) + 36:])
     want, still = decode_all(path)[0][20], decode_all(clip)[0][20]
     assert np.array_equal(want, still) == (matrix == (1, 0, 0, 1))
-    height, width = want.shape[:2]
-    assert probe(path)[2:4] == (height, width) and np.array_equal(read_clips(path, [20])[0], want)
+    assert probe(path)[2:4] == want.shape[:2] and np.array_equal(read_clips(path, [20])[0], want)
     x1, y1, x2, y2 = box = 10, 20, 91, 100
     assert np.array_equal(read_clips(path, [20], crop=box)[0], want[y1:y2, x1:x2])
-    here = upright(np.stack([*np.indices(still.shape[:2]), np.zeros(still.shape[:2])], 2).astype(np.uint8),
-                   np.array([a, b, 0, c, d], np.int32).tobytes())[y1:y2, x1:x2, :2].reshape(-1, 2)
-    size = (40, 60)
-    still = read_clips(clip, [20], size=size if a else size[::-1], crop=(*here.min(0)[::-1], *here.max(0)[::-1] + 1))[0]
-    assert np.array_equal(read_clips(path, [20], size=size, crop=box)[0],
-                          upright(still, np.array([a, b, 0, c, d], np.int32).tobytes()))
+    assert_resized(read_clips(path, [20], size=(40, 60), crop=box)[0], want[y1:y2, x1:x2])
+    assert_resized(read_clips(path, [20], size=(40, 60))[0], want)
 
 
 def test_size_that_changes(tmp_path):
@@ -394,11 +330,8 @@ def test_size_that_changes(tmp_path):
     frames, _ = decode_all(path)
     assert frames[5].shape == (96, 128, 3) and frames[30].shape == (60, 128, 3)
     got = read_clips(path, [5, 30], size=(30, 40), crop=(8, 16, 104, 80))
-    for image, frame, (y1, y2) in zip(got, (frames[5], frames[30]), ((16, 80), (10, 50))):
-        torch = pytest.importorskip("torch")
-        want = torch.from_numpy(frame[y1:y2, 8:104].copy()).permute(2, 0, 1)[None].float()
-        want = torch.nn.functional.interpolate(want, (30, 40), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-        assert np.abs(image - want.numpy()).mean() < 4
+    assert_resized(got[0], frames[5][16:80, 8:104])
+    assert_resized(got[1], frames[30][10:50, 8:104])
     with pytest.raises(VideoError, match="give size"):
         read_clips(path, [5, 30])
 
@@ -445,23 +378,21 @@ def test_smallest_picture(tmp_path):
     assert all(dataset[epoch, 0][0].shape == (1, 1, 8, 8, 3) for epoch in range(20))
 
 
-def test_wrong_arguments(clip):
-    for indices in ([60], [-1], []):
-        with pytest.raises(ValueError, match=r"clip.mp4.*60") as error:
-            read_clips(clip, indices)
-        assert not isinstance(error.value, VideoError)
-    for crop in [(0, 0, 161, 120), (5, 5, 5, 9), (-1, 0, 9, 9)]:
-        with pytest.raises(ValueError, match="clip.mp4"):
-            read_clips(clip, [0], crop=crop)
-    with pytest.raises(ValueError, match="clip.mp4"):
-        read_clips(clip, [0, 1], crop=[(0, 0, 8, 8), (0, 0, 9, 9)])
+@pytest.mark.parametrize("indices, crop, text", [
+    ([60], None, "60 frames"), ([-1], None, "60 frames"), ([], None, "60 frames"), ([0], (0, 0, 161, 120), "160 x 120"),
+    ([0], (0, 0, 160, 121), "box"), ([0], (5, 5, 5, 9), "box"), ([0], (5, 9, 6, 9), "box"), ([0], (-1, 0, 9, 9), "box"),
+    ([0], (0, -1, 9, 9), "box"), ([0, 1], [(0, 0, 8, 8), (0, 0, 9, 9)], "give size")])
+def test_wrong_arguments(clip, indices, crop, text):
+    with pytest.raises(ValueError, match=rf"clip.mp4.*{text}") as error:
+        read_clips(clip, indices, crop=crop)
+    assert isinstance(error.value, VideoError) == (text == "give size")
 
 
 def broken_files(folder):
     """Paths of files that are no videos, or not whole ones."""
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("hello " * 500)
-    paths = [folder / "missing.mp4", folder, folder / "empty.mp4", folder / "text.mp4"]
+    paths = [folder / "missing.mp4", folder, folder / "empty.mp4", folder / "text.mp4", folder / "sound.mp4"]
     cut = [("mp4", {}, 0.5), ("webm", {"codec": "libvpx-vp9"}, 0.01), ("avi", {"codec": "mpeg4"}, 0.02),
            ("mov", {"mux": {"movflags": "faststart"}}, 0.5)]
     for suffix, options, share in cut:
@@ -472,29 +403,20 @@ def broken_files(folder):
         stream = out.add_stream("aac", rate=44100)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
         frame.rate = 44100
-        out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return paths + [folder / "sound.mp4"]
+        out.mux(stream.encode(frame) + stream.encode())
+    return paths
 
 
-def test_broken_files(tmp_path):
-    for path in broken_files(tmp_path):
+def test_broken_files_are_errors_and_no_file_stays_open(tmp_path, clip):
+    broken = broken_files(tmp_path)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    for path in broken * 3:
+        read_clips(clip, [3])
         with pytest.raises(VideoError) as error:
             with Video(path) as video:
                 video.read([video.info.frames - 1])
         assert str(error.value).startswith(str(path)), (path, error.value)
-
-
-def test_no_open_files_left(tmp_path, clip):
-    if not os.path.isdir("/proc/self/fd"):
-        pytest.skip("no /proc")
-    broken = broken_files(tmp_path)
-    before = len(os.listdir("/proc/self/fd"))
-    for i in range(50):
-        read_clips(clip, [i])
-        with pytest.raises(ValueError):
-            read_clips(broken[i % len(broken)], [99])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert before is None or len(os.listdir("/proc/self/fd")) == before
 
 
 def test_long_file_is_not_read_whole(tmp_path):
@@ -511,4 +433,4 @@ def test_long_file_is_not_read_whole(tmp_path):
             video.read(range(frames - 90, frames - 26, 4))
             video.index_at(frames / 60)
         cost[frames] = bytes_read() - before, path.stat().st_size
-    assert cost[3000][0] < cost[3000][1] / 4 and cost[3000][0] < cost[300][0] + 40 * 2700      # 40 B a frame: the header
+    assert cost[3000][0] < cost[3000][1] / 4 and cost[3000][0] < cost[300][0] + 40 * 2700  # 40 B a frame: the header
