@@ -340,7 +340,7 @@ def test_views_at_test_time(frames, first, last, height, width, views):
     for sampling, stride, more, side in (
             ("dense", 3, dict(), short), ("dense", 1, dict(raw_crop=True), min(short, 224)),
             ("dense", 1.5, dict(stride=3, fps=20.0), short),  # as many seconds as at 20; this one has 10
-            ("dense", 3, dict(test_short=20), round(short * 16 / 20)), ("uniform", 4, dict(test_short=9), short)):
+            ("dense", 3, dict(test_short=18), round(short * 16 / 18)), ("uniform", 4, dict(test_short=9), short)):
         cfg, steps = Config(**dict(sampling=sampling, stride=stride) | more), [round(stride * i) for i in range(8)]
         assert finetune.test_clips(video, item, None, cfg, 16, 8, views).shape == (T * S, 8, 16, 16, 3)
         expected = []
