@@ -195,15 +195,15 @@ def test_the_box_is_that_of_the_augmented_clip(randaugment, monkeypatch):
     assert torch.equal(spy.inside, inside(clips))
 
 
-@pytest.mark.parametrize("name", ["randaugment", "erasing"])
-def test_random_transforms_differ_between_clips_and_not_between_frames(name):
-    model = Classifier(small_vit(), [5], Config(randaugment="mcl-hmdb51", erasing=1.0))
+@pytest.mark.parametrize("name, distinct", [("videomae", 5), ("mcl-ucf101", 4), ("mcl-hmdb51", 6), ("erasing", 6)])
+def test_random_transforms_differ_between_clips_and_not_between_frames(name, distinct):
+    model = Classifier(small_vit(), [5], Config(randaugment="none" if name == "erasing" else name, erasing=1.0))
     clips = noise_clips(1)[:, :, :1].expand(6, 3, 4, 32, 32)                            # all alike
-    clips = clips if name == "randaugment" else common.normalize(clips)
-    transform = Compose(model.randaugment) if name == "randaugment" else model.erasing
+    clips = common.normalize(clips) if name == "erasing" else clips
+    transform = model.erasing if name == "erasing" else Compose(model.randaugment)
     out = finetune.per_clip(transform, clips, seeded(0, 0, 6), 1)
-    assert out.dtype == clips.dtype and (out == out[:, :, :1]).all() and not torch.equal(out, clips)
-    assert all(not torch.equal(out[i], out[j]) for i, j in itertools.combinations(range(6), 2))
+    assert out.dtype == clips.dtype and (out == out[:, :, :1]).all()
+    assert len({str(clip.tolist()) for clip in out}) >= distinct
     halves = [finetune.per_clip(transform, clips[:3], seeded(0, first, 6), 1) for first in (0, 3)]
     torch.testing.assert_close(torch.cat(halves), out)                                  # whatever process has the clip
 
@@ -340,7 +340,7 @@ def test_views_at_test_time(frames, first, last, height, width, views):
     for sampling, stride, more, side in (
             ("dense", 3, dict(), short), ("dense", 1, dict(raw_crop=True), min(short, 224)),
             ("dense", 1.5, dict(stride=3, fps=20.0), short),  # as many seconds as at 20; this one has 10
-            ("dense", 3, dict(test_short=20), round(short * 16 / 20)), ("uniform", 4, dict(test_short=9), short)):
+            ("dense", 3, dict(test_short=18), round(short * 16 / 18)), ("uniform", 4, dict(test_short=9), short)):
         cfg, steps = Config(**dict(sampling=sampling, stride=stride) | more), [round(stride * i) for i in range(8)]
         assert finetune.test_clips(video, item, None, cfg, 16, 8, views).shape == (T * S, 8, 16, 16, 3)
         expected = []
@@ -774,7 +774,7 @@ def test_learning_rates_and_optimizers(argv, expected, tune):
 def test_gradients_are_clipped_and_accumulated(tune):
     flags = "--optimizer sgd --lr 64 --warmup-epochs 0 --steps 1 --weight-decay 0".split()
     whole, parts, clipped = (tune(*flags, *more.split())[1] for more in ("", "--device-batch 2", "--clip-grad 0.001"))
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "grad_norm", "train_acc"):
         assert lines(parts)[0][name] == pytest.approx(lines(whole)[0][name], rel=1e-3)
     norms = []
     for out in (whole, clipped):

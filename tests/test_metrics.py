@@ -268,8 +268,12 @@ def test_linear_probe_solves_what_is_linear_and_knn_votes():
     features = torch.randn(90, 8, generator=seeded()) + 4 * torch.eye(8)[labels]
     features[:, 7] *= 1e4                                                      # a loud feature that says nothing
     assert (fit_linear(features, labels, 3, 1e-3)(features).argmax(1) == labels).float().mean() > 0.98
-    strict, loose = ((fit_linear(features, labels, 3, l2)(features).softmax(1).amax(1)).mean() for l2 in (1.0, 1e-3))
-    assert strict < 0.8 < 0.98 < loose                                         # the penalty makes it less certain
+    f, mean, std = fit_linear(features, labels, 3, 0.1), features.mean(0), features.std(0)
+    W, x = f(mean + std * torch.eye(8)) - f(mean), (features - mean) / std     # of standardised features
+    slope = x.T @ (f(features).softmax(1) - F.one_hot(labels, 3)) / 90 + 0.1 * W
+    assert slope.abs().max() < 1e-3 < W.abs().max()                            # where its loss has its minimum
+    shares = fit_linear(torch.ones(90, 2), labels.clamp(max=1), 2, 1.0)(torch.ones(1, 2)).softmax(1)
+    torch.testing.assert_close(shares, torch.tensor([[1 / 3, 2 / 3]]), rtol=1e-3, atol=1e-3)       # the bias is free
     features = features[:, :7] / features[:, :7].norm(dim=1, keepdim=True)
     votes = torch.zeros(90, 3)
     for q in range(90):
