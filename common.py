@@ -1982,7 +1982,9 @@ def make_optimizer(name, model, lr, weight_decay, device, nesterov=False):
               dict(params=vectors, weight_decay=0.0 if spared else weight_decay)]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
+    raise ValueError(f"optimizer {name}: adamw or sgd")
 
 
 def cosine_lr(step, steps, warmup, peak, floor, start=0.0, whole=False):

@@ -317,6 +317,9 @@ def main(cfg):
         raise UserError(f"--stride {cfg.stride} must be a multiple of --motion-stride {cfg.motion_stride}, and "
                         f"--frames {cfg.frames} x --stride as long as --motion-frames {cfg.motion_frames} x "
                         "--motion-stride")
+    if cfg.min_shift > cfg.max_shift or cfg.min_crop > cfg.max_crop:
+        raise UserError(f"--min-shift {cfg.min_shift} and --min-crop {cfg.min_crop} must not be above --max-shift "
+                        f"{cfg.max_shift} and --max-crop {cfg.max_crop}")
     out, checkpoint = open_run("modist", cfg, env, listing, plan)
 
     encoder, motion, flow = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width), None, None

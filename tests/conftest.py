@@ -130,3 +130,36 @@ def lines(out):
 
 def losses(out):
     return {line["step"]: line["loss"] for line in lines(out)}
+
+
+def miniature(data, root):
+    """A data set in its published layout: 5 training videos, one of them missing and one broken, and 2 to test."""
+    stems = ["-aB_cd-EF1g", "_hIjKlMnOp2", "qRsTuVwXyZ3", "broken-f1l3", "missing-f1l", "t3st-aaaaaa", "t3st-bbbbbb"]
+    names = {"k400": [f"{stem}_000010_000020.mp4" for stem in stems], "ssv2": [f"{i}.webm" for i in range(7)],
+             "ucf101": [f"v_Jump_g0{i}_c01.avi" for i in range(7)], "epic": [f"P0{i}_01.MP4" for i in range(7)],
+             "hmdb51": [f"a!#&b(+)@;]_{i}.avi" for i in range(7)]}[data]
+    codec = {"k400": "libx264", "epic": "libx264", "ssv2": "libvpx-vp9"}.get(data, "mpeg4")
+    for i in (0, 1, 2, 5, 6):
+        tiny_video(root / "videos" / names[i], 40, codec=codec, **({} if codec == "libx264" else dict(options={})))
+    put(root, videos=[f"videos/{names[3]}"])
+
+    def split(line, head=""):
+        lines = [line(i, name) + "\n" for i, name in enumerate(names)]
+        return head + "".join(lines[:5]), head + "".join(lines[5:])
+    if data == "k400":
+        train, test = split(lambda i, n: f'"class {i % 2}",{n[:11]},10,20,x', "label,youtube_id,time_start,time_end,x\n")
+        put(root, {"train.csv": train, "val.csv": test})
+    elif data == "ssv2":
+        rows = [dict(id=str(i), template=f"Moving [something] {i % 2}") for i in range(7)]
+        put(root, {"labels.json": json.dumps({"Moving something 0": "0", "Moving something 1": "1"}),
+                   "train.json": json.dumps(rows[:5]), "validation.json": json.dumps(rows[5:])})
+    elif data == "ucf101":
+        train, test = split(lambda i, n: f"Jump/{n}")
+        put(root, {"classInd.txt": "1 Jump\n2 Run\n", "trainlist01.txt": train, "testlist01.txt": test})
+    elif data == "hmdb51":
+        put(root, {"jump_test_split1.txt": "".join(split(lambda i, n: f"{n} {2 if i > 4 else 1} ")),
+                   "run_test_split1.txt": ""})
+    elif data == "epic":
+        train, test = split(lambda i, n: f"P0{i}_01,00:00:00.50,00:00:02.50,{i % 2},3",
+                            "video_id,start_timestamp,stop_timestamp,verb_class,noun_class\n")
+        put(root, {"EPIC_100_train.csv": train, "EPIC_100_validation.csv": test})

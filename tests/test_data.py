@@ -402,7 +402,7 @@ def test_random_clips_reach_both_ends_of_a_video(items):
 def plan(videos=10, batch=12, world=1, device_batch=12, repeats=1, steps=7, rank=0):
     env = Env(CPU, rank, world, None)
     cfg = SimpleNamespace(batch=batch, device_batch=device_batch, repeats=repeats, steps=steps, epochs=1,
-                          warmup_epochs=0)
+                          warmup_epochs=0, lr=1.0, min_lr=0.0)
     return plan_run(cfg, videos, env), env
 
 

@@ -22,8 +22,7 @@ import common
 import finetune
 from common import DATA_SETS, Item, UserError, VideoInfo, load_file, make_backbone, parse_config
 from finetune import Classifier, Config, Detector, KeyFrame, MotionFocus, RECIPES, person_clip, train_clips
-from conftest import lines, put, run, seeded
-from test_run import miniature
+from conftest import lines, miniature, put, run, seeded
 
 ENV = common.Env(torch.device("cpu"), 0, 1, None)
 QUIET = dict(randaugment="none", erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)         # nothing is random

@@ -17,7 +17,7 @@ import fame
 import finetune
 import mofo
 from common import parse_config
-from conftest import REPO, error_of, lines, losses, put, run, seeded, start, tiny_video
+from conftest import REPO, error_of, lines, losses, miniature, run, seeded, start
 
 torch.set_num_threads(1)                                                # as `start` does: the same numbers, bit for bit
 SCRIPTS = ["mofo", "mme", "fame", "mcl", "modist"]
@@ -269,7 +269,7 @@ def test_broken_videos_do_not_stop_a_run_but_too_many_do(workplace, tmp_path):
 
 
 def test_three_losses_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
-    log = common.Log(tmp_path, CPU, common.Plan(8, 8, 1, 1, 10, 1.0), 0, 1)
+    log = common.Log(tmp_path, CPU, common.Plan(8, 8, 1, 1, 10, 1.0, 0, 0.1, 0.0), 0, 1)
     nan, inf = float("nan"), float("inf")
     steps = ((1.0, 1.0), (nan, 1.0), (1.0, 1.0), (inf, 1.0), (1.0, nan))            # loss, norm of the gradient
     assert [log.finite(*step, ["a"]) for step in steps] == [True, False, True, False, False]
@@ -316,22 +316,16 @@ def test_compiled_blocks_give_the_eager_result_without_recompiling():
 
 # ---- published layouts -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_published_layout_trains_and_tests(script, tmp_path):
-    names = [f"{i}aB_cd-EF1g_000010_000020.mp4" for i in range(7)]      # Kinetics: 5 to train on, 2 to test on
-    rows = [f'"class {i % 2}",{name[:11]},10,20,x\n' for i, name in enumerate(names)]
-    head = "label,youtube_id,time_start,time_end,split\n"
-    put(tmp_path, {"train.csv": head + "".join(rows[:5]), "val.csv": head + "".join(rows[5:])},
-        videos=[f"videos/{names[3]}"])                                  # which is broken, and number 4 is missing
-    for i in (0, 1, 2, 5, 6):
-        tiny_video(tmp_path / "videos" / names[i], 40)
+@pytest.mark.parametrize("script, data", list(zip(SCRIPTS, ("ssv2", "k400", "ucf101", "hmdb51", "epic"))))
+def test_a_published_layout_trains_and_tests(script, data, tmp_path):
+    miniature(data, tmp_path)
     small = [*SMALL[script], *"--image-size 32 --batch 4 --workers 0 --steps 2".split()]
     out = Path(f"runs/mini-{script}")
-    run(script, "--data", "k400", "--root", tmp_path, *small, "--out", out)
+    run(script, "--data", data, "--root", tmp_path, *small, "--out", out)
     assert len(losses(out)) == 1 and json.loads((out / "config.json").read_text())["videos"] == 4
     assert len((out / "missing_videos.txt").read_text().splitlines()) == 1
     assert len((out / "bad_videos.txt").read_text().splitlines()) == 1
-    run("finetune", "--data", "k400", "--root", tmp_path, "--mode", "knn", "--init", out / "last.pt", "--workers", 0,
+    run("finetune", "--data", data, "--root", tmp_path, "--mode", "knn", "--init", out / "last.pt", "--workers", 0,
         "--out", f"{out}-knn")
     results = json.loads(Path(f"{out}-knn/results.json").read_text())
     assert results["videos"] == 2 and len(results["unreadable"]) == 1   # the broken one, of the training videos
