@@ -243,7 +243,6 @@ def rand(rows, *shape, generator=None, device="cpu"):
 # Long videos are better copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
 
 FAST = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4"}             # codecs in which a packet is a frame, as a rule
-BYTE_PLANES = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
 
 
 class VideoError(ValueError):
@@ -263,6 +262,7 @@ class Video(contextlib.AbstractContextManager):
 
     def __init__(self, path):
         self.path, self.file, self.counted = os.fspath(path), None, False   # counted: it takes the sure way
+        self.crop_filter = functools.cache(_crop_filter)
         self._either_way(lambda: self.counted or self._list_packets())
 
     def __exit__(self, *_):
@@ -319,7 +319,9 @@ class Video(contextlib.AbstractContextManager):
         else:
             packets = [head, *packets]
             self.times = sorted(p.dts if p.pts is None else p.pts for p in packets)
-            self.packets, self.total = _mpeg4_pictures(packets) if codec.name == "mpeg4" else packets, len(packets)
+            self.packets, self.total = packets, len(packets)
+            if codec.name == "mpeg4":
+                self.packets = _mpeg4_pictures(packets, self.stream)
             shown = {p.pts for p in self.packets if not p.is_discard}
             fast &= len(shown) == self.total and self.packets[0].pts == min(shown)
         if not fast:
@@ -327,9 +329,8 @@ class Video(contextlib.AbstractContextManager):
 
     @property
     def info(self):
-        seconds = max(0, (self.stream.duration or 0) * self.stream.time_base) or max(0, self.file.duration or 0) / 1e6
-        return VideoInfo(self.total, float(self.rate), self.first.height, self.first.width,
-                         float(seconds or self.total / self.rate))
+        seconds = max(0, self.file.duration or 0) / 1e6 or self.total / self.rate
+        return VideoInfo(self.total, float(self.rate), self.first.height, self.first.width, float(seconds))
 
     def _group(self, n):
         """The group that holds frame n -> [(packet, frame number)] in decode order; fails if it is not as listed."""
@@ -359,13 +360,11 @@ class Video(contextlib.AbstractContextManager):
         if self.times is not None:
             return max(bisect_right(self.times, self.times[0] + ticks) - 1, 0)
         now = self.stream.start_time + ticks
-        n = self.stream.index_entries.search_timestamp(now)                 # of the last key packet with dts <= now
-        while n >= 0:                                                       # pts >= dts: it is there or before
+        n, shown = self.stream.index_entries.search_timestamp(now), []      # of the last key packet with dts <= now
+        while n >= 0 and not shown:                                         # pts >= dts: it is there or before
             group = self._group(n)
-            if shown := [k for p, k in group if p.pts <= now]:
-                return max(shown)
-            n = min(k for _, k in group) - 1
-        return 0
+            n, shown = min(k for _, k in group) - 1, [k for p, k in group if p.pts <= now]
+        return max(shown, default=0)
 
     def _frames(self, wanted):
         """Set of frame numbers -> yields (number, frame), each once; fails if a frame is not the expected one."""
@@ -408,33 +407,29 @@ class Video(contextlib.AbstractContextManager):
     def read(self, indices, size=None, crop=None):
         """Frames `indices` (any order, repeats allowed) -> (len(indices), H, W, 3) uint8.
 
-        size (H, W) of the output or None; crop (x1, y1, x2, y2) in displayed pixels, x2 and y2 exclusive, or one box
-        per index; the same share of a frame of another size.  An index or box outside the video is a ValueError.
+        size (H, W) of the output or None; crop (x1, y1, x2, y2) in displayed pixels, or one box per index; the same
+        share of a frame of another size.  An index or box outside the video is a ValueError.
         """
         indices, (total, _, height, width, _) = [int(i) for i in indices], self.info
         if not indices or min(indices) < 0 or max(indices) >= total:
             raise ValueError(f"{self.path}: indices {indices} do not fit its {total} frames")
         boxes = np.broadcast_to((0, 0, width, height) if crop is None else crop, (len(indices), 4)).tolist()
-        for x1, y1, x2, y2 in boxes:
-            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-                raise ValueError(f"{self.path}: box {x1, y1, x2, y2} does not fit its {width} x {height} pixels")
+        if not all(0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height for x1, y1, x2, y2 in boxes):
+            raise ValueError(f"{self.path}: boxes {boxes} do not fit its {width} x {height} pixels")
         return self._either_way(self._read, indices, boxes, size)
 
     def _read(self, indices, boxes, size):
-        images, rows, filters = [None] * len(indices), {}, functools.cache(_crop_filter)
-        for row, n in enumerate(indices):
-            rows.setdefault(n, []).append(row)
+        images = [None] * len(indices)
         for n, frame in self._frames(set(indices)):
             frame = _upright(frame)
-            for row in rows.pop(n):
-                images[row] = self._cut(frame, boxes[row], size, filters)
-        if rows:
-            raise VideoError(f"damaged, frame {min(rows)} cannot be decoded")
-        if len({image.shape for image in images}) > 1:
-            raise VideoError("pictures of different sizes; give size")
+            for row in [row for row, index in enumerate(indices) if index == n]:
+                images[row] = self._cut(frame, boxes[row], size)
+        for n, image in zip(indices, images):
+            if image is None:
+                raise VideoError(f"damaged, frame {n} cannot be decoded")
         return np.stack(images)
 
-    def _cut(self, frame, box, size, filters):
+    def _cut(self, frame, box, size):
         """Upright frame -> the box in it, (H, W, 3) uint8."""
         (x1, y1, x2, y2), first = box, self.first                           # sides change in some files
         x1, x2 = x1 * frame.width // first.width, -(-x2 * frame.width // first.width)
@@ -442,9 +437,10 @@ class Video(contextlib.AbstractContextManager):
         if size is None:
             return frame.to_ndarray(format="rgb24", threads=1)[y1:y2, x1:x2]
         if (x2 - x1, y2 - y1) != (frame.width, frame.height):
-            if frame.format.name not in BYTE_PLANES:                        # of others the filter mixes up the bytes
+            if frame.format.name not in ("yuv420p", "yuvj420p"):            # of some the filter mixes up the bytes
                 frame = frame.reformat(format="rgb24", threads=1)
-            crop = filters(frame.width, frame.height, frame.format.name, f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1")
+            box = f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1"
+            crop = self.crop_filter(frame.width, frame.height, frame.format.name, box)
             crop.vpush(frame)
             frame = crop.vpull()
         return frame.reformat(size[1], size[0], "rgb24", interpolation="BILINEAR", threads=1).to_ndarray(threads=1)
@@ -470,30 +466,25 @@ def _upright(frame):
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
 
 
-def _mpeg4_pictures(packets):
-    """Packets of MPEG-4 Part 2 -> one for each picture, with its number on display as pts, which AVI does not tell.
-
-    In packed streams a picture may lie in the packet before its own, which is tiny then.  Fails for others.
-    """
-    begin, pictures, shown, waiting = b"\x00\x00\x01\xb6", [], [], []
-    for p in packets:
-        head, *coded = bytes(p).split(begin)
-        if p.size >= 20:
-            pictures += [head + begin + coded[0], *(begin + data for data in coded[1:])]
-    if len(pictures) - len(packets) not in (0, 1):                          # the last one may be cut off
+def _mpeg4_pictures(packets, stream):
+    """Packets of MPEG-4 Part 2 -> one for each picture, with its number on display as pts, which AVI does not tell."""
+    # In packed streams a picture may lie in the packet before its own, which is tiny then.
+    unpack, shown, waiting = av.bitstream.BitStreamFilterContext("mpeg4_unpack_bframes", stream), [], []
+    pictures = [picture for p in packets for picture in unpack.filter(p)]
+    if min(picture.size for picture in pictures) < 20:                      # of a picture that is left out
         raise VideoError
-    for i, data in enumerate(pictures[:len(packets)]):
-        kind, p = data[data.index(begin) + 4] >> 6, av.Packet(len(data))
-        p.update(data)
-        pictures[i], p.is_keyframe = p, kind == 0
+    for picture in pictures:
+        data = bytes(picture)
+        kind = data[data.index(b"\x00\x00\x01\xb6") + 4] >> 6
+        picture.is_keyframe = kind == 0
         if kind == 2:                                                       # a B-frame: shown at once
-            shown.append(p)
+            shown.append(picture)
         else:                                                               # shown when the next one that is none comes
             shown += waiting
-            waiting = [p]
-    for n, p in enumerate([*shown, *waiting]):
-        p.pts = n
-    return pictures[:len(packets)]
+            waiting = [picture]
+    for n, picture in enumerate(shown + waiting):
+        picture.pts = n
+    return pictures
 
 
 def probe(path):
@@ -526,8 +517,7 @@ class Listing(NamedTuple):
     summary: str
 
 
-VIDEO_FILES = {".mp4", ".m4v", ".mov", ".avi", ".webm", ".mkv", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts", ".flv",
-               ".wmv", ".3gp", ".ogv"}
+VIDEO_FILES = set(".mp4 .m4v .mov .avi .webm .mkv .mpg .mpeg .vob .ts .mts .m2ts .flv .wmv .3gp .ogv".split())
 SPLIT_DIRS = {"train": ("train", "videos_train", "train_video", "training"),
               "test": ("val", "test", "validation", "valid", "videos_val", "val_video", "testing")}
 LAYOUTS = {
@@ -546,11 +536,10 @@ def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
     """List a split of a data set in the layout in which it is downloaded -> Listing.
 
     data   toy, ucf101, hmdb51, k400, ssv2, epic; or a directory of videos; or a list file, see `_list_rows`
-    root   where the data set lies; None = $VIDEO_ROOT/<data>, else data/<data>.  Annotations and videos may lie
-           anywhere below and are joined by file stem.  For a list file: what its paths are relative to.
+    root   where the data set lies, see `data_root`.  Annotations and videos may lie anywhere below and are joined by
+           file stem.  For a list file: what its paths are relative to.
     split  train or test; toy also has train_biased, data of your own also all
-    label  what to predict where there is a choice: epic verb (default), noun, action, verb-noun (pairs of both); toy
-           motion (default), scene
+    label  what to predict where there is a choice, see LABELS; of verb-noun labels are pairs
     toy    for toy: videos to train on, to test on, side in pixels; they are made on first use
     fold   which of the three published divisions into train and test, for ucf101 and hmdb51
 
@@ -570,10 +559,6 @@ def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
     root = data_root(data, root)
     if data == "toy":
         return _toy(root, split, label, *toy)
-    expected = f"Expected there, in any depth: {LAYOUTS[data]}"
-    if not root.is_dir():
-        raise UserError(f"--data {data}: no directory {root}; name another with --root DIR, or set VIDEO_ROOT so that "
-                        f"$VIDEO_ROOT/{data} is it. {expected}")
     files, videos = {}, {}                                                 # annotation file by name, video by stem
     for path in list_files(root):
         found, key = files, path.name.lower()
@@ -585,14 +570,13 @@ def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
         rows, classes = READERS[data](files, split, label, fold)
         ids = {name.lower(): i for i, name in enumerate(classes)}          # ucf101: copies differ in HandstandPushups
         rows = [(key, ids[name.lower()] if isinstance(name, str) else name, *times) for key, name, *times in rows]
+        if not any(key in videos for key, *_ in rows):
+            raise LookupError(f"listed are {[key for key, *_ in rows[:2]]}, found {list(videos)[:2]}")
     except Exception as error:
         if isinstance(error, StopIteration) and split_dir(root, split):    # k400 without a list
             return _own_videos(root, None, split)
-        raise UserError(f"--data {data}: no annotations below {root}, or not as published ({type(error).__name__}: "
-                        f"{error}). {expected}") from None
-    if not any(key in videos for key, *_ in rows):
-        raise UserError(f"--data {data}: none of the {len(rows)} listed videos is below {root}. Listed: "
-                        f"{[r[0] for r in rows[:2]]}, found: {list(videos)[:2]}. {expected}")
+        raise UserError(f"--data {data}: {root} (--root DIR or VIDEO_ROOT name another) is not as published, "
+                        f"{type(error).__name__}: {error}. Expected there, in any depth: {LAYOUTS[data]}") from None
     return make_listing(f"{data} {split}", [(key, videos.get(key), *rest) for key, *rest in rows], classes)
 
 
@@ -620,9 +604,8 @@ def make_listing(what, rows, classes):
     size = functools.cache(_size)                                          # many segments of a video
     items = [Item(str(path), *rest) for _, path, *rest in rows if size(path)]
     missing = list(dict.fromkeys(str(path or name) for name, path, *_ in rows if not size(path)))
-    empty = sum(size(path) == 0 for _, path, *_ in rows)
-    absent = len(rows) - len(items) - empty
-    summary = f"{what}: {len(rows)} listed, {len(items)} found, {absent} missing, {empty} empty"
+    sizes = [size(path) for _, path, *_ in rows]
+    summary = (f"{what}: {len(rows)} listed, {len(items)} found, {sizes.count(None)} missing, {sizes.count(0)} empty")
     if not items:
         raise UserError(f"{summary}: nothing to read {missing[:1]}")
     summary += f", {len(classes)} classes" if classes else ""
@@ -674,10 +657,9 @@ def _epic(files, split, label, fold):
     tables = {part: read_table(files[name]) for part, name in names.items() if name in files}
     pairs = {(int(row["verb_class"]), int(row["noun_class"])) for table in tables.values() for row in table}
     verbs, nouns = (_epic_names(files, kind, ids) for kind, ids in zip(("verb", "noun"), zip(*pairs)))
-    actions = sorted(f"{verb}:{noun}" for verb, noun in pairs)             # the 3,806 pairs that occur
-    # verb-noun: labels are pairs; the classes are the verbs, then the nouns, so that one head holds both
-    both = [f"verb:{name}" for name in verbs] + [f"noun:{name}" for name in nouns]
-    classes = {"verb": verbs, "noun": nouns, "action": actions, "verb-noun": both}
+    classes = {"verb": verbs, "noun": nouns,
+               "action": sorted(f"{verb}:{noun}" for verb, noun in pairs),                     # the 3,806 that occur
+               "verb-noun": [f"verb:{name}" for name in verbs] + [f"noun:{name}" for name in nouns]}    # for one head
     rows = []
     for row in tables[split]:
         verb, noun = int(row["verb_class"]), int(row["noun_class"])
@@ -698,7 +680,8 @@ READERS = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "ssv2": _ssv2, "
 
 
 def read_lines(path):
-    return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def read_table(path):
@@ -759,30 +742,31 @@ def hold_out(items, split):
 def _list_rows(path):
     """A text file with lines `path`, `path label` or `path,label` -> [(video, label or -1)], class names.
 
-    The path ends with the suffix of a video and may hold spaces.  Text in quotes (VideoMAE) and a number (frames: TSN,
-    TSM) before the label are skipped: `path 300 0`, `path,300,jump`.  Labels are numbers, -1 for none, or names; a name
-    that holds a comma or begins with a number and a space is in quotes.  Raises UserError with the line.
+    The path ends with the suffix of a video and may hold spaces.  A number of frames before the label is skipped:
+    `path 300 0`, `path,300,jump`.  Labels are numbers, -1 for none, or names; a name that holds a comma or begins with
+    a number and a space is in quotes.  Raises UserError with the line.
     """
-    suffixes, number = "|".join(suffix[1:] for suffix in VIDEO_FILES), r"-?\d[\d.]*"
-    form = re.compile(rf""" "?(.+\.(?:{suffixes}))"?  (?:[\s,]+"[^"]*"(?=[\s,]))?  (?:[\s,]+{number}(?=\s*,|\s+-?\d+$))?
-                           (?:[\s,]+("[^"]+"|(?!{number}\s)[^\s,"][^,]*))?""", re.I | re.X)
+    suffixes = "|".join(suffix[1:] for suffix in VIDEO_FILES)
+    form = re.compile(rf""" "?(.+\.(?:{suffixes}))"?                                # path
+                            (?:[\s,]+\d[\d.]*(?=\s*,|\s+-?\d+$))?                  # number of frames
+                            (?:[\s,]+("[^"]+"|(?!\d+\s)[^\s,"][^,"]*))?           # label
+                        """, re.I | re.X)
     rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-        if not (line := line.strip(" ,\t")):
-            continue
-        if not (match := form.fullmatch(line)):
-            raise UserError(f"{path}:{n}: expected `path`, `path label` or `path,label` (a video, not a directory of "
-                            f"frames; in quotes a label with a comma or a number in front), got {line[:80]!r}")
-        video, label = match.groups()
-        label = None if label in (None, "-1") else re.sub(r"^0+(?=\d+$)", "", label.strip('"'))
-        if rows and (label is None) != (rows[0][1] is None):
-            raise UserError(f"{path}:{n}: some lines have a label and some have none; this is the first that differs")
-        rows.append((video, label))
-    classes = sorted({label for _, label in rows if label is not None})
-    if all(re.fullmatch("[0-9]{1,5}", label) for label in classes):        # longer ones are names
-        classes = [str(i) for i in range(max(map(int, classes), default=-1) + 1)]
-    ids = {name: i for i, name in enumerate(classes)}
-    return [(video, ids.get(label, -1)) for video, label in rows], classes
+    for line in read_lines(path):
+        match = form.fullmatch(line.strip(" ,"))
+        if not match:
+            raise UserError(f"{path}: expected `path`, `path label` or `path,label` (of a video, no directory; quotes "
+                            f"around a label with a comma or a number in front), got {line[:80]!r}")
+        rows.append((match[1], (match[2] or "-1").strip('"')))
+    labels = {label for _, label in rows}
+    if labels <= {"-1"}:
+        return [(video, -1) for video, _ in rows], []
+    if "-1" in labels:
+        raise UserError(f"{path}: some lines have a label and some have none")
+    if all(re.fullmatch("[0-9]{1,5}", label) for label in labels):         # longer ones are names
+        return [(video, int(label)) for video, label in rows], [str(i) for i in range(1 + max(map(int, labels)))]
+    ids = {name: i for i, name in enumerate(sorted(labels))}
+    return [(video, ids[label]) for video, label in rows], list(ids)
 
 
 class Clips(torch.utils.data.Dataset):
@@ -801,8 +785,8 @@ class Clips(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        rng, errors = np.random.default_rng((self.seed, epoch, index)), []
+        index = key[1]
+        rng, errors = np.random.default_rng((self.seed, *key)), []
         for _ in range(10 if self.replace else 1):
             item = self.items[index]
             try:
@@ -817,8 +801,7 @@ class Clips(torch.utils.data.Dataset):
 def collate(samples):
     """n samples of `Clips` -> dict(clips, names, labels (n,), read (n,) bool, errors).
 
-    clips is uint8 (B, T, H, W, 3), or a dict of such: the K clips of each sample that could be read, which is what
-    `read` says.  It is None if there is none.
+    clips is uint8 (B, T, H, W, 3), or a dict of such: the K clips of each sample that could be `read`, or None.
     """
     def join(found):
         if isinstance(found[0], dict):
@@ -853,8 +836,7 @@ def _worker_init(_):
 
 
 def to_device(clips, device):
-    """uint8 clips (B, T, H, W, 3), on the CPU -> (B, 3, T, H, W) on the device; other tensors stay as they are.  Also
-    for a dict of such."""
+    """uint8 clips (B, T, H, W, 3) -> (B, 3, T, H, W) on the device; or a dict of clips and other tensors."""
     if isinstance(clips, dict):
         return {k: to_device(v, device) for k, v in clips.items()}
     moved = clips.to(device, non_blocking=True)
