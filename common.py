@@ -43,7 +43,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_large, raft_small
 from torchvision.ops import StochasticDepth
 from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid, save_image
 from tqdm import tqdm
@@ -785,8 +784,8 @@ class Clips(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, key):
-        index = key[1]
-        rng, errors = np.random.default_rng((self.seed, *key)), []
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        rng, errors = np.random.default_rng((self.seed, epoch, index)), []
         for _ in range(10 if self.replace else 1):
             item = self.items[index]
             try:
@@ -990,8 +989,8 @@ def _toy_depth(truth, frame):
 def make_toy(root, split, count, size=64, frames=36, seed=0):
     """Write root/<split>/<index>.mp4, the truth of each as .npz, and root/<split>.csv with lines path,label,scene.
 
-    The list is written last: if it holds `count` videos there is nothing to do, and an interrupted call is continued.
-    One root holds one choice of size, frames and seed; a smaller `count` is a prefix of a larger one.
+    The list is written last: if it holds `count` videos there is nothing to do.  One root holds one choice of size,
+    frames and seed; a smaller `count` is a prefix of a larger one.
     """
     root, listing = Path(root), Path(root, f"{split}.csv")
     if listing.exists() and len(listing.read_text().splitlines()) == count + 1:
@@ -1008,22 +1007,17 @@ def make_toy(root, split, count, size=64, frames=36, seed=0):
 
 
 def _write_toy(root, split, size, frames, seed, index):
-    """Write one video and its truth unless they are there -> its row of the list."""
+    """Write one video and its truth -> its row of the list."""
     path = root / split / f"{index:06d}.mp4"
-    if path.exists():                                                        # written after its truth: both complete
-        truth = np.load(path.with_suffix(".npz"))
-    else:
-        (video, truth), temporary = toy_video(seed, split, index, size, frames), f"{path}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
-            np.savez(file, **truth)
-        os.replace(temporary, path.with_suffix(".npz"))
-        with av.open(temporary, "w", format="mp4") as file:
-            stream = file.add_stream("libx264", 16, width=size, height=size, pix_fmt="yuv420p", options=dict(
-                preset="veryfast", crf="18", threads="1"))                   # one thread: the same bytes everywhere
-            for frame in video:
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
-            file.mux(stream.encode())
-        os.replace(temporary, path)
+    (video, truth), temporary = toy_video(seed, split, index, size, frames), f"{path}.{os.getpid()}.tmp"
+    np.savez(path.with_suffix(".npz"), **truth)
+    with av.open(temporary, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", 16, width=size, height=size, pix_fmt="yuv420p", options=dict(
+            preset="veryfast", crf="18", threads="1"))                       # one thread: the same bytes everywhere
+        for frame in video:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        file.mux(stream.encode())
+    os.replace(temporary, path)
     return f"{split}/{path.name}", int(truth["label"]), int(truth["scene"])
 
 
@@ -1166,24 +1160,21 @@ class FlowEstimator:
     """
 
     def __init__(self, name, weights=None, updates=6, size=None, device="cpu", amp=None, compile=False):
-        models = {"raft_small": (raft_small, Raft_Small_Weights), "raft_large": (raft_large, Raft_Large_Weights)}
-        if name not in ("tvl1", *models):
-            raise UserError(f"--flow {name}: choose raft_small, raft_large or tvl1")
         self.name, self.updates, self.size, self.device = name, updates, size, torch.device(device)
         self._marks = []                                         # when each call began and ended
         compile = compile and can_compile()
         self.inner = torch.compile(_tvl1_inner, dynamic=False) if compile else _tvl1_inner
         if name == "tvl1":
             return
-        make, published = models[name]
         try:
-            self.raft, download = make(), published.DEFAULT.get_state_dict
-            state = load_file(weights)["model"] if weights else download(progress=False, check_hash=True)
+            self.raft = torchvision.models.get_model(name)
+            published = torchvision.models.get_model_weights(name).DEFAULT
+            state = load_file(weights)["model"] if weights else published.get_state_dict(check_hash=True)
             self.raft.load_state_dict({k.removeprefix("module."): x for k, x in state.items()})
         except (Exception, UserError) as error:                  # network, file or names: each is for the user to mend
-            what = f"--raft-weights {weights}" if weights else f"downloading torchvision's {name} weights"
-            raise UserError(f"{what} failed ({' '.join(str(error).split())[:200] or _first_line(error)}). Give "
-                            f"torchvision's {name} as --raft-weights FILE, or --flow tvl1, which needs none") from None
+            what = f"--raft-weights {weights}" if weights else f"downloading torchvision's {name}"
+            raise UserError(f"{what} failed ({_first_line(error)[:200]}). Give torchvision's {name} as --raft-weights "
+                            "FILE, or --flow tvl1, which needs none") from None
         self.raft.to(self.device).eval().requires_grad_(False)
         for part in (self.raft.feature_encoder, self.raft.context_encoder, self.raft.update_block):
             if amp:
