@@ -527,8 +527,7 @@ LAYOUTS = {
     "epic": "P01_01.MP4 ... files and EPIC_100_train.csv, EPIC_100_validation.csv",
 }
 DATA_SETS = ("toy", *LAYOUTS, "ava")
-# What to predict, the first by default.
-LABELS = {"epic": ("verb", "noun", "action", "verb-noun"), "toy": ("motion", "scene")}
+LABELS = {"epic": ("verb", "noun", "action", "verb-noun"), "toy": ("motion", "scene")}         # the first by default
 
 
 def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
@@ -604,7 +603,7 @@ def make_listing(what, rows, classes):
     items = [Item(str(path), *rest) for _, path, *rest in rows if size(path)]
     missing = list(dict.fromkeys(str(path or name) for name, path, *_ in rows if not size(path)))
     sizes = [size(path) for _, path, *_ in rows]
-    summary = (f"{what}: {len(rows)} listed, {len(items)} found, {sizes.count(None)} missing, {sizes.count(0)} empty")
+    summary = f"{what}: {len(rows)} listed, {len(items)} found, {sizes.count(None)} missing, {sizes.count(0)} empty"
     if not items:
         raise UserError(f"{summary}: nothing to read {missing[:1]}")
     summary += f", {len(classes)} classes" if classes else ""
@@ -622,14 +621,10 @@ def _ucf101(files, split, label, fold):
 
 
 def _hmdb51(files, split, label, fold):
-    end, wanted, rows = f"_test_split{fold}.txt", "1" if split == "train" else "2", []
+    end, wanted = f"_test_split{fold}.txt", "1" if split == "train" else "2"
     classes = sorted(name.removesuffix(end) for name in files if name.endswith(end))
-    for name in classes:
-        for line in read_lines(files[name + end]):
-            video, code = line.rsplit(None, 1)                             # a few names hold spaces
-            if code == wanted:
-                rows.append((Path(video).stem.lower(), name))
-    return rows, classes
+    lines = [(name, *line.rsplit(None, 1)) for name in classes for line in read_lines(files[name + end])]
+    return [(Path(video).stem.lower(), name) for name, video, code in lines if code == wanted], classes
 
 
 def _k400(files, split, label, fold):
@@ -718,8 +713,8 @@ def _own_videos(path, root, split):
         raise UserError(f"--data {path}: no directory {' or '.join(SPLIT_DIRS[split][:2])}, so no {split} split")
     files = [f for f in list_files(base) if f.suffix.lower() in VIDEO_FILES]
     folders = [f.relative_to(base).parts[0] if f.parent != base else "" for f in files]
-    several = len(set(folders)) > 1 and not divided                        # train, val of split "all" are no classes
-    classes = sorted(set(folders)) if "" not in folders and (several or base != path) else []
+    labelled = base != path or len(set(folders)) > 1 and not divided       # train, val of split "all" are no classes
+    classes = sorted(set(folders)) if labelled and "" not in folders else []
     items = [Item(f, classes.index(c) if classes else -1) for f, c in zip(files, folders)]
     if classes and base == path and split != "all":                        # it comes without a split: make one
         items = hold_out(items, split)
@@ -852,11 +847,9 @@ def clip_indices(video, item, frames, stride, rng):
 
 def item_frames(video, item):
     """First and last frame number of an item."""
-    last = video.info.frames - 1
-    first = min(last, video.index_at(item.start)) if item.start else 0
-    if item.stop < math.inf:
-        last = max(first, min(last, video.index_at(item.stop)))
-    return first, last
+    first = video.index_at(item.start) if item.start else 0
+    last = video.index_at(item.stop) if item.stop < math.inf else video.info.frames - 1
+    return first, max(first, last)
 
 
 def read_views(video, indices, boxes, size):
@@ -884,8 +877,7 @@ def toy_video(seed, split, index, size=64, frames=36, label=None):
     however many `frames`.
 
     truth: label, scene, size; order and radius of the sprite (see `_toy_depth`); per frame its centre (F, 2), scale
-    (F,) and box (F, 4), clipped to the frame; camera (F, 2), how far the pan has moved the picture.  Arrays, in
-    pixels, x before y; pixel i covers [i, i + 1).
+    (F,) and box (F, 4), clipped to the frame; camera (F, 2), the pan so far.  In pixels; pixel i covers [i, i + 1).
     """
     look, motion = np.random.default_rng([seed, TOY_SPLITS.index(split), index]).spawn(2)
     own, scene, other = look.integers(8), look.integers(8), look.integers(1, 8)
@@ -1000,10 +992,9 @@ def make_toy(root, split, count, size=64, frames=36, seed=0):
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         jobs = pool.map(write, range(count), chunksize=8)
         rows = list(tqdm(jobs, f"writing toy videos, {split}", count, unit="video", disable=None))
-    temporary = f"{listing}.{os.getpid()}.tmp"
-    with open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([("path", "label", "scene"), *rows])
-    os.replace(temporary, listing)
+    temporary = Path(f"{listing}.{os.getpid()}.tmp")
+    temporary.write_text("\n".join(["path,label,scene", *rows]))
+    temporary.replace(listing)
 
 
 def _write_toy(root, split, size, frames, seed, index):
@@ -1018,7 +1009,7 @@ def _write_toy(root, split, size, frames, seed, index):
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         file.mux(stream.encode())
     os.replace(temporary, path)
-    return f"{split}/{path.name}", int(truth["label"]), int(truth["scene"])
+    return f"{split}/{path.name},{truth['label']},{truth['scene']}"
 
 
 # ---- 6. Augmentation on the device ---------------------------------------------------------------------------------
