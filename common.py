@@ -236,10 +236,9 @@ def rand(rows, *shape, generator=None, device="cpu"):
 # ---- 3. Video ------------------------------------------------------------------------------------------------------
 
 # Frame n is the n-th frame that decoding the whole file yields.  The fast way trusts the packets and decodes from the
-# key packet before a wanted frame on, as long as all is as it should be.  What is odd takes the sure way: decode from
-# the start and count.  mp4 and mov list their packets in the header, so only the groups (a key packet up to the next
-# one) that hold wanted frames are read, whatever the length.  Of other files all packets are read, though not decoded.
-# Long videos are better copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
+# key packet before a wanted frame on.  What is odd takes the sure way: decode from the start and count.  mp4 and mov
+# list their packets in the header, so only the groups (a key packet up to the next one) that hold wanted frames are
+# read; of other files all packets are, though not decoded: copy long ones once, `ffmpeg -i a.mkv -c copy a.mp4`.
 
 FAST = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4"}             # codecs in which a packet is a frame, as a rule
 
@@ -423,9 +422,8 @@ class Video(contextlib.AbstractContextManager):
             frame = _upright(frame)
             for row in [row for row, index in enumerate(indices) if index == n]:
                 images[row] = self._cut(frame, boxes[row], size)
-        for n, image in zip(indices, images):
-            if image is None:
-                raise VideoError(f"damaged, frame {n} cannot be decoded")
+        if any(image is None for image in images):
+            raise VideoError("damaged, not all of its frames can be decoded")
         return np.stack(images)
 
     def _cut(self, frame, box, size):
@@ -633,7 +631,8 @@ def _k400(files, split, label, fold):
     if "youtube_id" not in read_lines(path)[0]:                            # VideoMAE's form: path label
         rows, classes = _list_rows(path)
         return [(Path(video).stem[:11], number) for video, number in rows], classes
-    rows = [(row["youtube_id"].strip(), row["label"].replace("_", " ").strip()) for row in read_table(path)]
+    table = csv.DictReader(read_lines(path))
+    rows = [(row["youtube_id"].strip(), row["label"].replace("_", " ").strip()) for row in table]
     return rows, sorted({name for _, name in rows})
 
 
@@ -648,7 +647,7 @@ def _ssv2(files, split, label, fold):
 
 def _epic(files, split, label, fold):
     names = {"train": "epic_100_train.csv", "test": "epic_100_validation.csv"}
-    tables = {part: read_table(files[name]) for part, name in names.items() if name in files}
+    tables = {part: [*csv.DictReader(read_lines(files[name]))] for part, name in names.items() if name in files}
     pairs = {(int(row["verb_class"]), int(row["noun_class"])) for table in tables.values() for row in table}
     verbs, nouns = (_epic_names(files, kind, ids) for kind, ids in zip(("verb", "noun"), zip(*pairs)))
     classes = {"verb": verbs, "noun": nouns,
@@ -666,7 +665,7 @@ def _epic(files, split, label, fold):
 def _epic_names(files, kind, ids):
     """Names of the verb or noun classes from EPIC_100_{kind}_classes.csv; numbers where it has none."""
     path = files.get(f"epic_100_{kind}_classes.csv")
-    names = {int(row["id"]): row["key"] for row in read_table(path)} if path else {}
+    names = {int(row["id"]): row["key"] for row in csv.DictReader(read_lines(path))} if path else {}
     return [names.get(i, str(i)) for i in range(1 + max(*ids, *names, 0))]
 
 
@@ -674,13 +673,9 @@ READERS = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "ssv2": _ssv2, "
 
 
 def read_lines(path):
+    """The lines of a text file that are not empty, stripped."""
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def read_table(path):
-    """A csv file with names of columns -> a dict per row."""
-    return list(csv.DictReader(read_lines(path)))
 
 
 def _seconds(stamp):
@@ -693,7 +688,8 @@ def _toy(root, split, label, train=1024, test=256, size=64):
     root = root / f"{size}px"
     once_per_disk(lambda: make_toy(root, split, test if split == "test" else train, size))
     column, classes = ("label", TOY_CLASSES) if label == "motion" else ("scene", TOY_SCENES)
-    rows = [(row["path"], root / row["path"], int(row[column])) for row in read_table(root / f"{split}.csv")]
+    table = csv.DictReader(read_lines(root / f"{split}.csv"))
+    rows = [(row["path"], root / row["path"], int(row[column])) for row in table]
     return make_listing(f"toy {split}", rows, list(classes))
 
 
@@ -981,8 +977,8 @@ def _toy_depth(truth, frame):
 def make_toy(root, split, count, size=64, frames=36, seed=0):
     """Write root/<split>/<index>.mp4, the truth of each as .npz, and root/<split>.csv with lines path,label,scene.
 
-    The list is written last: if it holds `count` videos there is nothing to do.  One root holds one choice of size,
-    frames and seed; a smaller `count` is a prefix of a larger one.
+    The list is written last: if it holds `count` videos there is nothing to do, and videos that are there are kept.
+    One root holds one choice of size, frames and seed; a smaller `count` is a prefix of a larger one.
     """
     root, listing = Path(root), Path(root, f"{split}.csv")
     if listing.exists() and len(listing.read_text().splitlines()) == count + 1:
@@ -998,17 +994,18 @@ def make_toy(root, split, count, size=64, frames=36, seed=0):
 
 
 def _write_toy(root, split, size, frames, seed, index):
-    """Write one video and its truth -> its row of the list."""
+    """Write the truth of one video, and the video unless it is there -> its row of the list."""
     path = root / split / f"{index:06d}.mp4"
     (video, truth), temporary = toy_video(seed, split, index, size, frames), f"{path}.{os.getpid()}.tmp"
     np.savez(path.with_suffix(".npz"), **truth)
-    with av.open(temporary, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", 16, width=size, height=size, pix_fmt="yuv420p", options=dict(
-            preset="veryfast", crf="18", threads="1"))                       # one thread: the same bytes everywhere
-        for frame in video:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
-        file.mux(stream.encode())
-    os.replace(temporary, path)
+    if not path.exists():                                                    # x264 may write other bytes another time
+        with av.open(temporary, "w", format="mp4") as file:
+            stream = file.add_stream("libx264", 16, width=size, height=size, pix_fmt="yuv420p", options=dict(
+                preset="veryfast", crf="18", threads="1"))
+            for frame in video:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+            file.mux(stream.encode())
+        os.replace(temporary, path)
     return f"{split}/{path.name},{truth['label']},{truth['scene']}"
 
 
@@ -1138,16 +1135,14 @@ def blur(clips, generator=None, p=0.5, sigma=(0.1, 2.0)):
 class FlowEstimator:
     """Optical flow between consecutive frames, computed where the clips are.
 
-    name     "raft_small", "raft_large": torchvision's RAFT (Teed and Deng 2020), `updates` refinement steps;
-             "tvl1": TV-L1 (Zach et al. 2007) in pure torch, needs no weights
+    name     "raft_small", "raft_large": torchvision's RAFT (Teed and Deng 2020), `updates` refinement steps; "tvl1"
     weights  a file with RAFT's weights under torchvision's names; None downloads torchvision's own
     size     side in pixels at which flow is computed; None = that of the clips (RAFT: a multiple of 8, at least 128)
     amp      autocast type of RAFT's convolutions; correlations and coordinates stay fp32 (TF32 where the GPU has it)
     compile  compile the parts that run many times
 
     Call with clips (B, 3, T, H, W), uint8 or float in [0, 1] -> flow (B, T-1, 2, h, w): the (x, y) displacement in
-    pixels of the (h, w) grid that takes a pixel of frame t to frame t+1.  Raises UserError if the weights cannot be
-    had.
+    pixels of the (h, w) grid from frame t to frame t+1.  Raises UserError if the weights cannot be had.
     """
 
     def __init__(self, name, weights=None, updates=6, size=None, device="cpu", amp=None, compile=False):
@@ -1191,9 +1186,8 @@ class FlowEstimator:
         return flow.unflatten(0, (B, T - 1))
 
     def chunk(self, h, w):
-        """Pairs at a time: on a GPU for its memory, on a CPU so that they stay in its cache; of RAFT so few that their
-        correlation maps, one per point of the (h / 8, w / 8) grid, are no more than the 65,535 that cuDNN's sampler
-        takes."""
+        """Pairs at a time: on a GPU for its memory, on a CPU so that they stay in its cache; of RAFT so few that cuDNN
+        samples their correlation maps, one per point of the (h / 8, w / 8) grid: it takes 65,535 at once."""
         some = 512 if self.device.type == "cuda" else 2**19 // (h * w)
         return max(1, some if self.name == "tvl1" else min(some, 65535 // (h // 8 * (w // 8))))
 
