@@ -597,10 +597,9 @@ def _size(path):
 
 def make_listing(what, rows, classes):
     """Rows (name, path or None, label[, start, stop]) -> Listing of the files with content; prints the counts."""
-    size = functools.cache(_size)                                          # many segments of a video
-    items = [Item(str(path), *rest) for _, path, *rest in rows if size(path)]
-    missing = list(dict.fromkeys(str(path or name) for name, path, *_ in rows if not size(path)))
-    sizes = [size(path) for _, path, *_ in rows]
+    sizes = [_size(path) for _, path, *_ in rows]
+    items = [Item(str(path), *rest) for (_, path, *rest), size in zip(rows, sizes) if size]
+    missing = list(dict.fromkeys(str(path or name) for (name, path, *_), size in zip(rows, sizes) if not size))
     summary = f"{what}: {len(rows)} listed, {len(items)} found, {sizes.count(None)} missing, {sizes.count(0)} empty"
     if not items:
         raise UserError(f"{summary}: nothing to read {missing[:1]}")
@@ -752,7 +751,7 @@ def _list_rows(path):
     if labels <= {"-1"}:
         return [(video, -1) for video, _ in rows], []
     if "-1" in labels:
-        raise UserError(f"{path}: some lines have a label and some have none")
+        raise UserError(f"{path}: some lines have a label and some have none or -1")
     if all(re.fullmatch("[0-9]{1,5}", label) for label in labels):         # longer ones are names
         return [(video, int(label)) for video, label in rows], [str(i) for i in range(1 + max(map(int, labels)))]
     ids = {name: i for i, name in enumerate(sorted(labels))}

@@ -13,9 +13,9 @@ import torch
 
 import common
 import mofo
-from common import (Clips, Env, Item, Listing, ViT, clip_indices, collate, cosine_lr, example_clips, find_videos,
-                    load_file, load_weights, loader, make_optimizer, parse_config, plan_run, rand, save_checkpoint,
-                    step_batches)
+from common import (Clips, Env, Item, Listing, Video, ViT, clip_indices, collate, cosine_lr, example_clips, find_videos,
+                    item_frames, load_file, load_weights, loader, make_optimizer, parse_config, plan_run, rand,
+                    save_checkpoint, step_batches)
 from conftest import error_of, numbers, put, tiny_video
 
 CPU = torch.device("cpu")
@@ -394,6 +394,9 @@ def test_random_clips_reach_both_ends_of_a_video(items):
     dataset = Clips(items, lambda video, item, rng: video.read(clip_indices(video, item, 4, 3, rng))[None])
     got = np.stack([numbers(dataset[epoch, 0][0][0]) for epoch in range(150)])
     assert got.min() == 0 and got.max() == 29
+    with Video(items[0].path) as video:                                 # a segment may end before it starts
+        assert item_frames(video, Item("", -1, 1.5, 2)) == (15, 20)
+        assert item_frames(video, Item("", -1, 2, 1)) == (20, 20)
 
 
 # ---- 5. Batches, learning rate, optimiser ----------------------------------------------------------------------------
