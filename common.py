@@ -43,6 +43,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_large, raft_small
+from torchvision.models.optical_flow.raft import upsample_flow
 from torchvision.ops import StochasticDepth
 from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid, save_image
 from tqdm import tqdm
@@ -820,6 +822,7 @@ def loader(dataset, batches, workers, device):
 
 def _worker_init(_):
     torch.set_num_threads(1)
+    hasattr(os, "setsid") and os.setsid()                      # what stops the process group lets the step end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))      # how the parent ends its workers: quietly
 
@@ -1131,6 +1134,9 @@ def blur(clips, generator=None, p=0.5, sigma=(0.1, 2.0)):
 
 # ---- 7. Optical flow -----------------------------------------------------------------------------------------------
 
+RAFT = {"raft_small": (raft_small, Raft_Small_Weights), "raft_large": (raft_large, Raft_Large_Weights)}
+
+
 class FlowEstimator:
     """Optical flow between consecutive frames, computed where the clips are.
 
@@ -1145,6 +1151,8 @@ class FlowEstimator:
     """
 
     def __init__(self, name, weights=None, updates=6, size=None, device="cpu", amp=None, compile=False):
+        if name not in ("tvl1", *RAFT):
+            raise UserError(f"--flow {name}: choose tvl1 or {' or '.join(RAFT)}")
         self.name, self.updates, self.size, self.device = name, updates, size, torch.device(device)
         self._marks = []                                         # when each call began and ended
         compile = compile and can_compile()
@@ -1152,9 +1160,9 @@ class FlowEstimator:
         if name == "tvl1":
             return
         try:
-            self.raft = torchvision.models.get_model(name)
-            published = torchvision.models.get_model_weights(name).DEFAULT
-            state = load_file(weights)["model"] if weights else published.get_state_dict(check_hash=True)
+            make, published = RAFT[name]
+            self.raft, download = make(), published.DEFAULT.get_state_dict
+            state = load_file(weights)["model"] if weights else download(progress=False, check_hash=True)
             self.raft.load_state_dict({k.removeprefix("module."): x for k, x in state.items()})
         except (Exception, UserError) as error:                  # network, file or names: each is for the user to mend
             what = f"--raft-weights {weights}" if weights else f"downloading torchvision's {name}"
@@ -1177,12 +1185,14 @@ class FlowEstimator:
             side = tuple(max(128, round(s / 8) * 8) for s in side)
         if side != (H, W):
             video = F.interpolate(video.flatten(0, 1), side, mode="bilinear", antialias=True).unflatten(0, (B, T))
-        first, second = video[:, :-1].flatten(0, 1), video[:, 1:].flatten(0, 1)               # (B(T-1), 3, h, w)
-        some = self.chunk(*side)
+        some, flow = self.chunk(*side), []
+        estimate = self._tvl1 if self.name == "tvl1" else self._raft
         with torch.autocast(self.device.type, enabled=False):
-            flow = torch.cat([self._pairs(a, b) for a, b in zip(first.split(some), second.split(some))])
+            for part in video.split(max(1, some // (T - 1))):                                 # whole clips or, if they
+                pieces = [part[:, t:t + some + 1] for t in range(0, T - 1, some)]             # are longer, parts
+                flow.append(torch.cat([estimate(piece).unflatten(0, (len(part), -1)) for piece in pieces], 1))
         self._marks.append((began, self._now()))
-        return flow.unflatten(0, (B, T - 1))
+        return torch.cat(flow)
 
     def chunk(self, h, w):
         """Pairs at a time: on a GPU for its memory, on a CPU so that they stay in its cache; of RAFT so few that cuDNN
@@ -1190,10 +1200,30 @@ class FlowEstimator:
         some = 512 if self.device.type == "cuda" else 2**19 // (h * w)
         return max(1, some if self.name == "tvl1" else min(some, 65535 // (h // 8 * (w // 8))))
 
-    def _pairs(self, first, second):
-        if self.name == "tvl1":
-            return tvl1(first, second, inner=self.inner)
-        return self.raft(first * 2 - 1, second * 2 - 1, num_flow_updates=self.updates)[-1]
+    def _tvl1(self, video):
+        return tvl1(video[:, :-1].flatten(0, 1), video[:, 1:].flatten(0, 1), inner=self.inner)
+
+    def _raft(self, video):
+        """RAFT of neighbouring frames, video (n, T, 3, h, w) -> (n (T-1), 2, h, w).
+
+        What torchvision's `forward` does, but every frame is encoded once instead of as first and as second one, only
+        the last flow is upsampled, and nothing is made on the CPU for a GPU that would have to wait for it.
+        """
+        raft, video = self.raft, video * 2 - 1
+        maps = raft.feature_encoder(video.flatten(0, 1)).unflatten(0, video.shape[:2])        # (n, T, C, h / 8, w / 8)
+        raft.corr_block.build_pyramid(maps[:, :-1].flatten(0, 1), maps[:, 1:].flatten(0, 1))
+        context = raft.context_encoder(video[:, :-1].flatten(0, 1))                           # (n (T-1), ...)
+        size = raft.update_block.hidden_state_size
+        hidden, context = context[:, :size].tanh(), context[:, size:].relu()
+        y, x = (torch.arange(side, device=self.device) for side in context.shape[-2:])
+        here = torch.stack(torch.meshgrid(x, y, indexing="xy")).float().expand(len(context), -1, -1, -1)
+        there = here                                                                          # (n (T-1), 2, ...)
+        for _ in range(self.updates):
+            with self.device:                                    # on which index_pyramid makes its windows
+                correlation = raft.corr_block.index_pyramid(there)
+            hidden, change = raft.update_block(hidden, context, correlation, there - here)
+            there = there + change
+        return upsample_flow(there - here, raft.mask_predictor and raft.mask_predictor(hidden))
 
     def _now(self):
         if self.device.type != "cuda":
@@ -2160,8 +2190,7 @@ class Log:
         if not batch["read"].all() or self.tried >= 20 and self.bad > 0.2 * self.tried + chance:
             raise UserError(f"{self.bad} of {self.tried} videos could not be read, more than a fifth; the last: "
                             f"{batch['errors'][-1]}. All are in {path}")
-        clips, labels = to_device(batch["clips"], self.env.device), batch["labels"].to(self.env.device)
-        return dict(batch, clips=clips, labels=labels)
+        return dict(batch, **{name: to_device(batch[name], self.env.device) for name in ("clips", "labels")})
 
     def finite(self, loss, norm, names):
         """False if the step must be skipped; after three of them in a row raises UserError with the videos' names."""

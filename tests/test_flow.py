@@ -157,3 +157,18 @@ def test_weights_that_cannot_be_had_name_both_ways_out(tmp_path, monkeypatch, fa
         message = error_of(FlowEstimator, "raft_small", str(path))
         assert "raft.pth" in message
     assert "--raft-weights" in message and "--flow tvl1" in message
+
+
+@pytest.mark.parametrize("name, pairs", [("raft_small", 100), ("raft_small", 2), ("raft_large", 4)])
+def test_raft_s_loop_is_torchvision_s(name, pairs, tmp_path, monkeypatch):
+    """Each frame encoded once, in parts of so many pairs: the same flow."""
+    torch.manual_seed(0)
+    raft = getattr(torchvision.models.optical_flow, name)().eval()
+    torch.save(raft.state_dict(), tmp_path / "raft.pth")
+    estimator = FlowEstimator(name, tmp_path / "raft.pth", 3)
+    monkeypatch.setattr(estimator, "chunk", lambda h, w: pairs)
+    clips = torch.rand(2, 3, 6, 128, 136, generator=seeded())
+    first, second = (x.transpose(1, 2).flatten(0, 1) * 2 - 1 for x in (clips[:, :, :-1], clips[:, :, 1:]))
+    with torch.no_grad():
+        expected = torch.cat([raft(a, b, num_flow_updates=3)[-1] for a, b in zip(first.split(5), second.split(5))])
+    torch.testing.assert_close(estimator(clips).flatten(0, 1), expected, rtol=1e-4, atol=1e-3)

@@ -1,4 +1,8 @@
 """What happens to a run must not cost more than the steps since its last checkpoint: damage, nan, restarts."""
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,7 +10,7 @@ import torch
 
 import common
 import mofo
-from conftest import error_of, losses, run, start
+from conftest import REPO, error_of, losses, run, start
 
 SMALL = "--toy-train 24 --toy-test 16 --batch 8 --log-every 1 --save-every 1 --workers 0".split()
 
@@ -63,6 +67,18 @@ def test_a_restart_by_torchrun_goes_on_in_spite_of_fresh(tmp_path, monkeypatch, 
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run("mofo", *flags)
     assert "continuing at step 2" in capsys.readouterr().out and not (tmp_path / "last.pt.old").exists()
+
+
+def test_a_signal_to_the_process_group_saves(tmp_path):
+    """As `timeout` and a terminal's Ctrl-C send it: the workers get it, too, and must go on until the step is done."""
+    flags = [*SMALL, "--workers", 2, "--steps", 500, "--save-every", 500, "--out", tmp_path]
+    process = subprocess.Popen([sys.executable, REPO / "mofo.py", *map(str, flags)], text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == 0 and "stopped and saved" in line, line
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == len(losses(tmp_path)) >= 2
 
 
 def test_two_processes_with_batch_norm_go_on_bit_for_bit():
