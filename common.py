@@ -73,20 +73,20 @@ def parse_config(Config, recipes, argv=None):
     finite and not negative, and at least 1 if it is a whole number whose default is not 0.
     The names of flags that were given are in `.given`.  Raises UserError on an unknown flag or a wrong value.
     """
-    types, intervals = typing.get_type_hints(Config), {}
+    types = typing.get_type_hints(Config)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, description=(
         f"Recipes: {', '.join(recipes)}. Defaults below are those of the class; a recipe overrides them."))
     for field in dataclasses.fields(Config):
         name, kind, text = "--" + field.name.replace("_", "-"), types[field.name], comments.get(field.name, "")
-        interval = intervals[field.name] = _interval(field, kind, text)
+        interval = _interval(field, kind, text)
         text = f"{text}{f', in {interval}' * (interval not in text)} (default: {field.default})".replace("%", "%%")
         if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         elif typing.get_origin(kind) is typing.Literal:
             parser.add_argument(name, choices=typing.get_args(kind), help=text)
         else:
-            parser.add_argument(name, type=_value(kind), help=text, metavar=field.name.upper())
+            parser.add_argument(name, type=_value(kind, interval), help=text, metavar=field.name.upper())
 
     def complain(message):
         if message.startswith("unrecognized"):
@@ -94,38 +94,40 @@ def parse_config(Config, recipes, argv=None):
             near = difflib.get_close_matches(word, parser._option_string_actions, 1)
             guess = f", did you mean {near[0]}?" if near else ""
             message = f"unknown flag {word}{guess} (--help lists them all)"
-        raise UserError(message.removeprefix("argument "))
+        raise UserError(re.sub(r"^argument (\S+):", r"\1", message))
     parser.error = complain
 
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]   # --mask_ratio, too
     given = vars(parser.parse_args(argv))
-    data, settings = given.get("data", Config.data), {}
+    data = given.get("data", Config.data)
     words = {data if data in DATA_SETS else "custom"}
     words |= {given.get(name, getattr(Config, name, "")) for name in ("recipe", "mode")}
     for _ in range(2):                                                  # the recipe may have chosen the backbone
-        words |= {"vit"} if given.get("backbone", settings.get("backbone", "")).startswith("vit") else set()
         settings = {}
         for key, values in recipes.items():
             settings |= values if set(key.split()) <= words else {}
+        if (settings | given).get("backbone", "").startswith("vit"):
+            words.add("vit")
     config = Config(**{**settings, "data": data, **given})
     config.given = set(given)
-    for name, interval in intervals.items():
-        value = getattr(config, name)
-        if interval and value is not None and not _inside(value, interval):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be in {interval}")
     return config
 
 
-def _value(kind):
-    """A parser for one field type; `float | None` also accepts the word none."""
-    options = typing.get_args(kind) or (kind,)
-    convert = next(option for option in options if option is not type(None))
+def _value(kind, interval):
+    """A parser for one field type; numbers must be in the interval; `float | None` also accepts the word none."""
+    convert, *others = typing.get_args(kind) or (kind,)
 
     def parse(text):
-        if type(None) in options and text.lower() == "none":
+        if others and text.lower() == "none":
             return None
-        return convert(text)
+        value = convert(text)
+        if interval:
+            low, high = map(float, interval[1:-1].split(", "))
+            open_end = value == low and interval[0] == "(" or value == high and interval[-1] == ")"
+            if open_end or not low <= value <= high:
+                raise argparse.ArgumentTypeError(f"{text}: must be in {interval}")
+        return value
     parse.__name__ = convert.__name__                                   # argparse names it in its message
     return parse
 
@@ -136,12 +138,6 @@ def _interval(field, kind, comment):
         return ""
     usual = "[1, inf)" if kind is int and field.default else "[0, inf)"
     return re.search(r"[\[(][\d.]+, [\w.]+[\])]", comment + usual)[0]
-
-
-def _inside(value, interval):
-    low, high = map(float, interval[1:-1].split(", "))
-    open_end = value == low and interval[0] == "(" or value == high and interval[-1] == ")"
-    return low <= value <= high and not open_end
 
 
 # ---- 2. Processes and devices --------------------------------------------------------------------------------------
@@ -218,8 +214,8 @@ def once_per_disk(function):
 
 
 class RowGenerator(torch.Generator):
-    """A torch.Generator for one step that knows which rows of the global batch this process computes (see `rand`)."""
-    first, total = 0, None
+    """A torch.Generator that knows the rows of the global batch that this process computes: .total in all, its own
+    from .first on (see `rand`)."""
 
 
 def rand(rows, *shape, generator=None, device="cpu"):
@@ -228,9 +224,7 @@ def rand(rows, *shape, generator=None, device="cpu"):
     With a RowGenerator the numbers are drawn for the whole global batch and this process keeps its rows, so that
     neither the number of GPUs nor accumulation changes what a clip gets (our choice).
     """
-    first, total = 0, rows
-    if isinstance(generator, RowGenerator):
-        first, total = generator.first, generator.total
+    first, total = getattr(generator, "first", 0), getattr(generator, "total", rows)
     return torch.rand(total, *shape, generator=generator, device=device)[first:first + rows]
 
 
