@@ -3,7 +3,7 @@
 Nothing in this file is an equation of one of the five papers; those are in mofo.py and its siblings.  The sections:
 
     1 config    2 processes and devices    3 video    4 data sets    5 toy data    6 augmentation on the device
-    7 optical flow    8 backbones    9 momentum contrast    10 public checkpoints    11 run    12 pictures
+    7 optical flow    8 backbones    9 momentum contrast    10 public checkpoints    11 run    12 images
 
 Clips are uint8 (B, 3, T, H, W) tensors until the network sees them.  Boxes are (x1, y1, x2, y2) in pixels, x2 and y2
 exclusive.  `hidden` is a bool mask over tokens, True = masked.  Tokens are in (t, h, w) order, t slowest.
@@ -1366,6 +1366,15 @@ def sincos_positions(count, dim):
     return torch.tensor(angle, dtype=torch.float32)[None]
 
 
+def init_linear(network, init, **options):
+    """Set the weights of all linear layers in a network by `init`, a function of nn.init; their biases become 0."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            init(layer.weight, **options)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -1381,13 +1390,10 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
+class Mlp(nn.Sequential):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        self.fc1, self.gelu, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
 
 
 class Block(nn.Module):
@@ -1437,15 +1443,10 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(dim, patch_size, tubelet_size)
         self.register_buffer("positions", sincos_positions(math.prod(self.grid), dim), persistent=False)
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
-        for name in ("norm", "fc_norm"):
-            self.add_module(name, nn.LayerNorm(dim, eps=1e-6) if name in norms else nn.Identity())
-        if num_classes:
-            self.head = nn.Linear(dim, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.norm, self.fc_norm = (nn.LayerNorm(dim, eps=1e-6) if name in norms else nn.Identity()
+                                   for name in ("norm", "fc_norm"))
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        init_linear(self, nn.init.trunc_normal_, std=0.02)
         if num_classes:
             self.head.weight.data.mul_(0.001)                                      # VideoMAE's init_scale
 
@@ -1475,22 +1476,19 @@ class ViT(nn.Module):
         return self.fc_norm(self.forward_map(clips).flatten(2).mean(-1))
 
     def forward(self, clips):
-        x = self.pooled(clips)
-        return self.head(x) if hasattr(self, "head") else x
+        return self.head(self.pooled(clips))
 
 
 class ConvNet(nn.Module):
     """Convolutional stages: normalised clips (B, 3, T, H, W) -> (B, dim), or logits (B, num_classes)."""
 
-    def __init__(self, stages, dim, config, num_classes=0):
+    def __init__(self, stages, dim, num_classes=0, **config):
         super().__init__()
         self.stages, self.dim, self.config = list(stages), dim, config
         for name, stage in stages.items():
             self.add_module(name, stage)
-        if num_classes:
-            self.head = nn.Linear(dim, num_classes)
-            nn.init.normal_(self.head.weight, std=0.01)
-            nn.init.zeros_(self.head.bias)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        init_linear(self.head, nn.init.normal_, std=0.01)
 
     def forward_map(self, x):
         """(B, 3, T, H, W) -> feature map (B, dim, T', H', W')."""
@@ -1502,7 +1500,7 @@ class ConvNet(nn.Module):
         """(B, 3, T, H, W) -> (B, dim): what the head gets."""
         return self.forward_map(clips).mean((2, 3, 4))
 
-    forward = ViT.forward                                                          # pooled, and if there is one, head
+    forward = ViT.forward                                                          # the head of what is pooled
 
 
 def conv3d(inputs, outputs, time, space, stride=1):
@@ -1557,8 +1555,7 @@ class ResNet3D(ConvNet):
                 layer.append(Bottleneck(inputs, inner, 2 if i and not j else 1, kernel, split))
                 inputs = 4 * inner
             stages[f"layer{i + 1}"] = nn.Sequential(*layer)
-        config = dict(name=name, width=width, image_size=image_size, frames=frames)
-        super().__init__(stages, inputs, config, num_classes)
+        super().__init__(stages, inputs, num_classes, name=name, width=width, image_size=image_size, frames=frames)
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -1569,15 +1566,14 @@ class ResNet3D(ConvNet):
 BACKBONES = (*VITS, "r2plus1d_18", "r3d_18", "s3d", "slow_r50", "r2plus1d_50")
 
 
-def make_backbone(name="", image_size=224, frames=16, num_classes=0, drop_path=0.0, patch_size=16, tubelet_size=2,
-                  width=1.0, mean=MEAN, std=STD, norms=("norm",), **vit):
+def make_backbone(name="", image_size=224, frames=16, num_classes=0, width=1.0, mean=MEAN, std=STD, **vit):
     """A network by name, or from the `config` of one that exists: ViT, ResNet3D or one of torchvision's (18 layers:
-    Tran et al. 2018; S3D: Xie et al. 2018).  All have .config, .dim and forward_map; with num_classes also a head."""
+    Tran et al. 2018; S3D: Xie et al. 2018).  All have .config, .dim and forward_map; with num_classes also a head.
+    What only a ViT takes is in `vit`."""
     if name in VITS:
-        vit = {key: VITS[name][key] for key in ("dim", "depth", "heads")}
-    if vit:
-        vit |= dict(num_classes=num_classes, drop_path=drop_path, norms=norms, mean=mean, std=std)
-        return ViT(image_size, frames, patch_size, tubelet_size, **vit)
+        vit = dict(patch_size=16, tubelet_size=2) | vit | {key: VITS[name][key] for key in ("dim", "depth", "heads")}
+    if "dim" in vit:
+        return ViT(image_size, frames, num_classes=num_classes, mean=mean, std=std, **vit)
     if name not in BACKBONES:
         raise UserError(f"--backbone {name}: choose {', '.join(BACKBONES)}")
     if name in ("slow_r50", "r2plus1d_50"):
@@ -1585,8 +1581,8 @@ def make_backbone(name="", image_size=224, frames=16, num_classes=0, drop_path=0
     else:
         public = getattr(torchvision.models.video, name)()
         stages = {k: v for k, v in public.named_children() if k not in ("avgpool", "fc", "classifier")}
-        config = dict(name=name, image_size=image_size, frames=frames)
-        net = ConvNet(stages, 1024 if name == "s3d" else 512, config, num_classes)
+        dim = 1024 if name == "s3d" else 512
+        net = ConvNet(stages, dim, num_classes, name=name, image_size=image_size, frames=frames)
     net.config |= dict(mean=mean, std=std)
     try:                                                                          # on "meta" only shapes are computed
         copy.deepcopy(net).to("meta")(torch.empty(2, 3, frames, image_size, image_size, device="meta"))
@@ -1632,22 +1628,6 @@ class Queue(nn.Module):
         self.pointer.copy_((self.pointer + len(keys)) % len(self.keys))
 
 
-@torch.no_grad()
-def ema_update(target, source, momentum, updates=None):
-    """target <- momentum * target + (1 - momentum) * source, for parameters and (running statistics) buffers.
-
-    With the number of updates so far, a tensor (), buffers are averaged over the first ones instead, so that what
-    they start with does not linger.  Ends what `resume_or_init` began: batch norms that start from their first batch.
-    """
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
-    weight = torch.tensor(1 - momentum) if updates is None else (1 / updates).clamp(min=1 - momentum)
-    for t, s in zip(target.buffers(), source.buffers()):
-        if t.is_floating_point():
-            s.copy_(torch.where(s.isfinite(), s, t))             # a step that was skipped may have left NaN there
-            t.lerp_(s, weight.to(t))
-    set_batch_norm(source, 0.1)
-
-
 class MomentumContrast(nn.Module):
     """A model whose `keys`, a ModuleDict that its script makes, follow the modules of the same names."""
 
@@ -1656,12 +1636,24 @@ class MomentumContrast(nn.Module):
         self.momentum = momentum
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))         # of the keys
 
+    @torch.no_grad()
     def update_keys(self, momentum=None):
-        """Move the keys towards the queries' networks: after every step of the optimiser; momentum 0 copies these."""
+        """keys <- momentum * keys + (1 - momentum) * queries' networks, after every step of the optimiser.
+
+        Running statistics are averaged over the first updates instead, so that what they start with does not linger.
+        Ends what `resume_or_init` began: batch norms that start from their first batch.
+        """
+        momentum = self.momentum if momentum is None else momentum
         self.updates += 1
-        for name in self.keys:
-            ema_update(self.keys[name], getattr(self, name), self.momentum if momentum is None else momentum,
-                       self.updates)
+        weight = (1 / self.updates).clamp(min=1 - momentum)
+        for name, key in self.keys.items():
+            query = getattr(self, name)
+            torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
+            for k, q in zip(key.buffers(), query.buffers()):
+                if k.is_floating_point():
+                    q.copy_(torch.where(q.isfinite(), q, k))         # a step that was skipped may have left NaN there
+                    k.lerp_(q, weight.to(k))
+            set_batch_norm(query, 0.1)
 
 
 def set_batch_norm(model, momentum):
@@ -1728,29 +1720,24 @@ def import_safetensors():
 
 def weights_file(path):
     """The file of a checkpoint: itself, or that in a Hugging Face folder.  Raises UserError if there is none."""
-    files = Path(path, "model.safetensors"), Path(path, "pytorch_model.bin"), Path(path)
-    path = next((file for file in files if file.exists()), files[-1])
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; of a directory, model.safetensors or pytorch_model.bin is read")
-    return path
+    for file in (Path(path, "model.safetensors"), Path(path, "pytorch_model.bin"), Path(path)):
+        if file.is_file():
+            return file
+    raise UserError(f"{path}: no such checkpoint; of a directory, model.safetensors or pytorch_model.bin is read")
 
 
 def huggingface_config(folder):
     """dict(backbone=sizes, mean and std, classes=names, where there are some) from the .json files of Hugging Face's
     VideoMAE."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        backbone = {ours: int(config[theirs]) for ours, theirs in SIZES.items()}
-        if (backbone["dim"], backbone["heads"]) == (384, 16):                      # their ViT-S was trained with 6
-            backbone["heads"] = 6
-        for file in folder.glob("*preprocessor_config.json"):                      # video_, too
-            processor = json.loads(file.read_text(encoding="utf-8"))
-            backbone |= dict(mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]))
-        names = config.get("id2label", {})
-        classes = [names[str(i)] for i in range(len(names))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: config.json or preprocessor_config.json does not describe a VideoMAE "
-                        f"({type(error).__name__}: {_first_line(error)})") from None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    backbone = {ours: int(config[theirs]) for ours, theirs in SIZES.items()}
+    if (backbone["dim"], backbone["heads"]) == (384, 16):                          # their ViT-S was trained with 6
+        backbone["heads"] = 6
+    for file in folder.glob("*preprocessor_config.json"):                          # video_, too
+        processor = json.loads(file.read_text(encoding="utf-8"))
+        backbone |= dict(mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]))
+    names = config.get("id2label", {})
+    classes = [names[str(i)] for i in range(len(names))]
     return dict(backbone=backbone) | (dict(classes=classes) if classes and "LABEL_0" not in classes else {})
 
 
@@ -1770,20 +1757,19 @@ def load_file(path):
                 strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             with torch.serialization.safe_globals([(Unknown, name) for name in strange]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
+        content = content if isinstance(content, dict) else {}
+        weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
+        if path.suffix in (".safetensors", ".bin") and path.with_name("config.json").exists():
+            content |= huggingface_config(path.parent)
     except Exception as error:                                                     # torch's advice is to run its code
-        raise UserError(f"{path}: cannot be read as a checkpoint, is it damaged? ({type(error).__name__})") from None
-    content = content if isinstance(content, dict) else {}
-    weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
+        raise UserError(f"{path}: cannot be read as a checkpoint; is it damaged, or a config.json or "
+                        f"preprocessor_config.json beside it? ({type(error).__name__})") from None
     state = {k: x for k, x in weights.items() if isinstance(x, torch.Tensor)}
-    about = {k: x for k, x in content.items() if not isinstance(x, torch.Tensor)}
-    if path.suffix in (".safetensors", ".bin") and path.with_name("config.json").exists():
-        about |= huggingface_config(path.parent)
     backbone = dict(norms=(), mean=MEAN, std=STD)
     for pattern, values in HINTS.items():
         if any(re.search(pattern, k) for k in state):
             backbone |= values
-    said = about.get("backbone")                                                   # ours, or a Hugging Face folder's
-    return about | dict(model=state, backbone=backbone | (said if isinstance(said, dict) else {}))
+    return content | dict(model=state, backbone=backbone | content.get("backbone", {}))
 
 
 def replace_parts(name, pairs):
@@ -1878,7 +1864,7 @@ def export_huggingface(network, classes, folder):
     for one of them and leave the other 0 or random.  Logits differ by 1e-5, as the epsilons of fc_norm do.  Raises
     UserError.
     """
-    head, c = hasattr(network, "head"), network.config
+    head, c = isinstance(network.head, nn.Linear), network.config
     if not isinstance(network, ViT) or head != ("fc_norm" in c["norms"]):
         raise UserError("only ViT networks can be exported, with fc_norm just if they have a head, as Hugging Face's "
                         "VideoMAE is one")
@@ -2217,7 +2203,7 @@ class Log:
                f"trained: {', '.join(str(file) for file in files if file.exists())}")
 
 
-# ---- 12. Pictures --------------------------------------------------------------------------------------------------
+# ---- 12. Images ----------------------------------------------------------------------------------------------------
 
 def save_sheet(path, rows, tile=112):
     """Write rows of pictures, each (n, 3, h, w) in [0, 1], as one PNG; tiles are scaled to `tile` pixels."""

@@ -47,11 +47,11 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, Decoder, FlowEstimator, Log, StopSignal, UserError, VITS, ViT, all_reduce_mean,
-                    clip_indices, cosine_lr, draw_box, example_clips, find_videos, flow_picture, gather_tokens, loader,
-                    make_optimizer, map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify,
-                    plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
-                    sincos_positions, spatial_gradient, step_batches, to_device, to_float01, unnormalize, unpatchify,
-                    wrap_model)
+                    clip_indices, cosine_lr, draw_box, example_clips, find_videos, flow_picture, gather_tokens,
+                    init_linear, loader, make_optimizer, map_to_rgb, multi_scale_crop, normalize, open_run,
+                    parse_config, patchify, plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet,
+                    setup, shutdown, sincos_positions, spatial_gradient, step_batches, to_device, to_float01,
+                    unnormalize, unpatchify, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -230,11 +230,8 @@ class MaskedAutoencoder(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(decoder_dim, 512), nn.GELU(), nn.Linear(512, size))
                                     for name, size in outputs.items()})
         self.register_buffer("positions", sincos_positions(math.prod(self.encoder.grid), decoder_dim), persistent=False)
-        for module in [*self.encoder.modules(), *self.decoder.modules(), *self.heads.modules()]:
-            if isinstance(module, nn.Linear):                                   # all but encoder_to_decoder (VideoMAE)
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        for part in (self.encoder, self.decoder, self.heads):                   # not encoder_to_decoder (VideoMAE)
+            init_linear(part, nn.init.xavier_uniform_)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def predict(self, clips, hidden, count=None):
