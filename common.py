@@ -44,7 +44,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_large, raft_small
-from torchvision.ops import StochasticDepth
 from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid, save_image
 from tqdm import tqdm
 
@@ -1079,8 +1078,7 @@ def multi_scale_crop(height, width, rng, smallest=0.66, snap=0):
     sides = [max(1, snap if abs(side - snap) < 3 and snap <= short else side) for side in sides]
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     h, w = pairs[rng.integers(len(pairs))]
-    anchors = [(x, y) for x in (0, 4) for y in (0, 4)] + [(2, 2), (0, 2), (4, 2), (2, 4), (2, 0)]
-    anchors += [(x, y) for x in (1, 3) for y in (1, 3)]
+    anchors = (0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (1, 3), (3, 1), (3, 3)
     ax, ay = anchors[rng.integers(len(anchors))]
     x, y = ax * ((width - w) // 4), ay * ((height - h) // 4)
     return x, y, x + w, y + h
@@ -1403,7 +1401,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn, self.mlp = Attention(dim, heads), Mlp(dim, 4 * dim)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = torchvision.ops.StochasticDepth(drop_path, "row")
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
@@ -1442,7 +1440,7 @@ class ViT(nn.Module):
         self.grid = (frames // tubelet_size, image_size // patch_size, image_size // patch_size)   # (T', H', W')
         self.patch_embed = PatchEmbed(dim, patch_size, tubelet_size)
         self.register_buffer("positions", sincos_positions(math.prod(self.grid), dim), persistent=False)
-        self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
+        self.blocks = nn.Sequential(*(Block(dim, heads, drop_path * i / max(1, depth - 1)) for i in range(depth)))
         self.norm, self.fc_norm = (nn.LayerNorm(dim, eps=1e-6) if name in norms else nn.Identity()
                                    for name in ("norm", "fc_norm"))
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
@@ -1455,10 +1453,7 @@ class ViT(nn.Module):
         positions = (self.positions if positions is None else positions).expand(len(patches), -1, -1)
         if keep is not None:
             patches, positions = gather_tokens(patches, keep), gather_tokens(positions, keep)
-        x = self.patch_embed(patches) + positions
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(self.patch_embed(patches) + positions))
 
     def forward_map(self, clips):
         """(B, 3, T, H, W) -> feature map (B, dim, T', H', W').  For frames of another size than the network's the
@@ -1598,14 +1593,12 @@ class Decoder(nn.Module):
 
     def __init__(self, dim, depth, heads, outputs=0):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, outputs) if outputs else nn.Identity()
 
     def forward(self, x, last):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x[:, -last:]))
+        return self.head(self.norm(self.blocks(x)[:, -last:]))
 
 
 # ---- 9. Momentum contrast ------------------------------------------------------------------------------------------
