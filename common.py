@@ -1561,14 +1561,14 @@ class ResNet3D(ConvNet):
 BACKBONES = (*VITS, "r2plus1d_18", "r3d_18", "s3d", "slow_r50", "r2plus1d_50")
 
 
-def make_backbone(name="", image_size=224, frames=16, num_classes=0, width=1.0, mean=MEAN, std=STD, **vit):
+def make_backbone(name="", image_size=224, frames=16, num_classes=0, patch_size=16, tubelet_size=2, width=1.0,
+                  mean=MEAN, std=STD, **vit):
     """A network by name, or from the `config` of one that exists: ViT, ResNet3D or one of torchvision's (18 layers:
-    Tran et al. 2018; S3D: Xie et al. 2018).  All have .config, .dim and forward_map; with num_classes also a head.
-    What only a ViT takes is in `vit`."""
+    Tran et al. 2018; S3D: Xie et al. 2018).  All have .config, .dim and forward_map; with num_classes also a head."""
     if name in VITS:
-        vit = dict(patch_size=16, tubelet_size=2) | vit | {key: VITS[name][key] for key in ("dim", "depth", "heads")}
+        vit |= {key: VITS[name][key] for key in ("dim", "depth", "heads")}
     if "dim" in vit:
-        return ViT(image_size, frames, num_classes=num_classes, mean=mean, std=std, **vit)
+        return ViT(image_size, frames, patch_size, tubelet_size, num_classes=num_classes, mean=mean, std=std, **vit)
     if name not in BACKBONES:
         raise UserError(f"--backbone {name}: choose {', '.join(BACKBONES)}")
     if name in ("slow_r50", "r2plus1d_50"):
