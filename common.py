@@ -1352,11 +1352,6 @@ def unpatchify(tokens, grid, patch_size, tubelet_size):
     return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(tokens), -1, T * t, H * p, W * p)
 
 
-def gather_tokens(x, index):
-    """Tokens (B, N, D) at index (B, n) -> (B, n, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
 def sincos_positions(count, dim):
     """Fixed positions (1, count, dim) over the flat token index: sin in even features, cos in odd ones (VideoMAE)."""
     angle = np.arange(count)[:, None] / 10000 ** (2 * (np.arange(dim) // 2) / dim)
@@ -1450,9 +1445,9 @@ class ViT(nn.Module):
 
     def tokens(self, patches, keep=None, positions=None):
         """Encode patches (B, N, P), or only those at keep (B, n) -> (B, n, dim): the cost is that of what is kept."""
-        positions = (self.positions if positions is None else positions).expand(len(patches), -1, -1)
+        positions = self.positions if positions is None else positions
         if keep is not None:
-            patches, positions = gather_tokens(patches, keep), gather_tokens(positions, keep)
+            patches, positions = (x.take_along_dim(keep[..., None], 1) for x in (patches, positions))
         return self.norm(self.blocks(self.patch_embed(patches) + positions))
 
     def forward_map(self, clips):
