@@ -29,7 +29,6 @@ import typing
 import zipfile
 from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
 from itertools import count, dropwhile, islice, pairwise
@@ -149,7 +148,7 @@ class Env(NamedTuple):
     amp: torch.dtype | None
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
 
 def setup(seed=0):
@@ -1697,15 +1696,6 @@ class Unknown:
     __setstate__ = __init__
 
 
-def import_safetensors():
-    """The package for .safetensors files; nothing else needs it."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError("Hugging Face's .safetensors files need a package: pip install safetensors") from None
-    return safetensors.torch
-
-
 def weights_file(path):
     """The file of a checkpoint: itself, or that in a Hugging Face folder.  Raises UserError if there is none."""
     for file in (Path(path, "model.safetensors"), Path(path, "pytorch_model.bin"), Path(path)):
@@ -1738,7 +1728,8 @@ def load_file(path):
     path = weights_file(path)
     try:
         if path.suffix == ".safetensors":
-            content = import_safetensors().load_file(path)
+            import safetensors.torch                                               # nothing else needs it
+            content = safetensors.torch.load_file(path)
         else:
             strange = ["argparse.Namespace"]                                       # in a file from before torch 1.6
             if zipfile.is_zipfile(path):
@@ -1749,6 +1740,8 @@ def load_file(path):
         weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
         if path.suffix in (".safetensors", ".bin") and path.with_name("config.json").exists():
             content |= huggingface_config(path.parent)
+    except ImportError as error:
+        raise UserError(f"{path}: {error}: pip install safetensors") from None
     except Exception as error:                                                     # torch's advice is to run its code
         raise UserError(f"{path}: cannot be read as a checkpoint; is it damaged, or a config.json or "
                         f"preprocessor_config.json beside it? ({type(error).__name__})") from None
@@ -1875,13 +1868,14 @@ def export_huggingface(network, classes, folder):
         config |= dict(id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)})
     processor = dict(image_processor_type="VideoMAEImageProcessor", size=dict(shortest_edge=size),
                      crop_size=dict(height=size, width=size), image_mean=c["mean"], image_std=c["std"])
-    folder, weights = Path(folder), import_safetensors().save(tensors, dict(format="pt"))
+    folder = Path(folder)
     try:
+        import safetensors.torch
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model.safetensors").write_bytes(weights)
+        (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, dict(format="pt")))
         for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
+    except (ImportError, OSError) as error:
         raise UserError(f"{folder}: the export could not be written ({error})") from None
 
 
