@@ -77,7 +77,10 @@ def parse_config(Config, recipes, argv=None):
         f"Recipes: {', '.join(recipes)}. Defaults below are those of the class; a recipe overrides them."))
     for field in dataclasses.fields(Config):
         name, kind, text = "--" + field.name.replace("_", "-"), types[field.name], comments.get(field.name, "")
-        interval = _interval(field, kind, text)
+        interval = ""
+        if {int, float} & {kind, *typing.get_args(kind)}:
+            usual = "[1, inf)" if kind is int and field.default else "[0, inf)"
+            interval = re.search(r"[\[(][\d.]+, [\w.]+[\])]", text + usual)[0]
         text = f"{text}{f', in {interval}' * (interval not in text)} (default: {field.default})".replace("%", "%%")
         if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
@@ -128,14 +131,6 @@ def _value(kind, interval):
         return value
     parse.__name__ = convert.__name__                                   # argparse names it in its message
     return parse
-
-
-def _interval(field, kind, comment):
-    """The interval that a field's numbers are in, see `parse_config`; "" for what is no number."""
-    if not {int, float} & {kind, *typing.get_args(kind)}:
-        return ""
-    usual = "[1, inf)" if kind is int and field.default else "[0, inf)"
-    return re.search(r"[\[(][\d.]+, [\w.]+[\])]", comment + usual)[0]
 
 
 # ---- 2. Processes and devices --------------------------------------------------------------------------------------
@@ -217,11 +212,8 @@ class RowGenerator(torch.Generator):
 
 
 def rand(rows, *shape, generator=None, device="cpu"):
-    """Uniform numbers (rows, *shape) in [0, 1).
-
-    With a RowGenerator the numbers are drawn for the whole global batch and this process keeps its rows, so that
-    neither the number of GPUs nor accumulation changes what a clip gets (our choice).
-    """
+    """Uniform numbers (rows, *shape) in [0, 1).  With a RowGenerator they are drawn for the whole global batch and this
+    process keeps its rows: neither the number of GPUs nor accumulation changes what a clip gets (our choice)."""
     first, total = getattr(generator, "first", 0), getattr(generator, "total", rows)
     return torch.rand(total, *shape, generator=generator, device=device)[first:first + rows]
 
@@ -1084,10 +1076,8 @@ def multi_scale_crop(height, width, rng, smallest=0.66, snap=0):
 
 
 def random_resized_crop(height, width, rng, area, ratio=(3 / 4, 4 / 3)):
-    """A random box: its share of the frame is drawn from `area`, its aspect from `ratio`, each (least, most).
-
-    If none of 10 draws fits it is the whole frame.
-    """
+    """A random box: its share of the frame is drawn from `area`, its aspect from `ratio`, each (least, most); the whole
+    frame if none of 10 draws fits."""
     for _ in range(10):
         size = height * width * rng.uniform(*area)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -1492,10 +1482,9 @@ class ConvNet(nn.Module):
     forward = ViT.forward                                                          # the head of what is pooled
 
 
-def conv3d(inputs, outputs, time, space, stride=1):
-    """Convolution without bias by a kernel of `time` x `space` x `space`, padded, with a stride in space."""
-    return nn.Conv3d(inputs, outputs, (time, space, space), (1, stride, stride), (time // 2, space // 2, space // 2),
-                     bias=False)
+def conv3d(inputs, outputs, kernel, stride=1):
+    """Convolution without bias by a kernel (t, h, w) of odd sides, padded, with a stride in space."""
+    return nn.Conv3d(inputs, outputs, kernel, (1, stride, stride), [side // 2 for side in kernel], bias=False)
 
 
 class Bottleneck(nn.Module):
@@ -1504,15 +1493,15 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs, width, stride, time, split):
         super().__init__()
-        self.conv1 = conv3d(inputs, width, 1 if split else time, 1)
-        self.conv2 = conv3d(width, width, 1, 3, stride)
+        self.conv1 = conv3d(inputs, width, (1 if split else time, 1, 1))
+        self.conv2 = conv3d(width, width, (1, 3, 3), stride)
         if split:
-            self.conv2 = nn.Sequential(self.conv2, conv3d(width, width, time, 1))
-        self.conv3 = conv3d(width, 4 * width, 1, 1)
+            self.conv2 = nn.Sequential(self.conv2, conv3d(width, width, (time, 1, 1)))
+        self.conv3 = conv3d(width, 4 * width, (1, 1, 1))
         self.bn1, self.bn2, self.bn3 = nn.BatchNorm3d(width), nn.BatchNorm3d(width), nn.BatchNorm3d(4 * width)
         self.downsample = None
         if stride > 1 or inputs != 4 * width:
-            self.downsample = nn.Sequential(conv3d(inputs, 4 * width, 1, 1, stride), nn.BatchNorm3d(4 * width))
+            self.downsample = nn.Sequential(conv3d(inputs, 4 * width, (1, 1, 1), stride), nn.BatchNorm3d(4 * width))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -2188,7 +2177,7 @@ class Log:
 # ---- 12. Images ----------------------------------------------------------------------------------------------------
 
 def save_sheet(path, rows, tile=112):
-    """Write rows of pictures, each (n, 3, h, w) in [0, 1], as one PNG; tiles are scaled to `tile` pixels."""
+    """Write rows of images, each (n, 3, h, w) in [0, 1], as one PNG; tiles are scaled to `tile` pixels."""
     rows = [F.interpolate(row.float().cpu(), (tile, tile), mode="bilinear", antialias=True) for row in rows]
     save_image(make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2, pad_value=1.0), path)
 
@@ -2199,24 +2188,24 @@ def flow_picture(flow):
 
 
 def map_to_rgb(maps):
-    """Maps (n, h, w) -> grey pictures (n, 3, h, w), each scaled to its own maximum."""
+    """Maps (n, h, w) -> grey images (n, 3, h, w), each scaled to its own maximum."""
     maps = maps.float().cpu()
     return (maps / maps.amax((-2, -1), keepdim=True).clamp_min(1e-12))[:, None].expand(-1, 3, -1, -1)
 
 
-def draw_box(pictures, box, colour="red"):
-    """Outline one box (4,) on pictures (n, 3, h, w) in [0, 1]."""
-    box, width = box[None].cpu(), max(1, pictures.shape[-1] // 75)
-    pictures = (pictures * 255).byte().cpu()
-    return torch.stack([draw_bounding_boxes(p, box, colors=colour, width=width) for p in pictures]).float() / 255
+def draw_box(images, box, colour="red"):
+    """Outline one box (4,) on images (n, 3, h, w) in [0, 1]."""
+    box, width = box[None].cpu(), max(1, images.shape[-1] // 75)
+    images = (images * 255).byte().cpu()
+    return torch.stack([draw_bounding_boxes(x, box, colors=colour, width=width) for x in images]).float() / 255
 
 
-def draw_lines(pictures, lines, colour):
-    """Draw m lines through K points each, (n, m, K, 2) in pixels, x before y, on pictures (n, 3, h, w) in [0, 1]."""
-    pictures, lines = pictures.clone().cpu(), lines.cpu()
+def draw_lines(images, lines, colour):
+    """Draw m lines through K points each, (n, m, K, 2) in pixels, x before y, on images (n, 3, h, w) in [0, 1]."""
+    images, lines = images.clone().cpu(), lines.cpu()
     weight = torch.linspace(0, 1, 64)[:, None]
     points = lines[..., :-1, None, :] * (1 - weight) + lines[..., 1:, None, :] * weight        # (n, m, K - 1, 64, 2)
     x, y = points.flatten(1, -2).floor().long().unbind(-1)                                     # each (n, points)
-    n, k = ((x >= 0) & (y >= 0) & (x < pictures.shape[-1]) & (y < pictures.shape[-2])).nonzero(as_tuple=True)
-    pictures[n, :, y[n, k], x[n, k]] = torch.tensor(colour, dtype=pictures.dtype)
-    return pictures
+    n, k = ((x >= 0) & (y >= 0) & (x < images.shape[-1]) & (y < images.shape[-2])).nonzero(as_tuple=True)
+    images[n, :, y[n, k], x[n, k]] = torch.tensor(colour, dtype=images.dtype)
+    return images
