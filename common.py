@@ -1963,9 +1963,8 @@ def wrap_model(model, env, compile):
     """The model as the loop calls it: compiled, and with several processes in DistributedDataParallel.
 
     Compiled block by block, in place: one graph per width and token count, and no `_orig_mod.` in the state dict.
-    Convolutional networks get channels last.  On several GPUs their batch norm is synchronised, stages then are not
-    compiled, and buffers stay as they are, because all processes compute the same.  On CPUs each process has running
-    statistics of its own, and those of the first are saved.
+    Convolutional networks get channels last.  On several GPUs their batch norm is synchronised and stages are not
+    compiled.  Running statistics, and other buffers, are those of the first process, at every forward pass.
     """
     cuda = env.device.type == "cuda"
     parts = [module for module in model.modules() if isinstance(module, Block)]
@@ -1980,7 +1979,14 @@ def wrap_model(model, env, compile):
     if env.world == 1:
         return model
     return nn.parallel.DistributedDataParallel(model, device_ids=[env.device.index] if cuda else None,
-                                               gradient_as_bucket_view=True, broadcast_buffers=False)
+                                               gradient_as_bucket_view=True)
+
+
+def check_finite(model, what):
+    """Raise UserError if a weight is nan or infinite."""
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise UserError(f"{what}, weights are not finite: {', '.join(broken[:3])}")
 
 
 def resume_or_init(checkpoint, init, model, optimizer, scaler):
@@ -1994,6 +2000,7 @@ def resume_or_init(checkpoint, init, model, optimizer, scaler):
         return checkpoint["step"]
     if init:
         report = load_weights(model, init)
+        check_finite(model, f"--init {init}")
         print0(f"{init}: {len(report.loaded)} tensors loaded, {len(report.missing)} missing {report.missing[:3]}, "
                f"{len(report.unexpected)} unexpected {report.unexpected[:3]}")
         if any(name.startswith("keys.") for name in report.missing):
@@ -2004,16 +2011,31 @@ def resume_or_init(checkpoint, init, model, optimizer, scaler):
 
 
 # Settings that may change when a run goes on; of --init the path, not the content.
-MAY_CHANGE = {"out", "fresh", "init", "init_sha256", "root", "raft_weights", "device_batch", "workers", "compile",
-              "log_every", "save_every", "preview_every", "test_data", "part", "classes", "views", "train_views",
-              "test_size", "test_short", "raw_crop", "average", "test_batch", "neighbours", "l2", "center", "boxes",
-              "min_score", "times_score"}
+MAY_CHANGE = {"out", "fresh", "init", "init_sha256", "world", "root", "raft_weights", "device_batch", "workers",
+              "compile", "log_every", "save_every", "preview_every", "test_data", "part", "classes", "views",
+              "train_views", "test_size", "test_short", "raw_crop", "average", "test_batch", "neighbours", "l2",
+              "center", "boxes", "min_score", "times_score"}
 
 
 def run_directory(name, cfg):
     """--out, or runs/<name>-<data>."""
     data = cfg.data if cfg.data in DATA_SETS else Path(cfg.data).resolve().stem
     return Path(cfg.out or f"runs/{name}-{data}")
+
+
+def last_checkpoint(out):
+    """The content of last.pt in a run's directory or, if that is damaged, of previous.pt; None if there is neither."""
+    files = [file for file in (out / "last.pt", out / "previous.pt") if file.exists()]
+    for i, file in enumerate(files):
+        try:
+            content = load_file(file)
+            if {"optimizer", "scaler", "step", "classes"} <= content.keys() and isinstance(content.get("config"), dict):
+                return content
+            raise UserError(f"{file}: is not the checkpoint of a run. Move it away, or --fresh starts over")
+        except UserError as error:
+            if i + 1 == len(files):
+                raise
+            print0(f"{error}. Going on from previous.pt")
 
 
 def open_run(name, cfg, env, listing, plan):
@@ -2024,16 +2046,19 @@ def open_run(name, cfg, env, listing, plan):
     """
     out = run_directory(name, cfg)
     last = out / "last.pt"
-    if cfg.fresh:
-        old = [file for file in (last, out / "log.jsonl") if file.exists()]
+    if cfg.fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:        # torchrun's, after a crash
+        old = [out / name for name in ("last.pt", "previous.pt", "log.jsonl")]
         once_per_disk(lambda: [os.replace(file, f"{file}.old") for file in old if file.exists()])
-    checkpoint = load_file(last) if last.exists() else None
+    checkpoint = last_checkpoint(out)
     was = checkpoint["config"] if checkpoint else {}
+    if was.get("world", env.world) != env.world:
+        print0(f"note: {was['world']} processes there, {env.world} now; the batch is the same")
     init_sha256 = was.get("init_sha256", "")                     # if the file is gone
     if cfg.init and (was.get("init") != cfg.init or Path(cfg.init).exists()):
         with open(weights_file(cfg.init), "rb") as file:
             init_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    cfg.settings = dict(dataclasses.asdict(cfg), videos=len(listing.items), init_sha256=init_sha256 * bool(cfg.init))
+    cfg.settings = dict(dataclasses.asdict(cfg), videos=len(listing.items), world=env.world,
+                        init_sha256=init_sha256 * bool(cfg.init))
     differ = [f"{k}: {was[k]} there, {v} now" for k, v in cfg.settings.items()
               if k not in MAY_CHANGE and was.get(k, v) != v]
     if was.get("init_sha256", cfg.settings["init_sha256"]) != cfg.settings["init_sha256"]:
@@ -2047,7 +2072,7 @@ def open_run(name, cfg, env, listing, plan):
                         "disk must hold the same file: copy it")
     out.mkdir(parents=True, exist_ok=True)                       # on every node
     if env.rank == 0:
-        about = dict(cfg.settings, method=name, world=env.world, accumulation=plan.accum, steps_planned=plan.steps,
+        about = dict(cfg.settings, method=name, accumulation=plan.accum, steps_planned=plan.steps,
                      peak_lr=plan.lr, torch=str(torch.__version__))
         (out / "config.json").write_text(json.dumps(about, indent=1))
         if listing.missing:
@@ -2061,15 +2086,18 @@ def open_run(name, cfg, env, listing, plan):
 def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler):
     """Write everything that continuing needs, as plain dicts and tensors.
 
-    It goes to a temporary file that then takes the name, so an interrupted write leaves the previous checkpoint
-    whole.  Raises UserError if it cannot be written.
+    It goes to a temporary file that then takes the name, and the one before stays as previous.pt, so an interrupted
+    write loses nothing.  Raises UserError if it cannot be written, or if the weights are not finite.
     """
+    check_finite(model, f"{path}: not written")
     content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
                    backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__),
                    config=cfg.settings)
     unfinished = path.with_name(path.name + ".partial")
     try:
         torch.save(content, unfinished)
+        if path.exists():
+            os.replace(path, path.with_name("previous.pt"))
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
