@@ -3,7 +3,7 @@
 Nothing in this file is an equation of one of the five papers; those are in mofo.py and its siblings.  The sections:
 
     1 config    2 processes and devices    3 video    4 data sets    5 toy data    6 augmentation on the device
-    7 optical flow    8 backbones    9 momentum contrast    10 public checkpoints    11 run    12 pictures
+    7 optical flow    8 backbones    9 momentum contrast    10 public checkpoints    11 run    12 images
 
 Clips are uint8 (B, 3, T, H, W) tensors until the network sees them.  Boxes are (x1, y1, x2, y2) in pixels, x2 and y2
 exclusive.  `hidden` is a bool mask over tokens, True = masked.  Tokens are in (t, h, w) order, t slowest.
@@ -29,7 +29,6 @@ import typing
 import zipfile
 from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
 from itertools import count, dropwhile, islice, pairwise
@@ -45,7 +44,6 @@ import torchvision
 from torch import nn
 from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_large, raft_small
 from torchvision.models.optical_flow.raft import upsample_flow
-from torchvision.ops import StochasticDepth
 from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid, save_image
 from tqdm import tqdm
 
@@ -74,20 +72,23 @@ def parse_config(Config, recipes, argv=None):
     finite and not negative, and at least 1 if it is a whole number whose default is not 0.
     The names of flags that were given are in `.given`.  Raises UserError on an unknown flag or a wrong value.
     """
-    types, intervals = typing.get_type_hints(Config), {}
+    types = typing.get_type_hints(Config)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, description=(
         f"Recipes: {', '.join(recipes)}. Defaults below are those of the class; a recipe overrides them."))
     for field in dataclasses.fields(Config):
         name, kind, text = "--" + field.name.replace("_", "-"), types[field.name], comments.get(field.name, "")
-        interval = intervals[field.name] = _interval(field, kind, text)
+        interval = ""
+        if {int, float} & {kind, *typing.get_args(kind)}:
+            usual = "[1, inf)" if kind is int and field.default else "[0, inf)"
+            interval = re.search(r"[\[(][\d.]+, [\w.]+[\])]", text + usual)[0]
         text = f"{text}{f', in {interval}' * (interval not in text)} (default: {field.default})".replace("%", "%%")
         if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         elif typing.get_origin(kind) is typing.Literal:
             parser.add_argument(name, choices=typing.get_args(kind), help=text)
         else:
-            parser.add_argument(name, type=_value(kind), help=text, metavar=field.name.upper())
+            parser.add_argument(name, type=_value(kind, interval), help=text, metavar=field.name.upper())
 
     def complain(message):
         if message.startswith("unrecognized"):
@@ -95,54 +96,42 @@ def parse_config(Config, recipes, argv=None):
             near = difflib.get_close_matches(word, parser._option_string_actions, 1)
             guess = f", did you mean {near[0]}?" if near else ""
             message = f"unknown flag {word}{guess} (--help lists them all)"
-        raise UserError(message.removeprefix("argument "))
+        raise UserError(re.sub(r"^argument (\S+):", r"\1", message))
     parser.error = complain
 
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]   # --mask_ratio, too
     given = vars(parser.parse_args(argv))
-    data, settings = given.get("data", Config.data), {}
+    data = given.get("data", Config.data)
     words = {data if data in DATA_SETS else "custom"}
     words |= {given.get(name, getattr(Config, name, "")) for name in ("recipe", "mode")}
     for _ in range(2):                                                  # the recipe may have chosen the backbone
-        words |= {"vit"} if given.get("backbone", settings.get("backbone", "")).startswith("vit") else set()
         settings = {}
         for key, values in recipes.items():
             settings |= values if set(key.split()) <= words else {}
+        if (settings | given).get("backbone", "").startswith("vit"):
+            words.add("vit")
     config = Config(**{**settings, "data": data, **given})
     config.given = set(given)
-    for name, interval in intervals.items():
-        value = getattr(config, name)
-        if interval and value is not None and not _inside(value, interval):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be in {interval}")
     return config
 
 
-def _value(kind):
-    """A parser for one field type; `float | None` also accepts the word none."""
-    options = typing.get_args(kind) or (kind,)
-    convert = next(option for option in options if option is not type(None))
+def _value(kind, interval):
+    """A parser for one field type; numbers must be in the interval; `float | None` also accepts the word none."""
+    convert, *others = typing.get_args(kind) or (kind,)
 
     def parse(text):
-        if type(None) in options and text.lower() == "none":
+        if others and text.lower() == "none":
             return None
-        return convert(text)
+        value = convert(text)
+        if interval:
+            low, high = map(float, interval[1:-1].split(", "))
+            open_end = value == low and interval[0] == "(" or value == high and interval[-1] == ")"
+            if open_end or not low <= value <= high:
+                raise argparse.ArgumentTypeError(f"{text}: must be in {interval}")
+        return value
     parse.__name__ = convert.__name__                                   # argparse names it in its message
     return parse
-
-
-def _interval(field, kind, comment):
-    """The interval that a field's numbers are in, see `parse_config`; "" for what is no number."""
-    if not {int, float} & {kind, *typing.get_args(kind)}:
-        return ""
-    usual = "[1, inf)" if kind is int and field.default else "[0, inf)"
-    return re.search(r"[\[(][\d.]+, [\w.]+[\])]", comment + usual)[0]
-
-
-def _inside(value, interval):
-    low, high = map(float, interval[1:-1].split(", "))
-    open_end = value == low and interval[0] == "(" or value == high and interval[-1] == ")"
-    return low <= value <= high and not open_end
 
 
 # ---- 2. Processes and devices --------------------------------------------------------------------------------------
@@ -155,7 +144,7 @@ class Env(NamedTuple):
     amp: torch.dtype | None
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
 
 def setup(seed=0):
@@ -219,19 +208,14 @@ def once_per_disk(function):
 
 
 class RowGenerator(torch.Generator):
-    """A torch.Generator for one step that knows which rows of the global batch this process computes (see `rand`)."""
-    first, total = 0, None
+    """A torch.Generator that knows the rows of the global batch that this process computes: .total in all, its own
+    from .first on (see `rand`)."""
 
 
 def rand(rows, *shape, generator=None, device="cpu"):
-    """Uniform numbers (rows, *shape) in [0, 1).
-
-    With a RowGenerator the numbers are drawn for the whole global batch and this process keeps its rows, so that
-    neither the number of GPUs nor accumulation changes what a clip gets (our choice).
-    """
-    first, total = 0, rows
-    if isinstance(generator, RowGenerator):
-        first, total = generator.first, generator.total
+    """Uniform numbers (rows, *shape) in [0, 1).  With a RowGenerator they are drawn for the whole global batch and this
+    process keeps its rows: neither the number of GPUs nor accumulation changes what a clip gets (our choice)."""
+    first, total = getattr(generator, "first", 0), getattr(generator, "total", rows)
     return torch.rand(total, *shape, generator=generator, device=device)[first:first + rows]
 
 
@@ -1051,18 +1035,15 @@ def multi_scale_crop(height, width, rng, smallest=0.66, snap=0):
     sides = [max(1, snap if abs(side - snap) < 3 and snap <= short else side) for side in sides]
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     h, w = pairs[rng.integers(len(pairs))]
-    anchors = [(x, y) for x in (0, 4) for y in (0, 4)] + [(2, 2), (0, 2), (4, 2), (2, 4), (2, 0)]
-    anchors += [(x, y) for x in (1, 3) for y in (1, 3)]
+    anchors = (0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (1, 3), (3, 1), (3, 3)
     ax, ay = anchors[rng.integers(len(anchors))]
     x, y = ax * ((width - w) // 4), ay * ((height - h) // 4)
     return x, y, x + w, y + h
 
 
 def random_resized_crop(height, width, rng, area, ratio=(3 / 4, 4 / 3)):
-    """A random box: its share of the frame is drawn from `area`, its aspect from `ratio`, each (least, most).
-
-    If none of 10 draws fits it is the whole frame.
-    """
+    """A random box: its share of the frame is drawn from `area`, its aspect from `ratio`, each (least, most); the whole
+    frame if none of 10 draws fits."""
     for _ in range(10):
         size = height * width * rng.uniform(*area)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -1347,16 +1328,20 @@ def unpatchify(tokens, grid, patch_size, tubelet_size):
     return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(tokens), -1, T * t, H * p, W * p)
 
 
-def gather_tokens(x, index):
-    """Tokens (B, N, D) at index (B, n) -> (B, n, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
 def sincos_positions(count, dim):
     """Fixed positions (1, count, dim) over the flat token index: sin in even features, cos in odd ones (VideoMAE)."""
     angle = np.arange(count)[:, None] / 10000 ** (2 * (np.arange(dim) // 2) / dim)
     angle[:, 0::2], angle[:, 1::2] = np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])
     return torch.tensor(angle, dtype=torch.float32)[None]
+
+
+def init_linear(network, init, **options):
+    """Set the weights of all linear layers in a network by `init`, a function of nn.init; their biases become 0."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            init(layer.weight, **options)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class Attention(nn.Module):
@@ -1374,13 +1359,10 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
+class Mlp(nn.Sequential):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        self.fc1, self.gelu, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
 
 
 class Block(nn.Module):
@@ -1390,7 +1372,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn, self.mlp = Attention(dim, heads), Mlp(dim, 4 * dim)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = torchvision.ops.StochasticDepth(drop_path, "row")
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
@@ -1429,28 +1411,20 @@ class ViT(nn.Module):
         self.grid = (frames // tubelet_size, image_size // patch_size, image_size // patch_size)   # (T', H', W')
         self.patch_embed = PatchEmbed(dim, patch_size, tubelet_size)
         self.register_buffer("positions", sincos_positions(math.prod(self.grid), dim), persistent=False)
-        self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
-        for name in ("norm", "fc_norm"):
-            self.add_module(name, nn.LayerNorm(dim, eps=1e-6) if name in norms else nn.Identity())
-        if num_classes:
-            self.head = nn.Linear(dim, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.blocks = nn.Sequential(*(Block(dim, heads, drop_path * i / max(1, depth - 1)) for i in range(depth)))
+        self.norm, self.fc_norm = (nn.LayerNorm(dim, eps=1e-6) if name in norms else nn.Identity()
+                                   for name in ("norm", "fc_norm"))
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        init_linear(self, nn.init.trunc_normal_, std=0.02)
         if num_classes:
             self.head.weight.data.mul_(0.001)                                      # VideoMAE's init_scale
 
     def tokens(self, patches, keep=None, positions=None):
         """Encode patches (B, N, P), or only those at keep (B, n) -> (B, n, dim): the cost is that of what is kept."""
-        positions = (self.positions if positions is None else positions).expand(len(patches), -1, -1)
+        positions = self.positions if positions is None else positions
         if keep is not None:
-            patches, positions = gather_tokens(patches, keep), gather_tokens(positions, keep)
-        x = self.patch_embed(patches) + positions
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            patches, positions = (x.take_along_dim(keep[..., None], 1) for x in (patches, positions))
+        return self.norm(self.blocks(self.patch_embed(patches) + positions))
 
     def forward_map(self, clips):
         """(B, 3, T, H, W) -> feature map (B, dim, T', H', W').  For frames of another size than the network's the
@@ -1468,22 +1442,19 @@ class ViT(nn.Module):
         return self.fc_norm(self.forward_map(clips).flatten(2).mean(-1))
 
     def forward(self, clips):
-        x = self.pooled(clips)
-        return self.head(x) if hasattr(self, "head") else x
+        return self.head(self.pooled(clips))
 
 
 class ConvNet(nn.Module):
     """Convolutional stages: normalised clips (B, 3, T, H, W) -> (B, dim), or logits (B, num_classes)."""
 
-    def __init__(self, stages, dim, config, num_classes=0):
+    def __init__(self, stages, dim, num_classes=0, **config):
         super().__init__()
         self.stages, self.dim, self.config = list(stages), dim, config
         for name, stage in stages.items():
             self.add_module(name, stage)
-        if num_classes:
-            self.head = nn.Linear(dim, num_classes)
-            nn.init.normal_(self.head.weight, std=0.01)
-            nn.init.zeros_(self.head.bias)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        init_linear(self.head, nn.init.normal_, std=0.01)
 
     def forward_map(self, x):
         """(B, 3, T, H, W) -> feature map (B, dim, T', H', W')."""
@@ -1495,13 +1466,12 @@ class ConvNet(nn.Module):
         """(B, 3, T, H, W) -> (B, dim): what the head gets."""
         return self.forward_map(clips).mean((2, 3, 4))
 
-    forward = ViT.forward                                                          # pooled, and if there is one, head
+    forward = ViT.forward                                                          # the head of what is pooled
 
 
-def conv3d(inputs, outputs, time, space, stride=1):
-    """Convolution without bias by a kernel of `time` x `space` x `space`, padded, with a stride in space."""
-    return nn.Conv3d(inputs, outputs, (time, space, space), (1, stride, stride), (time // 2, space // 2, space // 2),
-                     bias=False)
+def conv3d(inputs, outputs, kernel, stride=1):
+    """Convolution without bias by a kernel (t, h, w) of odd sides, padded, with a stride in space."""
+    return nn.Conv3d(inputs, outputs, kernel, (1, stride, stride), [side // 2 for side in kernel], bias=False)
 
 
 class Bottleneck(nn.Module):
@@ -1510,15 +1480,15 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs, width, stride, time, split):
         super().__init__()
-        self.conv1 = conv3d(inputs, width, 1 if split else time, 1)
-        self.conv2 = conv3d(width, width, 1, 3, stride)
+        self.conv1 = conv3d(inputs, width, (1 if split else time, 1, 1))
+        self.conv2 = conv3d(width, width, (1, 3, 3), stride)
         if split:
-            self.conv2 = nn.Sequential(self.conv2, conv3d(width, width, time, 1))
-        self.conv3 = conv3d(width, 4 * width, 1, 1)
+            self.conv2 = nn.Sequential(self.conv2, conv3d(width, width, (time, 1, 1)))
+        self.conv3 = conv3d(width, 4 * width, (1, 1, 1))
         self.bn1, self.bn2, self.bn3 = nn.BatchNorm3d(width), nn.BatchNorm3d(width), nn.BatchNorm3d(4 * width)
         self.downsample = None
         if stride > 1 or inputs != 4 * width:
-            self.downsample = nn.Sequential(conv3d(inputs, 4 * width, 1, 1, stride), nn.BatchNorm3d(4 * width))
+            self.downsample = nn.Sequential(conv3d(inputs, 4 * width, (1, 1, 1), stride), nn.BatchNorm3d(4 * width))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -1550,8 +1520,7 @@ class ResNet3D(ConvNet):
                 layer.append(Bottleneck(inputs, inner, 2 if i and not j else 1, kernel, split))
                 inputs = 4 * inner
             stages[f"layer{i + 1}"] = nn.Sequential(*layer)
-        config = dict(name=name, width=width, image_size=image_size, frames=frames)
-        super().__init__(stages, inputs, config, num_classes)
+        super().__init__(stages, inputs, num_classes, name=name, width=width, image_size=image_size, frames=frames)
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -1562,15 +1531,14 @@ class ResNet3D(ConvNet):
 BACKBONES = (*VITS, "r2plus1d_18", "r3d_18", "s3d", "slow_r50", "r2plus1d_50")
 
 
-def make_backbone(name="", image_size=224, frames=16, num_classes=0, drop_path=0.0, patch_size=16, tubelet_size=2,
-                  width=1.0, mean=MEAN, std=STD, norms=("norm",), **vit):
+def make_backbone(name="", image_size=224, frames=16, num_classes=0, patch_size=16, tubelet_size=2, width=1.0,
+                  mean=MEAN, std=STD, **vit):
     """A network by name, or from the `config` of one that exists: ViT, ResNet3D or one of torchvision's (18 layers:
     Tran et al. 2018; S3D: Xie et al. 2018).  All have .config, .dim and forward_map; with num_classes also a head."""
     if name in VITS:
-        vit = {key: VITS[name][key] for key in ("dim", "depth", "heads")}
-    if vit:
-        vit |= dict(num_classes=num_classes, drop_path=drop_path, norms=norms, mean=mean, std=std)
-        return ViT(image_size, frames, patch_size, tubelet_size, **vit)
+        vit |= {key: VITS[name][key] for key in ("dim", "depth", "heads")}
+    if "dim" in vit:
+        return ViT(image_size, frames, patch_size, tubelet_size, num_classes=num_classes, mean=mean, std=std, **vit)
     if name not in BACKBONES:
         raise UserError(f"--backbone {name}: choose {', '.join(BACKBONES)}")
     if name in ("slow_r50", "r2plus1d_50"):
@@ -1578,8 +1546,8 @@ def make_backbone(name="", image_size=224, frames=16, num_classes=0, drop_path=0
     else:
         public = getattr(torchvision.models.video, name)()
         stages = {k: v for k, v in public.named_children() if k not in ("avgpool", "fc", "classifier")}
-        config = dict(name=name, image_size=image_size, frames=frames)
-        net = ConvNet(stages, 1024 if name == "s3d" else 512, config, num_classes)
+        dim = 1024 if name == "s3d" else 512
+        net = ConvNet(stages, dim, num_classes, name=name, image_size=image_size, frames=frames)
     net.config |= dict(mean=mean, std=std)
     try:                                                                          # on "meta" only shapes are computed
         copy.deepcopy(net).to("meta")(torch.empty(2, 3, frames, image_size, image_size, device="meta"))
@@ -1595,14 +1563,12 @@ class Decoder(nn.Module):
 
     def __init__(self, dim, depth, heads, outputs=0):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, outputs) if outputs else nn.Identity()
 
     def forward(self, x, last):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x[:, -last:]))
+        return self.head(self.norm(self.blocks(x)[:, -last:]))
 
 
 # ---- 9. Momentum contrast ------------------------------------------------------------------------------------------
@@ -1625,22 +1591,6 @@ class Queue(nn.Module):
         self.pointer.copy_((self.pointer + len(keys)) % len(self.keys))
 
 
-@torch.no_grad()
-def ema_update(target, source, momentum, updates=None):
-    """target <- momentum * target + (1 - momentum) * source, for parameters and (running statistics) buffers.
-
-    With the number of updates so far, a tensor (), buffers are averaged over the first ones instead, so that what
-    they start with does not linger.  Ends what `resume_or_init` began: batch norms that start from their first batch.
-    """
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
-    weight = torch.tensor(1 - momentum) if updates is None else (1 / updates).clamp(min=1 - momentum)
-    for t, s in zip(target.buffers(), source.buffers()):
-        if t.is_floating_point():
-            s.copy_(torch.where(s.isfinite(), s, t))             # a step that was skipped may have left NaN there
-            t.lerp_(s, weight.to(t))
-    set_batch_norm(source, 0.1)
-
-
 class MomentumContrast(nn.Module):
     """A model whose `keys`, a ModuleDict that its script makes, follow the modules of the same names."""
 
@@ -1649,12 +1599,24 @@ class MomentumContrast(nn.Module):
         self.momentum = momentum
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))         # of the keys
 
+    @torch.no_grad()
     def update_keys(self, momentum=None):
-        """Move the keys towards the queries' networks: after every step of the optimiser; momentum 0 copies these."""
+        """keys <- momentum * keys + (1 - momentum) * queries' networks, after every step of the optimiser.
+
+        Running statistics are averaged over the first updates instead, so that what they start with does not linger.
+        Ends what `resume_or_init` began: batch norms that start from their first batch.
+        """
+        momentum = self.momentum if momentum is None else momentum
         self.updates += 1
-        for name in self.keys:
-            ema_update(self.keys[name], getattr(self, name), self.momentum if momentum is None else momentum,
-                       self.updates)
+        weight = (1 / self.updates).clamp(min=1 - momentum)
+        for name, key in self.keys.items():
+            query = getattr(self, name)
+            torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
+            for k, q in zip(key.buffers(), query.buffers()):
+                if k.is_floating_point():
+                    q.copy_(torch.where(q.isfinite(), q, k))         # a step that was skipped may have left NaN there
+                    k.lerp_(q, weight.to(k))
+            set_batch_norm(query, 0.1)
 
 
 def set_batch_norm(model, momentum):
@@ -1710,40 +1672,26 @@ class Unknown:
     __setstate__ = __init__
 
 
-def import_safetensors():
-    """The package for .safetensors files; nothing else needs it."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError("Hugging Face's .safetensors files need a package: pip install safetensors") from None
-    return safetensors.torch
-
-
 def weights_file(path):
     """The file of a checkpoint: itself, or that in a Hugging Face folder.  Raises UserError if there is none."""
-    files = Path(path, "model.safetensors"), Path(path, "pytorch_model.bin"), Path(path)
-    path = next((file for file in files if file.exists()), files[-1])
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; of a directory, model.safetensors or pytorch_model.bin is read")
-    return path
+    for file in (Path(path, "model.safetensors"), Path(path, "pytorch_model.bin"), Path(path)):
+        if file.is_file():
+            return file
+    raise UserError(f"{path}: no such checkpoint; of a directory, model.safetensors or pytorch_model.bin is read")
 
 
 def huggingface_config(folder):
     """dict(backbone=sizes, mean and std, classes=names, where there are some) from the .json files of Hugging Face's
     VideoMAE."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        backbone = {ours: int(config[theirs]) for ours, theirs in SIZES.items()}
-        if (backbone["dim"], backbone["heads"]) == (384, 16):                      # their ViT-S was trained with 6
-            backbone["heads"] = 6
-        for file in folder.glob("*preprocessor_config.json"):                      # video_, too
-            processor = json.loads(file.read_text(encoding="utf-8"))
-            backbone |= dict(mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]))
-        names = config.get("id2label", {})
-        classes = [names[str(i)] for i in range(len(names))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: config.json or preprocessor_config.json does not describe a VideoMAE "
-                        f"({type(error).__name__}: {_first_line(error)})") from None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    backbone = {ours: int(config[theirs]) for ours, theirs in SIZES.items()}
+    if (backbone["dim"], backbone["heads"]) == (384, 16):                          # their ViT-S was trained with 6
+        backbone["heads"] = 6
+    for file in folder.glob("*preprocessor_config.json"):                          # video_, too
+        processor = json.loads(file.read_text(encoding="utf-8"))
+        backbone |= dict(mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]))
+    names = config.get("id2label", {})
+    classes = [names[str(i)] for i in range(len(names))]
     return dict(backbone=backbone) | (dict(classes=classes) if classes and "LABEL_0" not in classes else {})
 
 
@@ -1756,27 +1704,29 @@ def load_file(path):
     path = weights_file(path)
     try:
         if path.suffix == ".safetensors":
-            content = import_safetensors().load_file(path)
+            import safetensors.torch                                               # nothing else needs it
+            content = safetensors.torch.load_file(path)
         else:
             strange = ["argparse.Namespace"]                                       # in a file from before torch 1.6
             if zipfile.is_zipfile(path):
                 strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             with torch.serialization.safe_globals([(Unknown, name) for name in strange]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
+        content = content if isinstance(content, dict) else {}
+        weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
+        if path.suffix in (".safetensors", ".bin") and path.with_name("config.json").exists():
+            content |= huggingface_config(path.parent)
+    except ImportError as error:
+        raise UserError(f"{path}: {error}: pip install safetensors") from None
     except Exception as error:                                                     # torch's advice is to run its code
-        raise UserError(f"{path}: cannot be read as a checkpoint, is it damaged? ({type(error).__name__})") from None
-    content = content if isinstance(content, dict) else {}
-    weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
+        raise UserError(f"{path}: cannot be read as a checkpoint; is it damaged, or a config.json or "
+                        f"preprocessor_config.json beside it? ({type(error).__name__})") from None
     state = {k: x for k, x in weights.items() if isinstance(x, torch.Tensor)}
-    about = {k: x for k, x in content.items() if not isinstance(x, torch.Tensor)}
-    if path.suffix in (".safetensors", ".bin") and path.with_name("config.json").exists():
-        about |= huggingface_config(path.parent)
     backbone = dict(norms=(), mean=MEAN, std=STD)
     for pattern, values in HINTS.items():
         if any(re.search(pattern, k) for k in state):
             backbone |= values
-    said = about.get("backbone")                                                   # ours, or a Hugging Face folder's
-    return about | dict(model=state, backbone=backbone | (said if isinstance(said, dict) else {}))
+    return content | dict(model=state, backbone=backbone | content.get("backbone", {}))
 
 
 def replace_parts(name, pairs):
@@ -1871,7 +1821,7 @@ def export_huggingface(network, classes, folder):
     for one of them and leave the other 0 or random.  Logits differ by 1e-5, as the epsilons of fc_norm do.  Raises
     UserError.
     """
-    head, c = hasattr(network, "head"), network.config
+    head, c = isinstance(network.head, nn.Linear), network.config
     if not isinstance(network, ViT) or head != ("fc_norm" in c["norms"]):
         raise UserError("only ViT networks can be exported, with fc_norm just if they have a head, as Hugging Face's "
                         "VideoMAE is one")
@@ -1894,13 +1844,14 @@ def export_huggingface(network, classes, folder):
         config |= dict(id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)})
     processor = dict(image_processor_type="VideoMAEImageProcessor", size=dict(shortest_edge=size),
                      crop_size=dict(height=size, width=size), image_mean=c["mean"], image_std=c["std"])
-    folder, weights = Path(folder), import_safetensors().save(tensors, dict(format="pt"))
+    folder = Path(folder)
     try:
+        import safetensors.torch
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model.safetensors").write_bytes(weights)
+        (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, dict(format="pt")))
         for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
+    except (ImportError, OSError) as error:
         raise UserError(f"{folder}: the export could not be written ({error})") from None
 
 
@@ -2237,10 +2188,10 @@ class Log:
                f"trained: {', '.join(str(file) for file in files if file.exists())}")
 
 
-# ---- 12. Pictures --------------------------------------------------------------------------------------------------
+# ---- 12. Images ----------------------------------------------------------------------------------------------------
 
 def save_sheet(path, rows, tile=112):
-    """Write rows of pictures, each (n, 3, h, w) in [0, 1], as one PNG; tiles are scaled to `tile` pixels."""
+    """Write rows of images, each (n, 3, h, w) in [0, 1], as one PNG; tiles are scaled to `tile` pixels."""
     rows = [F.interpolate(row.float().cpu(), (tile, tile), mode="bilinear", antialias=True) for row in rows]
     save_image(make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2, pad_value=1.0), path)
 
@@ -2251,24 +2202,24 @@ def flow_picture(flow):
 
 
 def map_to_rgb(maps):
-    """Maps (n, h, w) -> grey pictures (n, 3, h, w), each scaled to its own maximum."""
+    """Maps (n, h, w) -> grey images (n, 3, h, w), each scaled to its own maximum."""
     maps = maps.float().cpu()
     return (maps / maps.amax((-2, -1), keepdim=True).clamp_min(1e-12))[:, None].expand(-1, 3, -1, -1)
 
 
-def draw_box(pictures, box, colour="red"):
-    """Outline one box (4,) on pictures (n, 3, h, w) in [0, 1]."""
-    box, width = box[None].cpu(), max(1, pictures.shape[-1] // 75)
-    pictures = (pictures * 255).byte().cpu()
-    return torch.stack([draw_bounding_boxes(p, box, colors=colour, width=width) for p in pictures]).float() / 255
+def draw_box(images, box, colour="red"):
+    """Outline one box (4,) on images (n, 3, h, w) in [0, 1]."""
+    box, width = box[None].cpu(), max(1, images.shape[-1] // 75)
+    images = (images * 255).byte().cpu()
+    return torch.stack([draw_bounding_boxes(x, box, colors=colour, width=width) for x in images]).float() / 255
 
 
-def draw_lines(pictures, lines, colour):
-    """Draw m lines through K points each, (n, m, K, 2) in pixels, x before y, on pictures (n, 3, h, w) in [0, 1]."""
-    pictures, lines = pictures.clone().cpu(), lines.cpu()
+def draw_lines(images, lines, colour):
+    """Draw m lines through K points each, (n, m, K, 2) in pixels, x before y, on images (n, 3, h, w) in [0, 1]."""
+    images, lines = images.clone().cpu(), lines.cpu()
     weight = torch.linspace(0, 1, 64)[:, None]
     points = lines[..., :-1, None, :] * (1 - weight) + lines[..., 1:, None, :] * weight        # (n, m, K - 1, 64, 2)
     x, y = points.flatten(1, -2).floor().long().unbind(-1)                                     # each (n, points)
-    n, k = ((x >= 0) & (y >= 0) & (x < pictures.shape[-1]) & (y < pictures.shape[-2])).nonzero(as_tuple=True)
-    pictures[n, :, y[n, k], x[n, k]] = torch.tensor(colour, dtype=pictures.dtype)
-    return pictures
+    n, k = ((x >= 0) & (y >= 0) & (x < images.shape[-1]) & (y < images.shape[-2])).nonzero(as_tuple=True)
+    images[n, :, y[n, k], x[n, k]] = torch.tensor(colour, dtype=images.dtype)
+    return images

@@ -55,10 +55,10 @@ from tqdm import tqdm
 
 from common import (BACKBONES, Clips, DATA_SETS, FlowEstimator, Log, Mlp, ResNet3D, SPLIT_DIRS, StopSignal, UserError,
                     VIDEO_FILES, ViT, VideoError, all_reduce_mean, clip_indices, colour_jitter, cosine_lr, data_root,
-                    export_huggingface, find_videos, flip, hold_out, item_frames, list_files, load_file, load_weights,
-                    loader, make_backbone, make_listing, normalize, open_run, parse_config, plan_run, print0,
-                    random_resized_crop, read_lines, read_views, resume_or_init, run_directory, save_checkpoint, setup,
-                    shutdown, split_dir, step_batches, to_device, to_float01, wrap_model)
+                    export_huggingface, find_videos, flip, hold_out, init_linear, item_frames, list_files, load_file,
+                    load_weights, loader, make_backbone, make_listing, normalize, open_run, parse_config, plan_run,
+                    print0, random_resized_crop, read_lines, read_views, resume_or_init, run_directory,
+                    save_checkpoint, setup, shutdown, split_dir, step_batches, to_device, to_float01, wrap_model)
 from mofo import find_motion
 
 
@@ -495,11 +495,7 @@ class MotionFocus(nn.Module):
         self.attn.q, self.attn.kv = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 2 * dim, bias=False)
         self.attn.q_bias, self.attn.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
         self.attn.proj = nn.Linear(dim, dim)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear(self, nn.init.trunc_normal_, std=0.02)
 
     def forward(self, tokens, inside):
         a, x = self.attn, self.norm1(tokens)
@@ -672,8 +668,7 @@ def build_network(cfg, content, outputs=0, classes=None):
     network = make_backbone(**backbone, num_classes=outputs, drop_path=drop_path)
     if cfg.data == "ava":
         network.head = nn.Linear(network.dim, 80)
-        nn.init.normal_(network.head.weight, std=0.01)
-        nn.init.zeros_(network.head.bias)
+        init_linear(network.head, nn.init.normal_, std=0.01)
         if isinstance(network, ResNet3D):
             dilate(network)
     if cfg.focused:

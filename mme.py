@@ -45,10 +45,10 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, FlowEstimator, Log, StopSignal, UserError, VITS, all_reduce_mean, clip_indices, constant,
-                    cosine_lr, draw_lines, example_clips, find_videos, gather_tokens, loader, make_optimizer,
-                    map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand,
-                    read_views, resize_flow, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
-                    step_batches, to_device, to_float01, unpatchify, wrap_model)
+                    cosine_lr, draw_lines, example_clips, find_videos, loader, make_optimizer, map_to_rgb,
+                    multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand, read_views,
+                    resize_flow, resume_or_init, save_checkpoint, save_sheet, setup, shutdown, step_batches, to_device,
+                    to_float01, unpatchify, wrap_model)
 from mofo import MaskedAutoencoder, pixel_target
 
 
@@ -329,7 +329,7 @@ class MME(MaskedAutoencoder):
         targets, valid, _ = self.targets(clips)
         hidden = tube_mask(len(clips), self.encoder.grid, self.mask_ratio, generator, clips.device)
         predictions, masked = self.predict(normalize(self.seen(clips), self.encoder.config), hidden, self.count)
-        targets = {name: gather_tokens(target, masked) for name, target in targets.items()}  # (B, N_hidden, size)
+        targets = {name: x.take_along_dim(masked[..., None], 1) for name, x in targets.items()}  # (B, N_hidden, size)
         terms, stats = {}, {}
         if "position" in targets:
             known, z = valid.gather(1, masked), targets["position"]                         # (B, N_hidden), ...

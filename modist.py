@@ -44,7 +44,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, FlowEstimator, Log, MomentumContrast, Queue, ResNet3D, StopSignal, UserError,
                     all_reduce_mean, blur, colour_jitter, cosine_lr, draw_box, example_clips, find_videos, flip,
-                    flow_picture, item_frames, loader, make_backbone, make_optimizer, normalize, open_run,
+                    flow_picture, init_linear, item_frames, loader, make_backbone, make_optimizer, normalize, open_run,
                     parse_config, plan_run, random_resized_crop, read_views, resume_or_init, save_checkpoint,
                     save_sheet, setup, shutdown, spatial_gradient, step_batches, to_device, to_float01, wrap_model)
 
@@ -173,9 +173,7 @@ def top1(query, key):
 def projection(dim, hidden=2048, outputs=128):
     """Two linear layers; init N(0, .01) as released."""
     head = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
-    for layer in (head[0], head[2]):
-        nn.init.normal_(layer.weight, std=0.01)
-        nn.init.zeros_(layer.bias)
+    init_linear(head, nn.init.normal_, std=0.01)
     return head
 
 

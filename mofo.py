@@ -47,7 +47,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, Decoder, FlowEstimator, Log, StopSignal, UserError, VITS, ViT, all_reduce_mean,
-                    clip_indices, cosine_lr, draw_box, example_clips, find_videos, flow_picture, gather_tokens, loader,
+                    clip_indices, cosine_lr, draw_box, example_clips, find_videos, flow_picture, init_linear, loader,
                     make_optimizer, map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify,
                     plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
                     sincos_positions, spatial_gradient, step_batches, to_device, to_float01, unnormalize, unpatchify,
@@ -230,11 +230,8 @@ class MaskedAutoencoder(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(decoder_dim, 512), nn.GELU(), nn.Linear(512, size))
                                     for name, size in outputs.items()})
         self.register_buffer("positions", sincos_positions(math.prod(self.encoder.grid), decoder_dim), persistent=False)
-        for module in [*self.encoder.modules(), *self.decoder.modules(), *self.heads.modules()]:
-            if isinstance(module, nn.Linear):                                   # all but encoder_to_decoder (VideoMAE)
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        for part in (self.encoder, self.decoder, self.heads):                   # not encoder_to_decoder (VideoMAE)
+            init_linear(part, nn.init.xavier_uniform_)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def predict(self, clips, hidden, count=None):
@@ -248,9 +245,8 @@ class MaskedAutoencoder(nn.Module):
         order = hidden.byte().argsort(dim=1, stable=True)                       # visible tokens, then hidden ones
         visible, masked = order[:, :-count], order[:, -count:]                  # (B, N_visible), (B, N_hidden)
         z = self.encoder.tokens(patchify(clips, p, t), visible)                 # (B, N_visible, dim)
-        positions = self.positions.expand(len(clips), -1, -1)                   # (B, N, decoder_dim)
-        z = torch.cat([self.encoder_to_decoder(z) + gather_tokens(positions, visible),
-                       self.mask_token + gather_tokens(positions, masked)], 1)  # (B, N, decoder_dim)
+        there, gone = (self.positions.take_along_dim(index[..., None], 1) for index in (visible, masked))
+        z = torch.cat([self.encoder_to_decoder(z) + there, self.mask_token + gone], 1)      # (B, N, decoder_dim)
         return self.decoder(z, count), masked
 
     def forward(self, clips, hidden, count=None):
@@ -258,7 +254,7 @@ class MaskedAutoencoder(nn.Module):
         prediction, masked = self.predict(clips, hidden, count)
         clips01 = unnormalize(clips, self.encoder.config)
         target = pixel_target(clips01, self.encoder.patch_size, self.encoder.tubelet_size)     # (B, N, D)
-        return prediction, F.mse_loss(prediction.float(), gather_tokens(target, masked))
+        return prediction, F.mse_loss(prediction.float(), target.take_along_dim(masked[..., None], 1))
 
 
 class MOFO(MaskedAutoencoder):

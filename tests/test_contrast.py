@@ -17,7 +17,7 @@ import common
 import fame
 import mcl
 import modist
-from common import (BACKBONES, Bottleneck, Queue, ResNet3D, VITS, blur, colour_jitter, crop_resize, ema_update,
+from common import (BACKBONES, Bottleneck, MomentumContrast, Queue, ResNet3D, VITS, blur, colour_jitter, crop_resize,
                     load_weights, make_backbone, make_optimizer, parse_config, random_resized_crop, resume_or_init)
 from conftest import FakeFlow, error_of, noise, run, seeded
 
@@ -165,8 +165,17 @@ def test_keys_that_are_not_finite_become_zero():
     assert queue.keys[:3].tolist() == [[0, 0], [0, 0.5], [0, -0.5]]
 
 
-@pytest.mark.parametrize("momentum, updates", [(0.9, None), (0.0, None), (0.9, 1), (0.9, 4), (0.9, 11), (0.0, 7)])
-def test_ema_moves_parameters_and_float_buffers(momentum, updates):
+def moved(key, query, momentum, updates=1):
+    """The key network after an update of the keys, the `updates`-th."""
+    model = MomentumContrast(momentum)
+    model.net, model.keys = query, nn.ModuleDict(dict(net=key))
+    model.updates.fill_(updates - 1)
+    model.update_keys()
+    return key
+
+
+@pytest.mark.parametrize("momentum, updates", [(0.9, 1), (0.9, 4), (0.9, 11), (0.0, 7)])
+def test_keys_follow_in_parameters_and_float_buffers(momentum, updates):
     def net(seed):
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Conv3d(3, 6, 1), nn.BatchNorm3d(6))
@@ -175,9 +184,8 @@ def test_ema_moves_parameters_and_float_buffers(momentum, updates):
         return net
     target, source = net(0), net(1)
     before, given = (copy.deepcopy(n.state_dict()) for n in (target, source))
-    ema_update(target, source, momentum, updates and torch.tensor(updates))
-    for name, value in target.state_dict().items():
-        m = min(momentum, 1 - 1 / updates) if updates and "running" in name else momentum
+    for name, value in moved(target, source, momentum, updates).state_dict().items():
+        m = min(momentum, 1 - 1 / updates) if "running" in name else momentum
         expected = m * before[name] + (1 - m) * given[name] if value.is_floating_point() else before[name]
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
     assert same(source.state_dict(), given)
@@ -186,7 +194,7 @@ def test_ema_moves_parameters_and_float_buffers(momentum, updates):
 def test_statistics_that_are_not_finite_do_not_reach_the_keys():
     target, source = nn.BatchNorm3d(4), nn.BatchNorm3d(4)
     source.running_mean.fill_(3)[0] = math.nan                                  # as a step that was skipped leaves it
-    ema_update(target, source, 0.5)
+    moved(target, source, 0.5, updates=9)
     assert source.running_mean.tolist() == [0, 3, 3, 3] and target.running_mean.tolist() == [0, 1.5, 1.5, 1.5]
 
 

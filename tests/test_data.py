@@ -502,7 +502,7 @@ class Config:
     data: str = "toy"                   # what to read
     batch_size: int = 8                 # clips, of which 50 % are mirrored
     lr: float = 1e-3                    # per 256 # clips
-    ratio: float | None = 0.75          # share that is hidden; none = baseline
+    ratio: float | None = 0.75          # share that is hidden, in [0, 1); none = baseline
     compile: bool = True                # torch.compile
 
 
@@ -525,7 +525,8 @@ def test_command_line_beats_recipe_beats_default(line, expected):
     ("--batchsize 4", "--batchsize --batch-size"), ("--lr 1 --batch_sise 3", "--batch-sise --batch-size"),
     ("--rat 3", "--rat"), ("--lr high", "--lr high"), ("--batch-size 1.5", "--batch-size 1.5"),
     ("--ratio nothing", "--ratio nothing"), ("--batch-size none", "--batch-size none"), ("--lr", "--lr"),
-    ("stray", "stray")])
+    ("stray", "stray"), ("--lr inf", "--lr inf"), ("--lr nan", "--lr nan"), ("--batch-size 0", "--batch-size 0 [1,"),
+    ("--ratio 1", "--ratio [0, 1)")])
 def test_a_wrong_command_line_is_one_line(line, words):
     text = error_of(parse_config, Config, TOY_RECIPES, line.split())
     assert all(word in text for word in words.split())
