@@ -16,8 +16,7 @@ it, too: what it must tell is finer in time than what it is shown.
 
 Differs from the paper and its released code, and why
  1. Flow is estimated in-line, on the very crop that the network sees, by RAFT: no offline pass, no archive of
-    trajectories, and displacements are in pixels of the crop.  `--flow tvl1` needs no weights (the default on the toy
-    data).
+    trajectories, and displacements are in pixels of the crop.  `--flow tvl1` needs no weights (the toy data's default).
  2. Flow is float and read bilinearly.  The released code truncates it to whole pixels, so whatever moves less than
     1 pixel per frame stands still.
  3. A pan of the camera needs no homography: the position target is the z-score of a token's four points, which
@@ -109,9 +108,8 @@ RECIPES = {
     "custom": dict(model="vit_small", image_size=112, batch=16, epochs=100, lr=0.024, min_lr=0.0, warmup_epochs=1,
                    workers=2, log_every=1, save_every=50, preview_every=50),
     # two minutes on two CPU cores
-    "toy": dict(model="vit_tiny", image_size=64, min_crop=1.0, flow="tvl1", epochs=4, batch=16,
-                warmup_epochs=1, lr=0.024, min_lr=0.008, workers=2, log_every=10, save_every=100,
-                preview_every=100),
+    "toy": dict(model="vit_tiny", image_size=64, min_crop=1.0, flow="tvl1", epochs=4, batch=16, warmup_epochs=1,
+                lr=0.024, min_lr=0.008, workers=2, log_every=10, save_every=100, preview_every=100),
 }
 
 
