@@ -312,8 +312,8 @@ def main(cfg):
     listing = find_videos(cfg.data, cfg.root, "train", toy=(cfg.toy_train, cfg.toy_test, cfg.toy_size))
     plan = plan_run(cfg, len(listing.items), env)
     if cfg.stride % cfg.motion_stride or cfg.frames * cfg.stride != cfg.motion_frames * cfg.motion_stride:
-        raise UserError(f"--stride {cfg.stride} must be a multiple of --motion-stride {cfg.motion_stride}, and --frames "
-                        f"{cfg.frames} x the one equal to --motion-frames {cfg.motion_frames} x the other")
+        raise UserError(f"--stride {cfg.stride} must be a multiple of --motion-stride {cfg.motion_stride}, --frames "
+                        f"{cfg.frames} times the one be equal to --motion-frames {cfg.motion_frames} times the other")
     if cfg.min_shift > cfg.max_shift or cfg.min_crop > cfg.max_crop:
         raise UserError(f"--min-shift {cfg.min_shift} and --min-crop {cfg.min_crop} must not be above --max-shift "
                         f"{cfg.max_shift} and --max-crop {cfg.max_crop}")

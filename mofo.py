@@ -130,14 +130,13 @@ def motion_map(flow, window=2):
 
 
 def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.01):
-    """The region that moves: map (B, h, w) -> boxes (B, 4) in pixels of an image, found (B,) bool.
+    """The region that moves: map (B, h, w) -> boxes (B, 4) in pixels of an image whose (H, W) or side is image_size,
+    found (B,) bool.
 
-    image_size is the image's (H, W), or the side of a square one.
-    The map is blurred (sigma = blur x its shorter side), its median is subtracted (what zoom, roll or noise leaves
-    everywhere), and what is below `relative` x the maximum is cut; the box spans the columns and rows between the
-    lowest and the highest `tail` of the mass that remains.  found is False, and the box 0, where the maximum is less
-    than what the edge of an object leaves that moves at `floor` pixels per frame along both axes, at 224 pixels.  Our
-    choice of a box finder.
+    Our choice: the map is blurred (sigma = blur x its shorter side), its median is subtracted (what zoom, roll or
+    noise leaves everywhere), and what is below `relative` x the maximum is cut; the box spans the columns and rows
+    between the lowest and the highest `tail` of the mass that remains.  found is False, and the box 0, where the
+    maximum is less than the edge of an object leaves that moves at `floor` pixels per frame along both axes, at 224.
     """
     h, w = motion.shape[-2:]
     H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
