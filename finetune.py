@@ -178,12 +178,11 @@ RECIPES = {
     "mme finetune hmdb51": dict(lr=1e-3, views="10x3"),
     "mme linear": dict(classifier="trained", lr=1e-3, epochs=30, min_crop=0.25, repeats=2, layer_decay=1.0),
     # FAME: R(2+1)D-18 or I3D
-    "fame": dict(PLAIN, sampling="dense", stride=2, frames=16, views="10x1", raw_crop=True, average="logits"),
+    "fame": dict(PLAIN, sampling="dense", stride=2, frames=16, views="10x1", raw_crop=True, average="logits",
+                 min_crop=0.2, flip=True),
     "fame finetune": dict(optimizer="sgd", lr=0.05, min_lr=0.0, warmup_epochs=0.0, drops="60,120", epochs=150,
-                          batch=128, weight_decay=1e-4, dropout=0.7, min_crop=0.2, flip=True, jitter=0.8, hue=0.1,
-                          grey=0.2),
-    "fame linear": dict(TRAINED, optimizer="sgd", lr=60.0, drops="60,80", epochs=100, batch=128, min_crop=0.2,
-                        flip=True, unit_features=True),
+                          batch=128, weight_decay=1e-4, dropout=0.7, jitter=0.8, hue=0.1, grey=0.2),
+    "fame linear": dict(TRAINED, optimizer="sgd", lr=60.0, drops="60,80", epochs=100, batch=128, unit_features=True),
     "fame retrieval": dict(train_views="10x1", center=True),
     # MCL: R(2+1)D-50
     "mcl": dict(PLAIN, sampling="dense", stride=2, frames=32, views="20x3", test_size=256, average="logits"),
@@ -266,8 +265,7 @@ def ava_listing(root, split, boxes="", min_score=0.8):
     one of AVA_BOXES; "gt" tests on ground-truth boxes, an oracle.  Detections at seconds without annotation have
     items, too: they are false positives.  The truth has all rows: those of videos that are not there count as missed.
 
-    root "" is $VIDEO_ROOT/ava, else data/ava.  No video is opened.  Raises UserError for a file that is not there, if
-    there is no video, and with file and line for what is not as published.
+    No video is opened.  Raises UserError for what is not there, and with file and line for what is not as published.
     """
     root = data_root("ava", root)
     files = {path.name.lower(): path for path in reversed(list(list_files(root)))}         # of several, the first
@@ -320,8 +318,7 @@ def key_frames(rows, paths):
 
 
 def read_ava(path, columns):
-    """Lines of a csv file without header -> [(frame "video,0902", box x1, y1, x2, y2 or (), action id or None, score
-    or 1)]."""
+    """Lines of a csv file without header -> [(frame "video,0902", box or (), action id or None, score or 1)]."""
     rows = []
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         lines = csv.DictReader(file, columns.split(","))
@@ -334,8 +331,7 @@ def read_ava(path, columns):
                     raise ValueError
                 rows.append((f"{line['video']},{int(line['second']):04d}", box, action, score))
         except (ValueError, TypeError, csv.Error):                         # TypeError: a line that is too short
-            raise UserError(f"{path}:{lines.line_num}: expected {columns} with box and score in [0, 1], action 1 to "
-                            "80") from None
+            raise UserError(f"{path}:{lines.line_num}: expected {columns}, boxes in [0, 1], actions 1 to 80") from None
     return rows
 
 
@@ -579,8 +575,7 @@ class Detector(nn.Module):
     """A network with a head for the actions of people: dict(clips (B, 3, T, H, W) uint8, boxes (n, 4) in pixels,
     actions (n, 80), count (B,) boxes per clip) -> loss, stats.
 
-    Feature map, mean over time, RoIAlign 7 x 7, maximum, dropout, linear, binary cross-entropy.  Source: SlowFast's
-    head, VideoMAE's for a ViT.
+    Feature map, mean over time, RoIAlign 7 x 7, maximum, dropout, linear, binary cross-entropy.  Source: SlowFast.
     """
 
     def __init__(self, network, cfg):
@@ -637,7 +632,6 @@ def build_network(cfg, content, outputs=0, classes=None):
     """The network that `content`, the checkpoint of --init, describes, with its weights (unless --random-init).
 
     Without outputs it has the norms of the file.  One that is trained takes the head over only for the same classes.
-    Its side and frames go to cfg.
     """
     public = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
     backbone = ({} if "image_size" in content["backbone"] else public) | content["backbone"]
@@ -661,7 +655,7 @@ def build_network(cfg, content, outputs=0, classes=None):
         report = load_weights(network, cfg.init, True if training else "all", new)
         print0(f"{cfg.init}: {len(report.loaded)} tensors loaded, new here {report.missing[:4]}, not used "
                f"{len(report.unexpected)} {report.unexpected[:3]}")
-    cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]
+    cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]     # of the clips to read
     return network
 
 
@@ -833,8 +827,7 @@ def squared_hinge_svm(features, labels, classes, C=1.0):
 
     Minimises 1/2 |w|^2 + C sum max(0, 1 - y w.x)^2 per class, features as they are; the class of x is the argmax of
     x @ W.  Newton's method in float64: pooled features are positive, so the curvature varies 1e7-fold with direction
-    and first-order solvers crawl.  The loss is quadratic as long as the same rows violate the margin, hence exact
-    after some dozen steps.
+    and first-order solvers crawl.  The loss is quadratic as long as the same rows violate the margin, so this ends.
     """
     x, signs = features.double(), F.one_hot(labels, classes).double() * 2 - 1  # signs (N, classes) of -1, 1
     eye = torch.eye(x.shape[1]).to(x)
@@ -1050,14 +1043,9 @@ def check(cfg):
         raise UserError(f"--data ava has --mode finetune and test, no --focused, --repeats or --split; got {cfg.mode}")
 
 
-def settings_of(content):
-    """The settings with which finetune.py or a script of this project made a checkpoint; {} if another program did."""
-    return content["config"] if isinstance(content.get("config"), dict) else {}
-
-
 def inherit_settings(cfg, content):
     """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise."""
-    made = settings_of(content)
+    made = content["config"]
     if cfg.mode in ("test", "predict", "export") and made.get("mode") in ("finetune", "linear"):
         for name in set(TRAINED_WITH) - getattr(cfg, "given", set()):
             setattr(cfg, name, made.get(name, getattr(cfg, name)))
@@ -1091,7 +1079,7 @@ def find_splits(cfg, content):
         return listing
     listing = None if cfg.mode == "test" else read(cfg.data, cfg.train_split)
     test = read(cfg.test_data or cfg.data, "test")
-    made = settings_of(content)
+    made = content["config"]
     seen = os.path.abspath(made.get("data", "")) == os.path.abspath(cfg.data) and not made.get("test_data")
     if whole(cfg.data) and not cfg.test_data and (listing or seen):
         test = test._replace(items=hold_out(test.items, "test"))
@@ -1128,12 +1116,15 @@ def main(cfg):
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
     content = load_file(cfg.init)
     content.pop("optimizer", None)                                             # large, and of no use here
+    if not isinstance(content.get("config"), dict):                            # another program made it
+        content["config"] = {}
     inherit_settings(cfg, content)
     check(cfg)
     env, file = setup(cfg.seed), Path(cfg.init).resolve()
     start = file.parent.name if file.stem in ("last", "model", "pytorch_model") else file.stem
     cfg.out = cfg.out or f"{run_directory(f'finetune-{cfg.mode}', cfg)}-{'random-' * cfg.random_init}{start}"
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    cfg.part = cfg.part or ("test" if cfg.data in DATA_SETS else "all")
     if cfg.mode == "export":
         export(cfg, content)
     elif cfg.mode == "predict":
@@ -1214,11 +1205,10 @@ def report(cfg, env, result, errors, videos):
         return
     named = {f"{name}_{cfg.views}": value for name, value in result.items() if name != "per_class"}
     per_class = result.get("per_class", {})
-    results = dict(named, per_class=per_class, mode=cfg.mode, recipe=cfg.recipe, init=cfg.init,
-                   random_init=cfg.random_init, data=cfg.data, label=cfg.label, train_split=cfg.train_split,
-                   videos=videos, unreadable=errors)
+    settings = ("mode", "recipe", "init", "random_init", "data", "label", "train_split")
+    results = named | dict(per_class=per_class) | {name: getattr(cfg, name) for name in settings}
     path = Path(cfg.out, "results.json")
-    path.write_text(json.dumps(results, indent=1))
+    path.write_text(json.dumps(results | dict(videos=videos, unreadable=errors), indent=1))
     for name, value in sorted(per_class.items(), key=lambda pair: pair[1]):
         print0(f"  {value:6.2f}  {name}")
     numbers = "  ".join(f"{name} {value:.2f}" for name, value in named.items())
@@ -1241,14 +1231,10 @@ def save_scores(cfg, env, items, scores, read, labels, classes):
                    Path(cfg.out, f"confusion{name}.png"))
 
 
-def any_videos(cfg, label=""):
-    """What predict and extract read: --part of a data set, or any videos."""
-    return find_listing(cfg, cfg.data, cfg.part or ("test" if cfg.data in DATA_SETS else "all"), label)
-
-
 def predict(cfg, env, content):
-    """Print the classes of any videos and write predictions.csv."""
-    items, classes, path = any_videos(cfg).items, named_classes(cfg, content), Path(cfg.out, "predictions.csv")
+    """Print the classes of --part of a data set, or of any videos, and write predictions.csv."""
+    items, classes = find_listing(cfg, cfg.data, cfg.part, "").items, named_classes(cfg, content)
+    path = Path(cfg.out, "predictions.csv")
     if not classes:
         raise UserError(f"--mode predict: {cfg.init} does not say its classes; name them with --classes FILE")
     model = build_classifier(cfg, env, content, classes)
@@ -1270,7 +1256,7 @@ def predict(cfg, env, content):
 
 def extract_features(cfg, env, content):
     """Write features.npz: per video and view, and their mean."""
-    listing, path = any_videos(cfg, cfg.label), Path(cfg.out, "features.npz")
+    listing, path = find_listing(cfg, cfg.data, cfg.part, cfg.label), Path(cfg.out, "features.npz")
     network = build_network(cfg, content).to(env.device).eval()
     features, read, _ = extract(network, listing.items, cfg, env, cfg.views, "features")
     if env.rank == 0:
