@@ -404,9 +404,7 @@ def test_clips(video, item, rng, cfg, size, frames, views=(1, 1)):
 
 def evenly_spaced(room, count):
     """`count` whole numbers from 0 to `room`, both included; a single one is the middle."""
-    if count == 1:
-        return [round(room / 2)]
-    return [round(room * k / (count - 1)) for k in range(count)]
+    return [round(room * k / (count - 1)) for k in range(count)] if count > 1 else [round(room / 2)]
 
 
 def person_clip(video, item, rng, cfg, size, frames, train=False):
@@ -573,10 +571,8 @@ class Classifier(nn.Module):
 
 class Detector(nn.Module):
     """A network with a head for the actions of people: dict(clips (B, 3, T, H, W) uint8, boxes (n, 4) in pixels,
-    actions (n, 80), count (B,) boxes per clip) -> loss, stats.
-
-    Feature map, mean over time, RoIAlign 7 x 7, maximum, dropout, linear, binary cross-entropy.  Source: SlowFast.
-    """
+    actions (n, 80), count (B,) boxes per clip) -> loss, stats.  Feature map, mean over time, RoIAlign 7 x 7, maximum,
+    dropout, linear, binary cross-entropy: SlowFast's head."""
 
     def __init__(self, network, cfg):
         super().__init__()
@@ -601,10 +597,8 @@ class Detector(nn.Module):
             if self.cfg.jitter:
                 clips = colour_jitter(to_float01(clips), generator, 0.1, 0, 0.1, self.cfg.hue, self.cfg.jitter, grey=0)
         logits = self.logits(normalize(clips, self.network.config), boxes, count)              # (n, 80)
-        if not len(logits):                                                    # nobody is in any crop
-            return logits.sum(), dict(people=0.0)
-        loss = F.binary_cross_entropy_with_logits(logits, batch["actions"].float())
-        return loss, dict(people=len(logits) / len(clips))
+        total = F.binary_cross_entropy_with_logits(logits, batch["actions"].float(), reduction="sum")
+        return total / max(1, logits.numel()), dict(people=len(logits) / len(clips))           # perhaps there is nobody
 
 
 def dilate(network):
@@ -630,9 +624,7 @@ def layer_decay_groups(network, lr, weight_decay, decay, vectors=0.0):
 
 def build_network(cfg, content, outputs=0, classes=None):
     """The network that `content`, the checkpoint of --init, describes, with its weights (unless --random-init).
-
-    Without outputs it has the norms of the file.  One that is trained takes the head over only for the same classes.
-    """
+    Without outputs it has the norms of the file.  One that is trained takes the head over only for the same classes."""
     public = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
     backbone = ({} if "image_size" in content["backbone"] else public) | content["backbone"]
     backbone |= {key: value for key in ("image_size", "frames") if (value := getattr(cfg, key))}
@@ -671,9 +663,7 @@ def build_classifier(cfg, env, content, classes):
 
 def accuracy(scores, read, labels, classes):
     """Scores (N, C), read (N,) bool, labels (N,) -> top-1, top-5, mean-class and per-class accuracy in percent.
-
-    What was not read is wrong.  Classes without a test video are left out.
-    """
+    What was not read is wrong.  Classes without a test video are left out."""
     def percent(right):
         return 100 * right.float().mean().item()
     hits = (scores.topk(min(5, scores.shape[1]), 1).indices == labels[:, None]) & read[:, None]    # is guess k right?
@@ -740,10 +730,8 @@ def epic_accuracy(verb_logits, noun_logits, verb, noun, read=None, tail=None, un
 
 
 def action_to_verb_noun(probabilities, pairs):
-    """MOFO's single head: p of actions (N, A), their verb and noun ids (A, 2) -> p of verbs (N, V), p of nouns (N, M).
-
-    Each the sum over its actions; a verb or noun of no action gets 0 (MOFO's code: the p of action 0).
-    """
+    """MOFO's single head: p of actions (N, A), their verb and noun ids (A, 2) -> p of verbs (N, V), p of nouns (N, M):
+    the sum over its actions; a verb or noun of no action gets 0 (MOFO's code: the p of action 0)."""
     return [probabilities @ F.one_hot(ids).to(probabilities) for ids in pairs.T]
 
 
@@ -756,8 +744,7 @@ def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=N
     overlaps most; below `iou`, or where that one is taken, it is false, and so is all on frames without ground truth.
     AP is the area below the envelope of precision over recall; mAP the mean over classes with ground truth.  Boxes
     without area are no detections.  cap=50 first keeps the 50 best (box, class) rows of every frame, as the official
-    script does; all, our choice, with None.  Equal scores keep the order of rows, nan ranks last.  Raises UserError
-    if no ground truth is left.
+    script does.  Equal scores keep the order of rows, nan ranks last.  Raises UserError if no ground truth is left.
     """
     wanted, excluded = set(class_ids), set(excluded)
     order = np.argsort(-np.asarray(detections["score"], np.float64), kind="stable")        # best first, nan last
@@ -804,9 +791,7 @@ def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=N
 
 def fit_linear(features, labels, classes, l2):
     """Multinomial logistic regression on features (N, D), standardised -> function from features to logits.
-
-    Minimises mean cross-entropy + l2/2 |W|^2 by L-BFGS.
-    """
+    Minimises mean cross-entropy + l2/2 |W|^2 by L-BFGS."""
     mean, std = features.mean(0), features.std(0) + 1e-6
     x = (features - mean) / std
     W = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
@@ -853,10 +838,8 @@ def squared_hinge_svm(features, labels, classes, C=1.0):
 
 
 def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
-    """Votes of the k nearest: gallery (N, D), labels (N,), query (Q, D) -> (Q, classes).
-
-    The votes are weighted by exp(cosine / temperature).
-    """
+    """Votes of the k nearest, of weight exp(cosine / temperature): gallery (N, D), labels (N,), query (Q, D) ->
+    (Q, classes)."""
     cosine = F.normalize(query, dim=1) @ F.normalize(gallery, dim=1).T         # (Q, N)
     similarity, nearest = cosine.topk(min(k, len(gallery)), 1)                 # (Q, k)
     votes = F.one_hot(labels[nearest], classes).float()                        # (Q, k, C)
@@ -869,9 +852,7 @@ def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
 def run_inference(compute, items, sample, cfg, env, what):
     """Apply compute(clips on the device, n) -> n results, CPU tensors, to all items, sampled by `sample` -> dict from
     index to result, without those that could not be read, and what went wrong with them, which is printed, too.
-
-    Every process takes its share of the batches.  A batch holds key frames of one video, which have one size.
-    """
+    Every process takes its share of the batches.  A batch holds key frames of one video, which have one size."""
     dataset, batches = Clips(items, sample, cfg.seed, replace=False), []
     for _, group in itertools.groupby(range(len(items)), key=lambda i: items[i].path if cfg.data == "ava" else 0):
         group = list(group)
@@ -1064,11 +1045,8 @@ def find_listing(cfg, data, split, label):
 
 
 def find_splits(cfg, content):
-    """The listing to train on, None for --mode test, and the one to test on; they have no video in common.
-
-    Of data of the user's own without a split a fifth is held out, in --mode test if the checkpoint saw the rest; with
-    --test-data it is read whole.
-    """
+    """The listing to train on, None for --mode test, and the one to test on; they have no video in common.  Of data of
+    the user's own without a split a fifth is held out, unless there is --test-data, or --init saw none of it."""
     def whole(data):
         return data not in DATA_SETS and not any(split_dir(data, split) for split in SPLIT_DIRS)
 
@@ -1096,9 +1074,7 @@ def find_splits(cfg, content):
 
 def class_ids(test, classes, cfg):
     """Labels of a listing as places in `classes`, joined by the names of the classes -> (N,), or (N, 2) for two heads.
-
-    Names that are numbers and no class of their own are places already, which a note says.
-    """
+    Names that are numbers and no class of their own are places already, which a note says."""
     labels, columns = torch.tensor([item.label for item in test.items]).view(len(test.items), -1), []
     for column, own, names in zip(labels.T, heads(classes), heads(test.classes)):
         place = {str(i): i for i in range(len(own))} | {name: i for i, name in enumerate(own)}
