@@ -3,8 +3,7 @@
 Contrastive learning (MoCo, https://arxiv.org/abs/1911.05722) pulls two clips of a video together and apart from those
 of other videos.  What two clips of a video share most is their background, so that is what it learns.  FAME takes the
 short cut away: it finds the moving foreground of one clip from frame differences and colours, without labels or
-optical flow, and pastes it on the background of another video.  Now only the foreground tells which clips belong
-together.
+optical flow, and pastes it on another video's background.  Now only the foreground tells what belongs together.
 
     Paper                                             Code                  Section
     frame difference, seeds, colour posterior, mask   foreground_mask()     2
@@ -103,8 +102,7 @@ RECIPES = {
     "k400": {},                                      # the defaults above
     "ucf101": dict(queue=2048),                      # the released code's queue; published with I3D only
     # our choice from here on
-    "ssv2": {},
-    "epic": {},
+    "ssv2": {}, "epic": {},
     "hmdb51": dict(queue=2048),
     # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40),

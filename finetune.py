@@ -85,7 +85,7 @@ class Config:
     recipe: PAPERS = "videomae"        # whose protocol
     init: str = ""                     # checkpoint to start from
     random_init: bool = False          # take the network from --init but not its weights: the baseline of every probe
-    model: str = "vit_base"            # where --init does not say: vit_tiny .. vit_huge, r2plus1d_18, r3d_18, ...
+    model: Literal[BACKBONES] = "vit_base"  # where --init does not say: vit_tiny .. vit_huge, r2plus1d_18, r3d_18, ...
     image_size: int = 0                # side of what the network sees; 0 = as pre-trained
     frames: int = 0                    # frames of a clip; 0 = as pre-trained
     sampling: Literal["uniform", "dense"] = "uniform"  # one frame of each of `frames` segments, or `stride` apart
@@ -178,12 +178,11 @@ RECIPES = {
     "mme finetune hmdb51": dict(lr=1e-3, views="10x3"),
     "mme linear": dict(classifier="trained", lr=1e-3, epochs=30, min_crop=0.25, repeats=2, layer_decay=1.0),
     # FAME: R(2+1)D-18 or I3D
-    "fame": dict(PLAIN, sampling="dense", stride=2, frames=16, views="10x1", raw_crop=True, average="logits"),
+    "fame": dict(PLAIN, sampling="dense", stride=2, frames=16, views="10x1", raw_crop=True, average="logits",
+                 min_crop=0.2, flip=True),
     "fame finetune": dict(optimizer="sgd", lr=0.05, min_lr=0.0, warmup_epochs=0.0, drops="60,120", epochs=150,
-                          batch=128, weight_decay=1e-4, dropout=0.7, min_crop=0.2, flip=True, jitter=0.8, hue=0.1,
-                          grey=0.2),
-    "fame linear": dict(TRAINED, optimizer="sgd", lr=60.0, drops="60,80", epochs=100, batch=128, min_crop=0.2,
-                        flip=True, unit_features=True),
+                          batch=128, weight_decay=1e-4, dropout=0.7, jitter=0.8, hue=0.1, grey=0.2),
+    "fame linear": dict(TRAINED, optimizer="sgd", lr=60.0, drops="60,80", epochs=100, batch=128, unit_features=True),
     "fame retrieval": dict(train_views="10x1", center=True),
     # MCL: R(2+1)D-50
     "mcl": dict(PLAIN, sampling="dense", stride=2, frames=32, views="20x3", test_size=256, average="logits"),
@@ -197,12 +196,10 @@ RECIPES = {
     "mcl retrieval": dict(frames=16, views="20x1", train_views="20x1", test_size=0),
     # MoDist: R3D-50; its strides are meant for 30 frames a second
     "modist": dict(PLAIN, sampling="dense", stride=8, fps=30.0, frames=32, views="10x3", test_size=256,
-                   whole_cosine=True),
+                   whole_cosine=True, min_crop=0.3, aspect=2.0, flip=True),
     "modist finetune": dict(optimizer="nesterov", lr=0.04, min_lr=0.0, warmup_epochs=34.0, warmup_start=0.1,
-                            epochs=200, batch=64, weight_decay=1e-4, dropout=0.5, min_crop=0.3, aspect=2.0,
-                            flip=True, jitter=0.6, grey=0.5),
-    "modist linear": dict(TRAINED, optimizer="nesterov", lr=32.0, epochs=200, batch=256, min_crop=0.3, aspect=2.0,
-                          flip=True),
+                            epochs=200, batch=64, weight_decay=1e-4, dropout=0.5, jitter=0.6, grey=0.5),
+    "modist linear": dict(TRAINED, optimizer="nesterov", lr=32.0, epochs=200, batch=256),
     "modist finetune ssv2": dict(sampling="uniform", frames=0, views="1x3", lr=0.48, drops="14,18", epochs=22,
                                  warmup_epochs=0.19, warmup_start=1 / 1200, weight_decay=1e-6, flip=False,
                                  jitter=0.0, grey=0.0),
@@ -228,8 +225,7 @@ RECIPES = {
 
 def epic_subsets(root):
     """EPIC-KITCHENS-100 below root -> ids of the tail verbs, ids of the tail nouns, unseen participants ("P18" ...):
-    three sets, from EPIC_100_tail_verbs.csv, EPIC_100_tail_nouns.csv and
-    EPIC_100_unseen_participant_ids_validation.csv; a file that is not there gives an empty set and a note."""
+    three sets, from EPIC_100_*.csv; a file that is not there gives an empty set and a note."""
     files, sets = {path.name.lower(): path for path in reversed(list(list_files(root)))}, []
     for column, name, kind in (("verb", "tail_verbs", int), ("noun", "tail_nouns", int),
                                ("participant_id", "unseen_participant_ids_validation", str)):
@@ -244,10 +240,9 @@ def epic_subsets(root):
 
 
 AVA_BOXES = "ava_detection_val_boxes_and_labels.csv", "ava_val_predicted_boxes.csv"
-AVA_LAYOUT = ("Expected there, in any depth: videos named by YouTube id, whole or cut to seconds 900-1801 "
-              "(videos_15min); the files of ava_v2.2.zip; for a test detected people, "
-              f"{AVA_BOXES[0]} (of SlowFast's ava_annotations.tar) or {AVA_BOXES[1]} (of long-term feature banks). "
-              "--root DIR names another place, --boxes FILE other people; --boxes gt takes the true boxes, an oracle")
+AVA_LAYOUT = ("Expected there, in any depth: videos named by YouTube id, whole or cut to seconds 900-1801, the files "
+              f"of ava_v2.2.zip and, for a test, detected people: {' or '.join(AVA_BOXES)}. --root DIR names another "
+              "place, --boxes FILE other people; --boxes gt takes the true boxes, an oracle")
 
 
 class KeyFrame(NamedTuple):
@@ -270,18 +265,15 @@ def ava_listing(root, split, boxes="", min_score=0.8):
     one of AVA_BOXES; "gt" tests on ground-truth boxes, an oracle.  Detections at seconds without annotation have
     items, too: they are false positives.  The truth has all rows: those of videos that are not there count as missed.
 
-    root "" is $VIDEO_ROOT/ava, else data/ava.  No video is opened.  Raises UserError for a file that is not there, if
-    there is no video, and with file and line for what is not as published.
+    No video is opened.  Raises UserError for what is not there, and with file and line for what is not as published.
     """
     root = data_root("ava", root)
-    paths = list(reversed(list(list_files(root))))                         # reversed: of several, dicts keep the first
-    files = {path.name.lower(): path for path in paths}
-    videos = {path.stem: path for path in paths if path.suffix.lower() in VIDEO_FILES}
+    files = {path.name.lower(): path for path in reversed(list(list_files(root)))}         # of several, the first
+    videos = {path.stem: path for path in files.values() if path.suffix.lower() in VIDEO_FILES}
 
     def find(*names):
-        for name in names:
-            if name.lower() in files:
-                return files[name.lower()]
+        if found := [files[name.lower()] for name in names if name.lower() in files]:
+            return found[0]
         raise UserError(f"--data ava: no {' or '.join(names)} below {root}. {AVA_LAYOUT}")
     part = "train" if split == "train" else "val"
     rows = read_ava(find(f"ava_{part}_v2.2.csv"), "video,second,x1,y1,x2,y2,action,person")
@@ -295,7 +287,7 @@ def ava_listing(root, split, boxes="", min_score=0.8):
                  ground_truth=dict(frame=[frame for frame, *_ in rows], box=np.array([box for _, box, *_ in rows]),
                                    label=np.array([action for _, _, action, _ in rows])))
 
-    listed = dict.fromkeys(video_of(frame) for frame, *_ in rows)          # each once, in order
+    listed = dict.fromkeys(frame[:-5] for frame, *_ in rows)               # videos of "video,0902", each once
     listing = make_listing(f"ava {split}", [(name, videos.get(name), name) for name in listed],
                            [names.get(i, f"action {i}") for i in range(1, 81)])
     source = "the ground truth"
@@ -303,16 +295,12 @@ def ava_listing(root, split, boxes="", min_score=0.8):
         source = Path(boxes) if Path(boxes).is_file() else find(*[boxes] if boxes else AVA_BOXES)
         rows = [row for row in read_ava(source, "video,second,x1,y1,x2,y2,label,score") if row[3] >= min_score]
     there = {item.label: item.path for item in listing.items}
-    items = key_frames([row for row in rows if video_of(row[0]) in there and row[0] not in excluded], there)
+    items = key_frames([row for row in rows if row[0][:-5] in there and row[0] not in excluded], there)
     note = f"ava {split}: {len(items)} key frames, boxes of {source}"
     if not items:
         raise UserError(f"{note}, with score >= {min_score}: nothing to read. Is that file of this split?")
     print0(note)
     return listing._replace(items=items, summary=f"{listing.summary}; {note}"), truth
-
-
-def video_of(frame):
-    return frame[:-5]                                                      # of "video,0902"
 
 
 def key_frames(rows, paths):
@@ -324,14 +312,13 @@ def key_frames(rows, paths):
             does[action - 1] = True
     for frame, people in sorted(frames.items()):
         scores, actions = zip(*people.values())
-        items.append(KeyFrame(paths[video_of(frame)], len(items), frame, int(frame[-4:]),
-                              np.array(list(people), np.float32), np.array(scores, np.float32), np.array(actions)))
+        items.append(KeyFrame(paths[frame[:-5]], len(items), frame, int(frame[-4:]), np.float32(list(people)),
+                              np.float32(scores), np.array(actions)))
     return items
 
 
 def read_ava(path, columns):
-    """Lines of a csv file without header -> [(frame "video,0902", box x1, y1, x2, y2 or (), action id or None, score
-    or 1)]."""
+    """Lines of a csv file without header -> [(frame "video,0902", box or (), action id or None, score or 1)]."""
     rows = []
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         lines = csv.DictReader(file, columns.split(","))
@@ -344,8 +331,7 @@ def read_ava(path, columns):
                     raise ValueError
                 rows.append((f"{line['video']},{int(line['second']):04d}", box, action, score))
         except (ValueError, TypeError, csv.Error):                         # TypeError: a line that is too short
-            raise UserError(f"{path}:{lines.line_num}: expected {columns} with box and score in [0, 1], action 1 to "
-                            "80") from None
+            raise UserError(f"{path}:{lines.line_num}: expected {columns}, boxes in [0, 1], actions 1 to 80") from None
     return rows
 
 
@@ -412,15 +398,13 @@ def test_clips(video, item, rng, cfg, size, frames, views=(1, 1)):
     for shift in evenly_spaced(long - side, views[1]):
         x, y = (shift, across) if width >= height else (across, shift)
         crops.append((x, y, x + side, y + side))
-    pairs = [(i, crop) for i in indices for crop in crops]
-    return read_views(video, [i for i, _ in pairs], [crop for _, crop in pairs], size)
+    indices, crops = zip(*itertools.product(indices, crops))
+    return read_views(video, indices, crops, size)
 
 
 def evenly_spaced(room, count):
     """`count` whole numbers from 0 to `room`, both included; a single one is the middle."""
-    if count == 1:
-        return [round(room / 2)]
-    return [round(room * k / (count - 1)) for k in range(count)]
+    return [round(room * k / (count - 1)) for k in range(count)] if count > 1 else [round(room / 2)]
 
 
 def person_clip(video, item, rng, cfg, size, frames, train=False):
@@ -471,11 +455,6 @@ def per_clip(transform, clips, generator=None, purpose=1):
             with global_seed(generator, purpose, row):
                 out.append(transform(clip.transpose(0, 1)))                    # (T, 3, H, W)
     return torch.stack(out).transpose(1, 2)
-
-
-def soft_targets(labels, classes, smoothing=0.1):
-    """Labels (B,) -> float (B, classes): smoothing / classes everywhere, 1 - smoothing more at the label."""
-    return F.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
 
 
 # ---- 5. Networks ----------------------------------------------------------------------------------------------------
@@ -563,7 +542,7 @@ class Classifier(nn.Module):
     def forward(self, clips, labels, generator=None):
         c, heads = self.cfg, len(self.sizes)
         labels = labels.view(-1, heads).repeat_interleave(len(clips) // len(labels), 0)        # (B, heads)
-        targets = torch.cat([soft_targets(own, n, c.label_smoothing) for own, n in zip(labels.T, self.sizes)], 1)
+        targets = torch.cat([F.one_hot(own, n).float() for own, n in zip(labels.T, self.sizes)], 1)
         with torch.no_grad():
             clips = flip(clips, generator)[0] if c.flip else clips
             if self.randaugment:
@@ -581,18 +560,15 @@ class Classifier(nn.Module):
                 clips, inside = both[:, :3], None if inside is None else both[:, 3:, :1]
         logits = self.logits(clips, inside)                                    # (B, all classes)
         parts = list(zip(logits.split(self.sizes, 1), targets.split(self.sizes, 1), labels.T))
-        loss = sum(F.cross_entropy(part, target) for part, target, _ in parts)
+        loss = sum(F.cross_entropy(part, target, label_smoothing=c.label_smoothing) for part, target, _ in parts)
         right = torch.stack([part.argmax(1) == own for part, _, own in parts]).all(0)
         return loss, dict(train_acc=100 * right.float().mean())
 
 
 class Detector(nn.Module):
     """A network with a head for the actions of people: dict(clips (B, 3, T, H, W) uint8, boxes (n, 4) in pixels,
-    actions (n, 80), count (B,) boxes per clip) -> loss, stats.
-
-    Feature map, mean over time, RoIAlign 7 x 7, maximum, dropout, linear, binary cross-entropy.  Source: SlowFast's
-    head, VideoMAE's for a ViT.
-    """
+    actions (n, 80), count (B,) boxes per clip) -> loss, stats.  Feature map, mean over time, RoIAlign 7 x 7, maximum,
+    dropout, linear, binary cross-entropy: SlowFast's head."""
 
     def __init__(self, network, cfg):
         super().__init__()
@@ -617,48 +593,34 @@ class Detector(nn.Module):
             if self.cfg.jitter:
                 clips = colour_jitter(to_float01(clips), generator, 0.1, 0, 0.1, self.cfg.hue, self.cfg.jitter, grey=0)
         logits = self.logits(normalize(clips, self.network.config), boxes, count)              # (n, 80)
-        if not len(logits):                                                    # nobody is in any crop
-            return logits.sum(), dict(people=0.0)
-        loss = F.binary_cross_entropy_with_logits(logits, batch["actions"].float())
-        return loss, dict(people=len(logits) / len(clips))
+        total = F.binary_cross_entropy_with_logits(logits, batch["actions"].float(), reduction="sum")
+        return total / max(1, logits.numel()), dict(people=len(logits) / len(clips))           # perhaps there is nobody
 
 
 def dilate(network):
     """Let the last stage of a ResNet3D keep its resolution, as detection wants: stride 1, dilation 2."""
-    for block in network.layer4:
-        for conv in [m for m in block.modules() if isinstance(m, nn.Conv3d)]:
-            conv.stride = (1, 1, 1)
-            if conv.kernel_size[1:] == (3, 3):
-                conv.dilation, conv.padding = (1, 2, 2), (0, 2, 2)
+    for conv in [module for module in network.layer4.modules() if isinstance(module, nn.Conv3d)]:
+        conv.stride = (1, 1, 1)
+        if conv.kernel_size[1:] == (3, 3):
+            conv.dilation, conv.padding = (1, 2, 2), (0, 2, 2)
 
 
 def layer_decay_groups(network, lr, weight_decay, decay, vectors=0.0):
     """Parameter groups whose learning rate falls by `decay` per transformer layer below the head (convolutional
     networks: the same everywhere); weight decay on vectors is `vectors`."""
     top, groups = len(getattr(network, "blocks", ())) + 1, {}                  # layers: 0 = patch_embed .. top = head
-    for name, p in network.named_parameters():
-        if not p.requires_grad:
-            continue
-        layer = top
-        if name.startswith("patch_embed"):
-            layer = 0
-        elif block := re.match(r"blocks\.(\d+)\.", name):
+    for name, p in [(name, p) for name, p in network.named_parameters() if p.requires_grad]:
+        layer = 0 if name.startswith("patch_embed") else top
+        if block := re.match(r"blocks\.(\d+)\.", name):
             layer = int(block[1]) + 1
-        wd = weight_decay if p.ndim > 1 else vectors
-        if (layer, wd) not in groups:
-            groups[layer, wd] = dict(params=[], weight_decay=wd, lr=lr, scale=decay ** (top - layer))
-        groups[layer, wd]["params"].append(p)
-    return list(groups.values())
+        groups.setdefault((layer, weight_decay if p.ndim > 1 else vectors), []).append(p)
+    return [dict(params=params, lr=lr, weight_decay=wd, scale=decay ** (top - layer))
+            for (layer, wd), params in groups.items()]
 
 
 def build_network(cfg, content, outputs=0, classes=None):
     """The network that `content`, the checkpoint of --init, describes, with its weights (unless --random-init).
-
-    Without outputs it has the norms of the file.  One that is trained takes the head over only for the same classes.
-    Its side and frames go to cfg.
-    """
-    if cfg.model not in BACKBONES:
-        raise UserError(f"--model {cfg.model}: choose {', '.join(BACKBONES)}")
+    Without outputs it has the norms of the file.  One that is trained takes the head over only for the same classes."""
     public = dict(name=cfg.model, image_size=112 if cfg.model.endswith("18") else 224, frames=16)
     backbone = ({} if "image_size" in content["backbone"] else public) | content["backbone"]
     backbone |= {key: value for key in ("image_size", "frames") if (value := getattr(cfg, key))}
@@ -680,7 +642,7 @@ def build_network(cfg, content, outputs=0, classes=None):
         report = load_weights(network, cfg.init, True if training else "all", new)
         print0(f"{cfg.init}: {len(report.loaded)} tensors loaded, new here {report.missing[:4]}, not used "
                f"{len(report.unexpected)} {report.unexpected[:3]}")
-    cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]
+    cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]     # of the clips to read
     return network
 
 
@@ -696,9 +658,7 @@ def build_classifier(cfg, env, content, classes):
 
 def accuracy(scores, read, labels, classes):
     """Scores (N, C), read (N,) bool, labels (N,) -> top-1, top-5, mean-class and per-class accuracy in percent.
-
-    What was not read is wrong.  Classes without a test video are left out.
-    """
+    What was not read is wrong.  Classes without a test video are left out."""
     def percent(right):
         return 100 * right.float().mean().item()
     hits = (scores.topk(min(5, scores.shape[1]), 1).indices == labels[:, None]) & read[:, None]    # is guess k right?
@@ -713,9 +673,9 @@ def retrieval_recall(gallery, gallery_labels, query, query_labels, ks=(1, 5, 10,
 
     gallery (N, D), query (Q, D): a feature per video, the mean over its clips, of any length; labels (N,), (Q,).
     Near is cosine, in float64 because TF32 would reorder neighbours.  center=True (FAME) first subtracts from either
-    set its own mean.  A query with read (Q,) False is a miss and not part of the mean.  A k beyond the gallery is all
-    of it.  Our choice for ties: a video of another class as near (to 1e-12) as the nearest of the right one precedes
-    it, so the order of rows never matters, and features that are all alike, or nan, find nothing.
+    set its own mean.  A query with read (Q,) False is a miss and not part of the mean.  Our choice for ties: a video
+    of another class as near (to 1e-12) as the nearest of the right one precedes it, so the order of rows never
+    matters, and features that are all alike, or nan, find nothing.
     """
     gallery, query = gallery.double(), query.double()
     read = torch.ones_like(query_labels, dtype=torch.bool) if read is None else read
@@ -765,10 +725,8 @@ def epic_accuracy(verb_logits, noun_logits, verb, noun, read=None, tail=None, un
 
 
 def action_to_verb_noun(probabilities, pairs):
-    """MOFO's single head: p of actions (N, A), their verb and noun ids (A, 2) -> p of verbs (N, V), p of nouns (N, M).
-
-    Each the sum over its actions; a verb or noun of no action gets 0 (MOFO's code: the p of action 0).
-    """
+    """MOFO's single head: p of actions (N, A), their verb and noun ids (A, 2) -> p of verbs (N, V), p of nouns (N, M):
+    the sum over its actions; a verb or noun of no action gets 0 (MOFO's code: the p of action 0)."""
     return [probabilities @ F.one_hot(ids).to(probabilities) for ids in pairs.T]
 
 
@@ -781,8 +739,7 @@ def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=N
     overlaps most; below `iou`, or where that one is taken, it is false, and so is all on frames without ground truth.
     AP is the area below the envelope of precision over recall; mAP the mean over classes with ground truth.  Boxes
     without area are no detections.  cap=50 first keeps the 50 best (box, class) rows of every frame, as the official
-    script does; all, our choice, with None.  Equal scores keep the order of rows, nan ranks last.  Raises UserError
-    if no ground truth is left.
+    script does.  Equal scores keep the order of rows, nan ranks last.  Raises UserError if no ground truth is left.
     """
     wanted, excluded = set(class_ids), set(excluded)
     order = np.argsort(-np.asarray(detections["score"], np.float64), kind="stable")        # best first, nan last
@@ -829,9 +786,7 @@ def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=N
 
 def fit_linear(features, labels, classes, l2):
     """Multinomial logistic regression on features (N, D), standardised -> function from features to logits.
-
-    Minimises mean cross-entropy + l2/2 |W|^2 by L-BFGS.
-    """
+    Minimises mean cross-entropy + l2/2 |W|^2 by L-BFGS."""
     mean, std = features.mean(0), features.std(0) + 1e-6
     x = (features - mean) / std
     W = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
@@ -852,8 +807,7 @@ def squared_hinge_svm(features, labels, classes, C=1.0):
 
     Minimises 1/2 |w|^2 + C sum max(0, 1 - y w.x)^2 per class, features as they are; the class of x is the argmax of
     x @ W.  Newton's method in float64: pooled features are positive, so the curvature varies 1e7-fold with direction
-    and first-order solvers crawl.  The loss is quadratic as long as the same rows violate the margin, hence exact
-    after some dozen steps.
+    and first-order solvers crawl.  The loss is quadratic as long as the same rows violate the margin, so this ends.
     """
     x, signs = features.double(), F.one_hot(labels, classes).double() * 2 - 1  # signs (N, classes) of -1, 1
     eye = torch.eye(x.shape[1]).to(x)
@@ -879,10 +833,8 @@ def squared_hinge_svm(features, labels, classes, C=1.0):
 
 
 def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
-    """Votes of the k nearest: gallery (N, D), labels (N,), query (Q, D) -> (Q, classes).
-
-    The votes are weighted by exp(cosine / temperature).
-    """
+    """Votes of the k nearest, of weight exp(cosine / temperature): gallery (N, D), labels (N,), query (Q, D) ->
+    (Q, classes)."""
     cosine = F.normalize(query, dim=1) @ F.normalize(gallery, dim=1).T         # (Q, N)
     similarity, nearest = cosine.topk(min(k, len(gallery)), 1)                 # (Q, k)
     votes = F.one_hot(labels[nearest], classes).float()                        # (Q, k, C)
@@ -894,10 +846,8 @@ def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
 @torch.no_grad()
 def run_inference(compute, items, sample, cfg, env, what):
     """Apply compute(clips on the device, n) -> n results, CPU tensors, to all items, sampled by `sample` -> dict from
-    index to result, without those that could not be read, and what went wrong with them.
-
-    Every process takes its share of the batches.  A batch holds key frames of one film, which have one size.
-    """
+    index to result, without those that could not be read, and what went wrong with them, which is printed, too.
+    Every process takes its share of the batches.  A batch holds key frames of one video, which have one size."""
     dataset, batches = Clips(items, sample, cfg.seed, replace=False), []
     for _, group in itertools.groupby(range(len(items)), key=lambda i: items[i].path if cfg.data == "ava" else 0):
         group = list(group)
@@ -917,33 +867,35 @@ def run_inference(compute, items, sample, cfg, env, what):
         results, errors = {k: v for part, _ in parts for k, v in part.items()}, sum((e for _, e in parts), [])
     if not results:
         raise UserError(f"none of the {len(items)} videos could be read; the first: {errors[0]}")
+    for error in errors:
+        print0(f"not read: {error}")
     return results, errors
 
 
-def stack_results(results, count):
-    """dict from index to (...) -> tensor (count, ...), 0 where there is none; (count,) bool: where there is one."""
-    first, read = next(iter(results.values())), torch.zeros(count, dtype=torch.bool)
-    out = torch.zeros(count, *first.shape)
+def run_views(compute, items, cfg, env, views, what):
+    """run_inference on clips (n V, 3, T, H, W), the V views, such as "2x3", of n videos in turn -> results (N, ...),
+    0 where there is none, read (N,) bool: where there is one, errors."""
+    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or cfg.image_size, frames=cfg.frames,
+                     views=tuple(map(int, views.split("x"))))
+    results, errors = run_inference(compute, items, sample, cfg, env, what)
+    out = torch.zeros(len(items), *next(iter(results.values())).shape)
     for i, value in results.items():
-        out[i], read[i] = value, True
-    return out, read
+        out[i] = value
+    return out, torch.tensor([i in results for i in range(len(items))]), errors
 
 
 def extract(network, items, cfg, env, views, what):
     """Features (N, views, dim) of listed videos, read (N,) bool, errors."""
-    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or cfg.image_size, frames=cfg.frames, views=views)
-    results, errors = run_inference(lambda clips, n: network(normalize(clips, network.config)).float().cpu()
-                                    .unflatten(0, (n, -1)), items, sample, cfg, env, what)
-    return *stack_results(results, len(items)), errors
+    def features(clips, n):
+        return network(normalize(clips, network.config)).float().cpu().unflatten(0, (n, -1))
+    return run_views(features, items, cfg, env, views, what)
 
 
 def classify(model, items, cfg, env, what="testing"):
     """Scores (N, all classes), the mean over views, read (N,) bool, errors."""
-    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or cfg.image_size, frames=cfg.frames,
-                     views=grid_of(cfg.views))
-    results, errors = run_inference(lambda clips, n: model.scores(clips).cpu().unflatten(0, (n, -1)).mean(1), items,
-                                    sample, cfg, env, what)
-    return *stack_results(results, len(items)), errors
+    def scores(clips, n):
+        return model.scores(clips).cpu().unflatten(0, (n, -1)).mean(1)
+    return run_views(scores, items, cfg, env, cfg.views, what)
 
 
 def detect(model, test, truth, cfg, env):
@@ -963,7 +915,7 @@ def detect(model, test, truth, cfg, env):
     labels = np.tile(np.arange(1, 81), len(frames) // 80)
     found = dict(frame=frames, box=np.concatenate(boxes), label=labels, score=np.concatenate(scores))
     if cfg.out and env.rank == 0:
-        np.savez(directory(cfg) / "scores.npz", **found)
+        np.savez(Path(cfg.out, "scores.npz"), **found)
     mean, ap = ava_mean_ap(found, **truth)
     per_class = {test.classes[c - 1]: 100 * value for c, value in ap.items() if not math.isnan(value)}
     return dict(mAP=100 * mean, per_class=per_class), errors
@@ -1002,14 +954,13 @@ def compute_metrics(scores, read, labels, classes, test, cfg):
 def train(cfg, env, listing, model, sample):
     """Train what has gradients; the loop is that of the pre-training scripts -> False if a signal stopped it."""
     plan, network = plan_run(cfg, len(listing.items), env), model.network
-    lr = plan.lr
     out, checkpoint = open_run(f"finetune-{cfg.mode}", cfg, env, listing, plan)
     vectors = cfg.weight_decay if cfg.optimizer == "sgd" else 0.0
-    groups = layer_decay_groups(network, lr, cfg.weight_decay, cfg.layer_decay, vectors)
+    groups = layer_decay_groups(network, plan.lr, cfg.weight_decay, cfg.layer_decay, vectors)
     if cfg.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=env.device.type == "cuda")
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=env.device.type == "cuda")
     else:
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=cfg.optimizer == "nesterov")
+        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=cfg.optimizer == "nesterov")
     drops = [float(epoch) for epoch in cfg.drops.split(",") if epoch]
     dataset = Clips(listing.items, sample, cfg.seed)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)
@@ -1018,10 +969,10 @@ def train(cfg, env, listing, model, sample):
     log, stop, stopping = Log(out, env, plan, start, cfg.log_every), StopSignal(), False
     batches = iter(loader(dataset, step_batches(len(dataset), plan, env, cfg.seed, start), cfg.workers, env.device))
     for step in range(start, plan.steps):
-        rate = cosine_lr(step, plan.steps, plan.warmup, lr, plan.min_lr, cfg.warmup_start,
+        rate = cosine_lr(step, plan.steps, plan.warmup, plan.lr, plan.min_lr, cfg.warmup_start,
                          cfg.whole_cosine and not drops)
         if drops and step >= plan.warmup:
-            rate = lr * 0.1 ** sum(step >= epoch * plan.per_epoch for epoch in drops)
+            rate = plan.lr * 0.1 ** sum(step >= epoch * plan.per_epoch for epoch in drops)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         means = {}
@@ -1058,80 +1009,59 @@ TRAINED_WITH = ("label", "focused", "sampling", "stride", "fps", "frames", "imag
                 "test_short", "raw_crop", "average", "unit_features", "min_score", "times_score", "flow")
 
 
-def grid_of(views):
-    """"2x3" -> (2, 3): clips in time, crops in space."""
-    return tuple(map(int, views.split("x")))
-
-
 def check(cfg):
     """Raise UserError for settings that make no sense."""
-    forms = dict(views=r"[1-9]\d*x[1-9]\d*", train_views=r"[1-9]\d*x[1-9]\d*", drops=r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?")
-    for name, form in forms.items():
+    views, epochs = (r"[1-9]\d*x[1-9]\d*", "2x3"), (r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?", "60,120")
+    for name, (form, example) in dict(views=views, train_views=views, drops=epochs).items():
         if not re.fullmatch(form, getattr(cfg, name)):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected e.g. " + (
-                "60,120, epochs" if name == "drops" else "2x3, clips in time x crops in space"))
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected e.g. {example}")
     if cfg.data == "ava" and (cfg.mode not in ("finetune", "test") or cfg.focused or cfg.repeats > 1 or cfg.split > 1):
-        raise UserError(f"--data ava has --mode finetune and test, no --focused and no --repeats above 1, one --split; "
-                        f"got --mode {cfg.mode}")
+        raise UserError(f"--data ava has --mode finetune and test, no --focused, --repeats or --split; got {cfg.mode}")
 
 
 def inherit_settings(cfg, content):
     """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise."""
-    made = content.get("config")
-    if cfg.mode in ("test", "predict", "export") and isinstance(made, dict) and \
-            made.get("mode") in ("finetune", "linear"):
+    made = content["config"]
+    if cfg.mode in ("test", "predict", "export") and made.get("mode") in ("finetune", "linear"):
         for name in set(TRAINED_WITH) - getattr(cfg, "given", set()):
             setattr(cfg, name, made.get(name, getattr(cfg, name)))
 
 
-def checkpoint_name(init):
-    """A short name for where weights come from: the run, the folder, or the file."""
-    path = Path(init).resolve()
-    return path.parent.name if path.stem in ("last", "model", "pytorch_model") else path.stem
-
-
 def named_classes(cfg, content):
     """Names of the classes from --classes, else from a checkpoint; None if there are none."""
-    if cfg.classes:
-        try:
-            return Path(cfg.classes).read_text(encoding="utf-8-sig").strip().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--classes {cfg.classes}: cannot be read ({error}); expected a text file with the name of "
-                            "a class per line") from None
-    return content.get("classes") or None
+    try:
+        return read_lines(cfg.classes) if cfg.classes else content.get("classes") or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes {cfg.classes}: cannot be read ({error}); expected a name per line") from None
 
 
-def find_listing(data, split, label, cfg):
+def find_listing(cfg, data, split, label):
     return find_videos(data, cfg.root, split, label, (cfg.toy_train, cfg.toy_test, cfg.toy_size), cfg.split)
 
 
 def find_splits(cfg, content):
-    """The listing to train on, None for --mode test, and the one to test on; they have no video in common.
-
-    Of data of the user's own without a split a fifth is held out, in --mode test if the checkpoint saw the rest; with
-    --test-data it is read whole.
-    """
+    """The listing to train on, None for --mode test, and the one to test on; they have no video in common.  Of data of
+    the user's own without a split a fifth is held out, unless there is --test-data, or --init saw none of it."""
     def whole(data):
         return data not in DATA_SETS and not any(split_dir(data, split) for split in SPLIT_DIRS)
 
     def read(data, split):
-        listing = find_listing(data, "all" if whole(data) else split, cfg.label, cfg)
+        listing = find_listing(cfg, data, "all" if whole(data) else split, cfg.label)
         if not listing.classes:
             raise UserError(f"--data {data}: has no labels, which --mode {cfg.mode} needs")
         return listing
     listing = None if cfg.mode == "test" else read(cfg.data, cfg.train_split)
     test = read(cfg.test_data or cfg.data, "test")
-    made = content["config"] if isinstance(content.get("config"), dict) else {}
+    made = content["config"]
     seen = os.path.abspath(made.get("data", "")) == os.path.abspath(cfg.data) and not made.get("test_data")
-    known = {(item.path, item.start) for item in listing.items} if listing else set()
-    shared = [item.path for item in test.items if (item.path, item.start) in known]
     if whole(cfg.data) and not cfg.test_data and (listing or seen):
         test = test._replace(items=hold_out(test.items, "test"))
         listing = listing and listing._replace(items=hold_out(listing.items, "train"))
-        if not test.items:
-            raise UserError(f"--data {cfg.data}: has no split, and no class has two videos, of which to test on one")
         print0(f"{cfg.data}: has no split, {len(test.items)} of its videos are held out to test")
-    elif shared:
+    if not test.items:
+        raise UserError(f"--data {cfg.data}: has no split, and no class has two videos, of which to test on one")
+    known = {(item.path, item.start) for item in listing.items} if listing else set()
+    if shared := [item.path for item in test.items if (item.path, item.start) in known]:
         raise UserError(f"{len(shared)} of the {len(test.items)} test videos are training videos, too; the first: "
                         f"{shared[0]}. Name others with --test-data or --data")
     return listing, test
@@ -1139,16 +1069,13 @@ def find_splits(cfg, content):
 
 def class_ids(test, classes, cfg):
     """Labels of a listing as places in `classes`, joined by the names of the classes -> (N,), or (N, 2) for two heads.
-
-    Names that are numbers and no class of their own are places already, which a note says.
-    """
+    Names that are numbers and no class of their own are places already, which a note says."""
     labels, columns = torch.tensor([item.label for item in test.items]).view(len(test.items), -1), []
     for column, own, names in zip(labels.T, heads(classes), heads(test.classes)):
         place = {str(i): i for i in range(len(own))} | {name: i for i, name in enumerate(own)}
         if unknown := sorted(set(names) - place.keys()):
-            whose = cfg.init if cfg.mode == "test" else "the training split"
-            raise UserError(f"--data {cfg.data}: the test videos have classes that {whose} has not: {unknown[:3]}; it "
-                            f"has {own[:3]} ...")
+            raise UserError(f"--data {cfg.data}: the test videos have classes that the training has not: "
+                            f"{unknown[:3]}; it has {own[:3]} ...")
         if set(names) - set(own):
             print0(f"note: classes that are numbers are taken as places: 0 = {own[0]}")
         columns.append(torch.tensor([place[names[i]] for i in column.tolist()]))
@@ -1160,10 +1087,15 @@ def main(cfg):
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
     content = load_file(cfg.init)
     content.pop("optimizer", None)                                             # large, and of no use here
+    if not isinstance(content.get("config"), dict):                            # another program made it
+        content["config"] = {}
     inherit_settings(cfg, content)
     check(cfg)
-    env, out = setup(cfg.seed), run_directory(f"finetune-{cfg.mode}", cfg)
-    cfg.out = cfg.out or f"{out}-{'random-' * cfg.random_init}{checkpoint_name(cfg.init)}"
+    env, file = setup(cfg.seed), Path(cfg.init).resolve()
+    start = file.parent.name if file.stem in ("last", "model", "pytorch_model") else file.stem
+    cfg.out = cfg.out or f"{run_directory(f'finetune-{cfg.mode}', cfg)}-{'random-' * cfg.random_init}{start}"
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    cfg.part = cfg.part or ("test" if cfg.data in DATA_SETS else "all")
     if cfg.mode == "export":
         export(cfg, content)
     elif cfg.mode == "predict":
@@ -1216,21 +1148,19 @@ def fixed_features(cfg, env, content):
         raise UserError(f"--label {cfg.label}: --mode {cfg.mode} takes one label, verb, noun or action")
     test_labels = class_ids(test, classes, cfg)
     network = build_network(cfg, content).to(env.device).eval()
-    query, read, errors = extract(network, test.items, cfg, env, grid_of(cfg.views), "testing")  # (N, views, dim)
-    gallery, known, train_errors = extract(network, listing.items, cfg, env, grid_of(cfg.train_views),
-                                           "training features")
+    query, read, errors = extract(network, test.items, cfg, env, cfg.views, "testing")  # (N, views, dim)
+    gallery, known, train_errors = extract(network, listing.items, cfg, env, cfg.train_views, "training features")
     labels = torch.tensor([item.label for item in listing.items])[known].to(env.device)
     gallery, query = gallery[known].to(env.device), query.to(env.device)
+    if cfg.mode == "knn" or cfg.mode == "retrieval" and cfg.center:            # each clip counts the same
+        gallery, query = F.normalize(gallery, dim=-1), F.normalize(query, dim=-1)
+    means = gallery.mean(1), labels, query.mean(1)
     if cfg.mode == "retrieval":
-        if cfg.center:                                                         # FAME: each clip counts the same
-            gallery, query = F.normalize(gallery, dim=-1), F.normalize(query, dim=-1)
-        recall = retrieval_recall(gallery.mean(1), labels, query.mean(1), test_labels.to(env.device),
-                                  center=cfg.center, read=read.to(env.device))
+        recall = retrieval_recall(*means, test_labels.to(env.device), center=cfg.center, read=read.to(env.device))
         result = {f"R@{k}": value for k, value in recall.items()}
     else:
         if cfg.mode == "knn":
-            gallery, query = (F.normalize(x, dim=-1).mean(1) for x in (gallery, query))
-            scores = knn_scores(gallery, labels, query, len(classes), cfg.neighbours)
+            scores = knn_scores(*means, len(classes), cfg.neighbours)
         elif cfg.classifier == "svm":
             scores = query.mean(1) @ squared_hinge_svm(gallery.mean(1), labels, len(classes))
         else:
@@ -1246,15 +1176,12 @@ def report(cfg, env, result, errors, videos):
         return
     named = {f"{name}_{cfg.views}": value for name, value in result.items() if name != "per_class"}
     per_class = result.get("per_class", {})
-    results = dict(named, per_class=per_class, mode=cfg.mode, recipe=cfg.recipe, init=cfg.init,
-                   random_init=cfg.random_init, data=cfg.data, label=cfg.label, train_split=cfg.train_split,
-                   videos=videos, unreadable=errors)
-    path = directory(cfg) / "results.json"
-    path.write_text(json.dumps(results, indent=1))
+    settings = ("mode", "recipe", "init", "random_init", "data", "label", "train_split")
+    results = named | dict(per_class=per_class) | {name: getattr(cfg, name) for name in settings}
+    path = Path(cfg.out, "results.json")
+    path.write_text(json.dumps(results | dict(videos=videos, unreadable=errors), indent=1))
     for name, value in sorted(per_class.items(), key=lambda pair: pair[1]):
         print0(f"  {value:6.2f}  {name}")
-    for error in errors:
-        print0(f"not read (counts as wrong): {error}")
     numbers = "  ".join(f"{name} {value:.2f}" for name, value in named.items())
     print0(f"{numbers}  on {videos} videos -> {path}")
 
@@ -1264,66 +1191,50 @@ def save_scores(cfg, env, items, scores, read, labels, classes):
     class, from top to bottom, the share of its videos (white 0, black 1) that was given each class."""
     if env.rank:
         return
-    out = directory(cfg)
-    np.savez(out / "scores.npz", names=[item.path for item in items], scores=scores.numpy(), read=read.numpy(),
-             labels=labels.numpy(), classes=classes)
+    np.savez(Path(cfg.out, "scores.npz"), names=[item.path for item in items], scores=scores.numpy(),
+             read=read.numpy(), labels=labels.numpy(), classes=classes)
     parts = scores.split([len(names) for names in heads(classes)], 1)
     for part, own, name in zip(parts, labels.view(len(labels), -1).T, ("", "_noun")):
         n = part.shape[1]
         counts = torch.bincount((own * n + part.argmax(1))[read], minlength=n * n).view(n, n)
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        save_image(1 - F.interpolate(share[None, None], scale_factor=max(1, 512 // n)), out / f"confusion{name}.png")
-
-
-def directory(cfg):
-    """--out, made where it is not there."""
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    return Path(cfg.out)
-
-
-def any_videos(cfg, label=""):
-    """What predict and extract read: --part of a data set, or any videos."""
-    return find_listing(cfg.data, cfg.part or ("test" if cfg.data in DATA_SETS else "all"), label, cfg)
+        save_image(1 - F.interpolate(share[None, None], scale_factor=max(1, 512 // n)),
+                   Path(cfg.out, f"confusion{name}.png"))
 
 
 def predict(cfg, env, content):
-    """Print the classes of any videos and write predictions.csv."""
-    items, classes, path = any_videos(cfg).items, named_classes(cfg, content), directory(cfg) / "predictions.csv"
+    """Print the classes of --part of a data set, or of any videos, and write predictions.csv."""
+    items, classes = find_listing(cfg, cfg.data, cfg.part, "").items, named_classes(cfg, content)
+    path = Path(cfg.out, "predictions.csv")
     if not classes:
         raise UserError(f"--mode predict: {cfg.init} does not say its classes; name them with --classes FILE")
     model = build_classifier(cfg, env, content, classes)
-    scores, read, errors = classify(model, items, cfg, env, "predicting")
+    scores, read, _ = classify(model, items, cfg, env, "predicting")
     rows = []
     for part, names in zip(scores.split(model.sizes, 1), heads(classes)):
         part = part.softmax(1) if cfg.average == "logits" else part
         best = part.topk(min(5, len(names)))
         for item, ok, values, places in zip(items, read.tolist(), best.values.tolist(), best.indices.tolist()):
-            told = [names[i] for i in places], [f"{value:.4f}" for value in values]
-            rows.append((item.path, *((told[0][0], *map(";".join, told)) if ok else ("", "", ""))))
+            top, shares = ";".join(names[i] for i in places), ";".join(f"{value:.4f}" for value in values)
+            rows.append((item.path, names[places[0]], top, shares) if ok else (item.path, "", "", ""))
     if env.rank == 0:
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([("path", "label", "top5", "scores"), *rows])
-    for name, _, names, values in [row for row in rows if row[1]][:20]:
-        print0(name, *(f" {float(v):.2f} {n}" for n, v in zip(names.split(";")[:3], values.split(";"))))
-    tell_errors(errors, f"{int(read.sum())} of {len(items)} videos -> {path}")
+    for row in rows[:20]:
+        print0(*row)
+    print0(f"{int(read.sum())} of {len(items)} videos -> {path}")
 
 
 def extract_features(cfg, env, content):
     """Write features.npz: per video and view, and their mean."""
-    listing, path = any_videos(cfg, cfg.label), directory(cfg) / "features.npz"
+    listing, path = find_listing(cfg, cfg.data, cfg.part, cfg.label), Path(cfg.out, "features.npz")
     network = build_network(cfg, content).to(env.device).eval()
-    features, read, errors = extract(network, listing.items, cfg, env, grid_of(cfg.views), "features")
+    features, read, _ = extract(network, listing.items, cfg, env, cfg.views, "features")
     if env.rank == 0:
         np.savez(path, names=[item.path for item in listing.items], features=features.mean(1).numpy(),
                  views=features.numpy(), read=read.numpy(), labels=[item.label for item in listing.items],
                  classes=listing.classes)
-    tell_errors(errors, f"{int(read.sum())} of {len(listing.items)} videos -> {path}")
-
-
-def tell_errors(errors, last):
-    for error in errors:
-        print0(f"not read: {error}")
-    print0(last)
+    print0(f"{int(read.sum())} of {len(listing.items)} videos -> {path}")
 
 
 def export(cfg, content):

@@ -13,9 +13,8 @@ the motion map in space and time.
     motion alignment loss                             alignment_map(), alignment_loss()       4
 
 Differs from the paper and its released code, and why
- 1. Flow is computed in the training step (released: TV-L1 of the whole data set before the first one), so clips of a
-    video are not ranked: of two random ones that with more motion is taken with probability 0.7, else any.  So .68 of
-    the clips are from the upper half of their video's motion (published: .85).
+ 1. Flow is computed in the training step, so clips of a video are not ranked: of two random ones that with more motion
+    is taken with probability 0.7, else any.  So .68 are from the upper half of their video's (published: .85).
  2. A clip's motion map is the mean of four pairs of neighbouring frames (released: windows of 8 flows around each
     frame), and is not rounded to 8 bits; strong motion there wraps around to none.
  3. The target is flipped with its clip (released: 37.5 % of all targets are mirrored in one component or both).
@@ -26,9 +25,8 @@ Differs from the paper and its released code, and why
  6. Of a frame, the largest part of 4:3 is used (--frame-height, --frame-width), at a random place per sample.
     Colour jitter is one affine map per clip.  If a crop's size never fits, the largest that does is taken.
  7. The weight of the order loss grows per step, not per epoch.
- 8. ViT: features are LayerNorm(mean of tokens), and the aligned layer is the first one of the last block's MLP (our
-    choice): like the published one it is the last linear map before a non-linearity and the mean.  Of a ViT's or a
-    longer clip's finer map, means over cells are aligned.
+ 8. ViT (our choice): features are LayerNorm(mean of tokens), and the aligned layer is the first one of the last
+    block's MLP.  Of a ViT's or a longer clip's finer map, means over cells are aligned.
 
 Run    python mcl.py                                         # toy data; 2.6 minutes on 2 CPU cores
        torchrun --nproc_per_node=4 mcl.py --data ucf101 --root DIR --init moco_v2_200ep.pth.tar   # not run by us
@@ -110,8 +108,7 @@ RECIPES = {
     "k400": {},                                      # the defaults above
     "ucf101": dict(epochs=200, lr=0.08, order_weight=1.0),
     # our choice from here on
-    "ssv2": {},
-    "epic": {},
+    "ssv2": {}, "epic": {},
     "hmdb51": dict(epochs=200, lr=0.08, order_weight=1.0, queue=16384),
     # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, min_lr=0.0, weight_decay=0.1, warmup_epochs=40),
@@ -151,12 +148,10 @@ def motion_target(flow, grid=GRID):
 
 
 def clip_map(flow, grid=GRID[1:]):
-    """Flow (B, pairs, 2, h, w) of some pairs of frames of a clip -> its motion map (B, gh, gw): mean over pairs.
-
-    A frame of 8 px is left out, because flow is unreliable at the border.
-    """
+    """Flow (B, pairs, 2, h, w) of some pairs of frames of a clip -> its motion map (B, gh, gw): mean over pairs.  At
+    the border, 8 of 224 pixels wide, flow is unreliable: no motion there."""
     motion = motion_boundary(flow[:, :, None]).mean(1)                          # (B, h, w)
-    ring = max(1, motion.shape[-1] // 28)                                       # 8 of 224 px
+    ring = max(1, motion.shape[-1] // 28)
     inside = F.pad(motion[:, ring:-ring, ring:-ring], (ring,) * 4)
     return F.adaptive_avg_pool2d(inside, grid)
 
@@ -164,8 +159,7 @@ def clip_map(flow, grid=GRID[1:]):
 # ---- 3. Sampling ---------------------------------------------------------------------------------------------------
 
 def tournament(scores, generator=None, p=0.7):
-    """Of each pair of clips take, with probability p, the one with the larger score, else any: scores (B, K, 2) ->
-    index of the chosen ones (B, K)."""
+    """Scores (B, K, 2) of pairs of clips -> winners (B, K): with probability p that of the larger score, else any."""
     draw = rand(*scores.shape, generator=generator, device=scores.device)       # (B, K, 2)
     return torch.where(draw[..., 0] < p, scores.argmax(-1), (draw[..., 1] < 0.5).long())
 
@@ -183,11 +177,11 @@ def hot_box(motion_map):
 
 
 def motion_crop(motion_map, height, width, generator=None, min_area=0.2, places=40):
-    """A random crop per motion map (B, 7, 7) that holds most of the hottest cells' box -> boxes (B, 4), whole pixels
-    of a (height, width) frame.
+    """A random resized crop per motion map (B, 7, 7) that holds most of the hottest cells' box -> boxes (B, 4), whole
+    pixels of a (height, width) frame.
 
-    Area and aspect are those of a random resized crop.  Of `places` random places the first one that holds enough of
-    the box is taken, else the one that holds most.  Source: MCL 3.2 and its released code.
+    Of `places` random places the first is taken that holds enough of the box, else the one that holds most.  Source:
+    MCL 3.2 and its released code.
     """
     B, gh, gw = motion_map.shape
     cells, share = hot_box(motion_map)
@@ -199,7 +193,7 @@ def motion_crop(motion_map, height, width, generator=None, min_area=0.2, places=
     fits = ((w <= width) & (h <= height)).float().argmax(1, keepdim=True)       # the first that does
     w, h = w.gather(1, fits).clamp(1, width), h.gather(1, fits).clamp(1, height)            # (B, 1)
     draw = rand(B, 2, places, generator=generator, device=cells.device)
-    x, y = ((draw[:, 0] * (width - w + 1)).floor(), (draw[:, 1] * (height - h + 1)).floor())    # (B, places)
+    x, y = (draw[:, 0] * (width - w + 1)).floor(), (draw[:, 1] * (height - h + 1)).floor()      # (B, places)
 
     def held(start, length, first, last):
         return ((start + length).minimum(last) - start.maximum(first)).clamp(min=0) / (last - first)
@@ -221,8 +215,7 @@ def split(encoder, clips):
     if isinstance(encoder, ViT):
         *blocks, last = encoder.blocks
         x = encoder.patch_embed(patchify(clips, encoder.patch_size, encoder.tubelet_size)) + encoder.positions
-        for block in blocks:
-            x = block(x)
+        x = nn.Sequential(*blocks)(x)
         x = x + last.attn(last.norm1(x))
         X = last.mlp.fc1(last.norm2(x)).transpose(1, 2).unflatten(2, encoder.grid)          # (B, 4 dim, T', H', W')
 
@@ -232,9 +225,7 @@ def split(encoder, clips):
         return X, rest
     *stages, final = encoder.stages
     *blocks, last = getattr(encoder, final)
-    x = clips
-    for stage in [*(getattr(encoder, name) for name in stages), *blocks]:
-        x = stage(x)
+    x = nn.Sequential(*(getattr(encoder, name) for name in stages), *blocks)(clips)
     if isinstance(last, Bottleneck):
         y = F.relu(last.bn2(last.conv2(F.relu(last.bn1(last.conv1(x))))))
         conv, norm = last.conv3, last.bn3
@@ -249,12 +240,9 @@ def split(encoder, clips):
 
 def alignment_map(gradient):
     """Where the network looked: gradient (B, C, t, h, w) of the similarity with respect to X -> (B, t, h, w) >= 0.
-
-    Each channel's gradient is weighted by its mean over the positions of a time step.  Source: MCL 3.3; unlike
-    Grad-CAM, which it resembles, it does not use the activations.
-    """
-    weight = gradient.mean((3, 4), keepdim=True)                                # (B, C, t, 1, 1)
-    return F.relu((weight * gradient).sum(1))
+    Each channel is weighted by its mean over the positions of a time step.  Source: MCL 3.3; unlike Grad-CAM, which
+    it resembles, it does not use the activations."""
+    return F.relu((gradient.mean((3, 4), keepdim=True) * gradient).sum(1))
 
 
 def alignment_loss(P, M, attention="l1"):
@@ -279,11 +267,9 @@ def alignment_loss(P, M, attention="l1"):
 
 class MCL(MomentumContrast):
     """dict of clips (6 B, 3, T + 1, H, W) uint8, two candidates for each of three clips of every video, and order
-    (B,) (1: the first clip comes before the others) -> loss, stats.  Without motion_clips: one candidate each.
-
-    The first clip gives the query and the first key, the others a key each.  The last frame is only for flow.
-    steps and warmup, in steps of the optimiser, set the course of the weights.
-    """
+    (B,) (1: the first clip comes before the others) -> loss, stats.  Without motion_clips: one candidate each.  The
+    first clip gives the query and the first key, the others a key each.  The last frame is only for flow.  steps and
+    warmup, in steps of the optimiser, set the course of the weights."""
 
     def __init__(self, encoder, flow, steps, warmup=0, motion_clips=True, motion_crops=True, min_crop=0.2, colour=1.0,
                  queue=131072, momentum=0.999, temperature=0.1, order_weight=0.0, align_weight=1.0, attention="l1",
@@ -317,8 +303,7 @@ class MCL(MomentumContrast):
     def view(self, clips, motion, generator=None):
         """A random view of clips (B, 3, T, H, W): normalised (B, 3, T, side, side), its box and whether mirrored."""
         B, _, T, H, W = clips.shape
-        motion = motion if self.motion_crops else torch.zeros_like(motion)
-        box = motion_crop(motion, H, W, generator, self.min_crop)
+        box = motion_crop(motion * self.motion_crops, H, W, generator, self.min_crop)       # no motion: anywhere
         flipped = rand(B, generator=generator, device=clips.device) < 0.5
         side = self.encoder.config["image_size"]
         view = crop_resize(to_float01(clips).flatten(1, 2), box, side, flipped).unflatten(1, (3, T))
@@ -405,12 +390,11 @@ def preview(model, batch, path):
         P = model.look((q["inter"] * k["inter"]).sum(1), X)
     M = motion_target(model.query_motion(clips, box, flipped), P.shape[1:])
     seen, tile = unnormalize(query, model.encoder.config), 112
-    frames = F.interpolate(to_float01(clips[:, :, 0]).cpu(), (tile, tile))
+    frames = F.interpolate(to_float01(clips[:, :, 0]).cpu(), (tile, tile)).split(1)
     hot = hot_box(maps)[0] * (tile / maps.shape[-1])                            # cells -> pixels of the tile
     crop = box * constant((tile / clips.shape[-1], tile / clips.shape[-2]) * 2, box.device)
-    for i in range(len(frames)):
-        frames[i] = draw_box(draw_box(frames[i:i + 1], hot[i]), crop[i], "yellow")[0]
-    columns = [frames, map_to_rgb(maps)]                                        # each (B, 3, h, w)
+    frames = [draw_box(draw_box(frame, red), yellow, "yellow") for frame, red, yellow in zip(frames, hot, crop)]
+    columns = [torch.cat(frames), map_to_rgb(maps)]                             # each (B, 3, h, w)
     for t in (0, -1):
         columns += [seen[:, :, t], map_to_rgb(M[:, t]), map_to_rgb(P[:, t])]
     save_sheet(path, torch.stack([F.interpolate(x.cpu(), (tile, tile)) for x in columns], 1), tile)
@@ -443,9 +427,8 @@ def sample_clips(video, item, rng, cfg):
     for each of three clips, order: (repeats,) is the first clip before the others?)."""
     (first, last), span, K = item_frames(video, item), cfg.stride * cfg.frames, 2 if cfg.motion_clips else 1
     size, (height, width) = (cfg.frame_height, cfg.frame_width), (video.info.height, video.info.width)
-    scale = min(height / size[0], width / size[1])
-    h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-    orders, indices, crops = [], [], []
+    scale, orders, indices, crops = min(height / size[0], width / size[1]), [], [], []
+    h, w = (max(1, round(side * scale)) for side in size)
     for _ in range(cfg.repeats):
         starts, before = random_starts(first, last, span, K, rng)
         x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)

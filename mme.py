@@ -16,10 +16,8 @@ it, too: what it must tell is finer in time than what it is shown.
 
 Differs from the paper and its released code, and why
  1. Flow is estimated in-line, on the very crop that the network sees, by RAFT: no offline pass, no archive of
-    trajectories, and displacements are in pixels of the crop.  `--flow tvl1` needs no weights (the default on the toy
-    data).
- 2. Flow is float and read bilinearly.  The released code truncates it to whole pixels, so whatever moves less than
-    1 pixel per frame stands still.
+    trajectories, and displacements are in pixels of the crop.  `--flow tvl1` needs no weights (the toy data's default).
+ 2. Flow is float and read bilinearly.  The released code truncates it: what moves less than 1 pixel stands still.
  3. A pan of the camera needs no homography: the position target is the z-score of a token's four points, which
     removes what they have in common.  Our z-score has a noise floor, below which most of what zoom and roll leave
     in a token stays, too; without one it blows the flow's noise up to unit variance wherever nothing moves.
@@ -109,9 +107,8 @@ RECIPES = {
     "custom": dict(model="vit_small", image_size=112, batch=16, epochs=100, lr=0.024, min_lr=0.0, warmup_epochs=1,
                    workers=2, log_every=1, save_every=50, preview_every=50),
     # two minutes on two CPU cores
-    "toy": dict(model="vit_tiny", image_size=64, min_crop=1.0, flow="tvl1", epochs=4, batch=16,
-                warmup_epochs=1, lr=0.024, min_lr=0.008, workers=2, log_every=10, save_every=100,
-                preview_every=100),
+    "toy": dict(model="vit_tiny", image_size=64, min_crop=1.0, flow="tvl1", epochs=4, batch=16, warmup_epochs=1,
+                lr=0.024, min_lr=0.008, workers=2, log_every=10, save_every=100, preview_every=100),
 }
 
 
@@ -167,8 +164,7 @@ def position_target(displacement, valid, noise=NOISE):
 
     Per token, component and step, the z-score over the token's 4 points: (d - mean) / sqrt(variance + noise^2), the
     variance unbiased.  What the 4 points share, above all a pan of the camera, is gone; what is left are differences
-    of motion.  Differences well below `noise` pixels (our choice) give about 0 instead of unit variance.  A token is
-    valid if any of its points is.
+    of motion.  Well below `noise` pixels (our choice) they give about 0.  A token is valid if any of its points is.
     """
     z = to_tokens(displacement.transpose(2, 3))                                 # (B, N, 2, L, 2, 2)
     var, mean = torch.var_mean(z, (-2, -1), keepdim=True)

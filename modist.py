@@ -108,8 +108,7 @@ RECIPES = {   # all but k400 are our choice
     "k400": {},                                      # the defaults above
     "ucf101": dict(queue=4096),
     "hmdb51": dict(queue=2048),
-    "ssv2": {},
-    "epic": {},
+    "ssv2": {}, "epic": {},
     # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40),
     # some hundred videos; for large data say --queue 65536 --momentum 0.999 --batch 64 --warmup-epochs 35 and
@@ -201,8 +200,7 @@ class MoDist(MomentumContrast):
         self.cross_weight, self.motion_motion, self.temperature = cross_weight, motion_motion, temperature
 
     def inputs(self, clips, generator=None):
-        """The two moments as the networks get them: RGB (B, 3, T, H, W) each, motion maps (B, 3, F - 1, h, w) each or
-        (None, None)."""
+        """The two moments for the networks: RGB (B, 3, T, H, W) each, motion maps (B, 3, F - 1, h, w) each or None."""
         first, second = clips.contiguous().unflatten(0, (-1, 2)).unbind(1)
         first, second = flip(first, generator)[0], flip(second, generator)[0]
         c = self.colour
@@ -312,9 +310,8 @@ def main(cfg):
     listing = find_videos(cfg.data, cfg.root, "train", toy=(cfg.toy_train, cfg.toy_test, cfg.toy_size))
     plan = plan_run(cfg, len(listing.items), env)
     if cfg.stride % cfg.motion_stride or cfg.frames * cfg.stride != cfg.motion_frames * cfg.motion_stride:
-        raise UserError(f"--stride {cfg.stride} must be a multiple of --motion-stride {cfg.motion_stride}, and "
-                        f"--frames {cfg.frames} x --stride as long as --motion-frames {cfg.motion_frames} x "
-                        "--motion-stride")
+        raise UserError(f"--stride {cfg.stride} must be a multiple of --motion-stride {cfg.motion_stride}, --frames "
+                        f"{cfg.frames} times the one be equal to --motion-frames {cfg.motion_frames} times the other")
     if cfg.min_shift > cfg.max_shift or cfg.min_crop > cfg.max_crop:
         raise UserError(f"--min-shift {cfg.min_shift} and --min-crop {cfg.min_crop} must not be above --max-shift "
                         f"{cfg.max_shift} and --max-crop {cfg.max_crop}")

@@ -15,16 +15,14 @@ hidden, the rest of the 90 % comes from outside.
 
 Differs from the paper, and why
  1. Flow is estimated in-line, on the very crop that the network sees, by RAFT instead of TV-L1: no offline pass over
-    the data set, and the box needs no transforming.  `--flow tvl1` is the paper's estimator (the default on the toy
-    data).
+    the data set, and the box needs no transforming.  `--flow tvl1` is the paper's estimator (the toy data's default).
  2. Flow of one pair of frames per tubelet, half of the pairs: flow is the dearest part that the method adds.
  3. The motion map averages the flow over windows of 2 pairs (8 video frames at stride 2, as many as the paper's, but
     not sliding), and the lengths of the gradients over the windows.  One sum over the clip would cancel what goes and
     returns.
  4. The box comes from the mass of the map along x and y instead of from contours (which do not batch), and over the
     sampled clip instead of the whole video.  The map's median is subtracted, so that a zoom of the camera, which has
-    the same gradient everywhere, does not count; and below a floor there is no motion: the clip gets a uniform tube
-    mask.
+    the same gradient everywhere, does not count; and below a floor there is no motion: the mask is uniform.
  5. The mask is what the paper's text says: a patch is inside if it overlaps the box.  The released code compares x
     with rows and y with columns, and never hides the last patches unless they are inside.
  6. A 75 % inside ratio *shows* more of the motion than VideoMAE's 90 %, and boxes over 41 % of the frame need more
@@ -69,7 +67,7 @@ class Config:
     frames: int = 16                   # frames of a clip
     stride: int = 2                    # video frames from one frame of the clip to the next
     patch_size: int = 16               # side of a patch in pixels
-    tubelet_size: int = 2              # frames of a token
+    tubelet_size: int = 2              # frames of a token, in [2, inf)
     min_crop: float = 0.66             # smallest side of a crop relative to the frame's short side, in (0, 1]
     mask_ratio: float = 0.9            # share of the patches that is hidden, in (0, 1)
     inside_ratio: float | None = 0.75  # share of the patches in the box that is hidden, in [0, 1]; none: VideoMAE
@@ -132,14 +130,13 @@ def motion_map(flow, window=2):
 
 
 def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.01):
-    """The region that moves: map (B, h, w) -> boxes (B, 4) in pixels of an image, found (B,) bool.
+    """The region that moves: map (B, h, w) -> boxes (B, 4) in pixels of an image whose (H, W) or side is image_size,
+    found (B,) bool.
 
-    image_size is the image's (H, W), or the side of a square one.
-    The map is blurred (sigma = blur x its shorter side), its median is subtracted (what zoom, roll or noise leaves
-    everywhere), and what is below `relative` x the maximum is cut; the box spans the columns and rows between the
-    lowest and the highest `tail` of the mass that remains.  found is False, and the box 0, where the maximum is less
-    than what the edge of an object leaves that moves at `floor` pixels per frame along both axes, at 224 pixels.  Our
-    choice of a box finder.
+    Our choice: the map is blurred (sigma = blur x its shorter side), its median is subtracted (what zoom, roll or
+    noise leaves everywhere), and what is below `relative` x the maximum is cut; the box spans the columns and rows
+    between the lowest and the highest `tail` of the mass that remains.  found is False, and the box 0, where the
+    maximum is less than the edge of an object leaves that moves at `floor` pixels per frame along both axes, at 224.
     """
     h, w = motion.shape[-2:]
     H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -266,8 +263,6 @@ class MOFO(MaskedAutoencoder):
         self.count = T * int(mask_ratio * H * W)                                # hidden tokens of a clip
         if not 0 < self.count < T * H * W:
             raise UserError(f"--mask-ratio {mask_ratio}: must leave some of the {H * W} patches hidden, some visible")
-        if sizes["tubelet_size"] < 2:
-            raise UserError("--tubelet-size 1: flow needs two frames of each tubelet")
         self.flow, self.mask_ratio, self.inside_ratio = flow, mask_ratio, inside_ratio
 
     @torch.no_grad()

@@ -1,11 +1,9 @@
-"""Crops, colours and labels: what pre-training and fine-tuning do to clips besides torchvision's augmentations."""
+"""Crops and colours: what pre-training and fine-tuning do to clips besides torchvision's augmentations."""
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from common import multi_scale_crop, normalize, unnormalize
-from finetune import soft_targets
 
 
 @pytest.mark.parametrize("height, width", [(240, 320), (320, 240), (224, 224), (222, 300), (300, 223)])
@@ -41,11 +39,3 @@ def test_normalize_takes_bytes_and_colours_and_is_undone():
             torch.testing.assert_close(x[:, c], (clips[:, c].float() / 255 - mean[c]) / std[c])
         assert torch.equal(normalize(clips.float() / 255, config), x)
         torch.testing.assert_close(unnormalize(x, config) * 255, clips.float())
-
-
-def test_soft_targets():
-    labels, logits = torch.tensor([2, 0, 4, 4]), torch.randn(4, 5)
-    for row, label in zip(soft_targets(labels, 5, 0.1), labels):
-        assert row.tolist() == pytest.approx([0.92 if c == label else 0.02 for c in range(5)])
-    smoothed = F.cross_entropy(logits, labels, label_smoothing=0.1)
-    torch.testing.assert_close(F.cross_entropy(logits, soft_targets(labels, 5)), smoothed)
