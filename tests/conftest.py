@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(REPO))
 import common
 from common import RowGenerator, UserError, parse_config, to_float01, toy_video
 
+torch.set_num_threads(1)                                                   # as `start` does: the same numbers
 SHARED = REPO.parent / "shared"                                            # golden numbers, real clips: or tests skip
 
 
@@ -108,10 +110,20 @@ def workplace(tmp_path_factory):
     return place
 
 
+@pytest.fixture
+def here(workplace, monkeypatch):
+    """In the workplace."""
+    monkeypatch.chdir(workplace)
+
+
 def run(script, *argv):
     """The script's main in this process."""
-    module = importlib.import_module(script)
-    module.main(parse_config(module.Config, module.RECIPES, [str(a) for a in argv]))
+    module, handlers = importlib.import_module(script), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        module.main(parse_config(module.Config, module.RECIPES, [str(a) for a in argv]))
+    finally:
+        for number, handler in handlers.items():                            # the loop has put its own there
+            signal.signal(number, handler)
 
 
 def start(script, *argv, processes=1, cwd=None, **variables):
@@ -163,3 +175,10 @@ def miniature(data, root):
         train, test = split(lambda i, n: f"P0{i}_01,00:00:00.50,00:00:02.50,{i % 2},3",
                             "video_id,start_timestamp,stop_timestamp,verb_class,noun_class\n")
         put(root, {"EPIC_100_train.csv": train, "EPIC_100_validation.csv": test})
+
+
+if __name__ == "__main__":                                                  # [[script, flags ...], ...]: one after another
+    shutdown, common.shutdown = common.shutdown, lambda: None               # in the same processes
+    for script, *argv in json.loads(sys.argv[1]):
+        run(script, *argv)
+    shutdown()

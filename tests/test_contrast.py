@@ -21,7 +21,6 @@ from common import (BACKBONES, Bottleneck, Queue, ResNet3D, VITS, blur, colour_j
                     load_weights, make_backbone, make_optimizer, parse_config, random_resized_crop, resume_or_init)
 from conftest import FakeFlow, error_of, noise, run, seeded
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
 METHODS = dict(fame=fame.FAME, mcl=mcl.MCL, modist=modist.MoDist)
 MODULES = dict(fame=fame, mcl=mcl, modist=modist)

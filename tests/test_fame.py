@@ -16,8 +16,6 @@ from conftest import golden_arrays, noise, numbers, seeded, tiny_video
 from fame import (FAME, RECIPES, Config, colour_bins, derangement, foreground_mask, frame_difference, info_nce, merge,
                   preview, sample_clips, spread)
 
-torch.set_num_threads(1)
-
 
 def tiny(**changes):
     torch.manual_seed(0)

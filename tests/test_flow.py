@@ -11,7 +11,6 @@ import common
 from common import FlowEstimator, read_clips, spatial_gradient, toy_video, tvl1, warp
 from conftest import SHARED, error_of, seeded, toy_clips, toy_flow
 
-torch.set_num_threads(1)
 RAFT = SHARED / "weights" / "raft_small.pth"
 needs_raft = pytest.mark.skipif(not RAFT.exists(), reason=f"{RAFT} is not here")
 

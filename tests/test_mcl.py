@@ -16,7 +16,6 @@ from mcl import (GRID, MCL, Config, alignment_loss, alignment_map, clip_map, hot
                  motion_target, preview, random_starts, sample_clips, split, tournament)
 from test_contrast import with_statistics
 
-torch.set_num_threads(1)
 VIT = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3)
 
 

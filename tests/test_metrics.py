@@ -193,7 +193,6 @@ def slow_map(found, real, class_ids, excluded, iou, cap):
     return sum(valid) / len(valid), result
 
 
-
 def scene(seed):
     """Rows of detections and of true boxes: detections near them, doubles, strays and boxes of no area."""
     rng, true, found = random.Random(seed), [], []

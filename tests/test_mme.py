@@ -14,7 +14,6 @@ from mme import (MME, NOISE, MaskedAutoencoder, frames_to_read, grid_points, hog
 from mofo import motion_tube_mask
 from conftest import error_of, golden_arrays, seeded, toy_clips, toy_flow
 
-torch.set_num_threads(1)
 TINY = dict(image_size=32, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3, decoder_dim=12,
             decoder_depth=1, decoder_heads=2)                                   # 2 x 4 x 4 tokens, 22 are hidden
 

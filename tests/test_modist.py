@@ -16,8 +16,6 @@ from conftest import FakeFlow, error_of, noise, numbers, run, seeded, tiny_video
 from modist import Config, MoDist, flow_edges, info_nce, motion_maps, preview, projection, sample_clips, two_starts
 from test_contrast import tiny
 
-torch.set_num_threads(1)
-
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed))

@@ -13,7 +13,6 @@ from mofo import MOFO, MaskedAutoencoder, find_motion, motion_box, motion_map, m
 from conftest import golden_arrays, seeded, toy_clips
 from test_flow import slow_gradient
 
-torch.set_num_threads(1)
 TINY = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3, decoder_dim=12,
             decoder_depth=1, decoder_heads=2)                                   # 2 x 2 x 2 tokens
 MEAN, STD = (torch.tensor(v).view(3, 1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

@@ -7,19 +7,19 @@ import shutil
 import signal
 import socket
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import common
 import fame
-import finetune
 import mofo
 from common import parse_config
 from conftest import REPO, error_of, lines, losses, miniature, run, seeded, start
 
-torch.set_num_threads(1)                                                # as `start` does: the same numbers, bit for bit
 SCRIPTS = ["mofo", "mme", "fame", "mcl", "modist"]
 CONTRASTIVE = ("fame", "mcl", "modist")
 TINY = ("--toy-train 24 --toy-test 16 --image-size 32 --batch 8 --workers 0 --steps 5 --save-every 2 "
@@ -37,12 +37,7 @@ TRAINED = "runs/reference-mofo/last.pt"                                # once `r
 CPU = common.Env(torch.device("cpu"), 0, 1, None)
 
 
-@pytest.fixture(autouse=True)
-def here(workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
-    yield
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)                       # the loop has put its own handlers there
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture(scope="session")
@@ -106,13 +101,18 @@ def test_a_process_that_is_stopped_or_killed_goes_on_from_its_last_checkpoint(sc
     assert losses(argv[-1]) == reference(script)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_give_the_losses_of_one(script, reference):
-    out = f"runs/two-{script}"
-    process = start(script, *TINY, *EXACT[script], "--out", out, processes=2)
+def test_two_processes_give_the_losses_and_results_of_one(reference):
+    expected = {script: reference(script) for script in SCRIPTS}
+    knn = f"--toy-train 24 --toy-test 15 --mode knn --init {TRAINED} --workers 0 --test-batch 4 --out".split()
+    run("finetune", *knn, "runs/one-knn")
+    jobs = [[script, *TINY, *EXACT[script], "--out", f"runs/two-{script}"] for script in SCRIPTS]
+    process = start("tests/conftest", json.dumps([*jobs, ["finetune", *knn, "runs/two-knn"]]), processes=2)
     text = process.communicate()[0]
     assert process.returncode == 0, text
-    assert losses(out) == pytest.approx(reference(script), rel=2e-5)
+    for script in SCRIPTS:
+        assert losses(f"runs/two-{script}") == pytest.approx(expected[script], rel=2e-5), script
+    one, two = (json.loads(Path(f"runs/{n}-knn/results.json").read_text()) for n in ("one", "two"))
+    assert one["per_class"] == two["per_class"] and one["videos"] == two["videos"] == 15
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -144,16 +144,17 @@ def nodes(script, *argv):
 
 def test_nodes_without_a_shared_disk_agree_on_the_step_or_stop(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv = "--toy-train 8 --toy-test 4 --batch 4 --workers 0 --steps 2 --save-every 1 --log-every 1".split()
-    codes, texts = nodes("mofo", *argv)
-    assert codes == [0, 0], texts                                       # each has written its toy data, its directory
+    argv = [*TINY, *EXACT["mofo"], "--toy-train", 8, "--toy-test", 4, "--steps", 2]
+    with monkeypatch.context() as patched:
+        patched.setattr(mofo, "StopSignal", lambda: SimpleNamespace(received=True))     # after the first step
+        run("mofo", *argv, "--out", "node0/runs/mofo-toy")
+    codes, texts = nodes("mofo", *argv)                                 # one would go on at step 1, one start over
+    assert 0 not in codes and "at steps [1, 0]" in texts[0], texts
     assert all(len(list(Path(f"node{k}/data/toy/64px/train").glob("*.mp4"))) == 8 for k in (0, 1))
-    assert Path("node1/runs/mofo-toy").is_dir() and not Path("node1/runs/mofo-toy/last.pt").exists()
-    codes, texts = nodes("mofo", *argv)                                 # one would go on at step 2, one start over
-    assert 0 not in codes and "at steps [2, 0]" in texts[0], texts
-    shutil.copy("node0/runs/mofo-toy/last.pt", "node1/runs/mofo-toy/last.pt")
+    shutil.copytree("node0/runs", "node1/runs")
     codes, texts = nodes("mofo", *argv)
-    assert codes == [0, 0] and "continuing at step 2" in texts[0], texts
+    assert codes == [0, 0] and "continuing at step 1" in texts[0], texts
+    assert [len(losses(f"node{k}/runs/mofo-toy")) for k in (0, 1)] == [2, 1]            # only the first writes
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -268,8 +269,23 @@ def test_broken_videos_do_not_stop_a_run_but_too_many_do(workplace, tmp_path):
     assert "more than a fifth" in message and "bad_videos.txt" in message
 
 
+PLAN = common.Plan(8, 8, 1, 1, 10, 1.0, 0, 0.1, 0.0)
+
+
+@pytest.mark.parametrize("tried, bad, stops", [
+    (18, 16, False), (20, 8, False), (20, 10, True), (1000, 236, False), (1000, 238, True), (2, 2, True)])
+def test_a_fifth_of_broken_videos_is_counted_with_a_margin_of_three_deviations(tried, bad, stops, tmp_path):
+    log, errors = common.Log(tmp_path, CPU, PLAN, 0, 1), [f"{i}.mp4: broken" for i in range(bad // 2)]
+    half = dict(names=["a.mp4"] * (tried // 2 - len(errors)), errors=errors, read=torch.tensor([bad < tried]),
+                clips=torch.zeros(1), labels=torch.zeros(1))
+    if bad < tried:
+        log.next_batch(iter([half]))
+    with pytest.raises(common.UserError, match="more than a fifth") if stops else nullcontext():
+        log.next_batch(iter([half]))
+
+
 def test_three_losses_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
-    log = common.Log(tmp_path, CPU, common.Plan(8, 8, 1, 1, 10, 1.0, 0, 0.1, 0.0), 0, 1)
+    log = common.Log(tmp_path, CPU, PLAN, 0, 1)
     nan, inf = float("nan"), float("inf")
     steps = ((1.0, 1.0), (nan, 1.0), (1.0, 1.0), (inf, 1.0), (1.0, nan))            # loss, norm of the gradient
     assert [log.finite(*step, ["a"]) for step in steps] == [True, False, True, False, False]
@@ -351,18 +367,6 @@ def test_every_mode_of_finetune(backbone, reference):
     assert results["test"]["acc1_1x2"] == results["finetune"]["acc1_1x2"]           # testing again gives the same
 
 
-def test_two_processes_test_like_one(reference):
-    reference("mofo")
-    argv = ["--toy-train", 24, "--toy-test", 15, "--mode", "knn", "--init", TRAINED, "--workers",
-            0, "--test-batch", 4]
-    run("finetune", *argv, "--out", "runs/knn1")
-    process = start("finetune", *argv, "--out", "runs/knn2", processes=2)
-    text = process.communicate()[0]
-    assert process.returncode == 0, text
-    one, two = (json.loads(Path(f"runs/knn{n}/results.json").read_text()) for n in (1, 2))
-    assert one["per_class"] == two["per_class"] and one["videos"] == two["videos"] == 15
-
-
 def test_a_test_video_that_cannot_be_read_counts_as_wrong_and_is_named(workplace, tmp_path, reference):
     reference("mofo")
     for split, i in [("train", i) for i in range(12)] + [("val", i) for i in range(6)]:
@@ -376,24 +380,3 @@ def test_a_test_video_that_cannot_be_read_counts_as_wrong_and_is_named(workplace
     assert results["acc1_1x1"] == pytest.approx(500 / 6)
     assert results["per_class"] == {"even": 100.0, "odd": pytest.approx(200 / 3)}
     assert len(results["unreadable"]) == 1 and "3.mp4" in results["unreadable"][0]
-
-
-def test_linear_probe_solves_what_is_linear_and_knn_votes():
-    labels = torch.arange(90) % 3
-    features = torch.randn(90, 8, generator=seeded()) + 4 * torch.eye(8)[labels]
-    logits = finetune.fit_linear(features, labels, 3, 1e-3)(features)
-    assert (logits.argmax(1) == labels).float().mean() > 0.98
-    assert (finetune.knn_scores(features, labels, features, 3, k=1).argmax(1) == labels).all()
-    slow, unit = torch.zeros(90, 3), features / features.norm(dim=1, keepdim=True)
-    for q in range(90):
-        for i in sorted(range(90), key=lambda i: -float(unit[q] @ unit[i]))[:5]:
-            slow[q, labels[i]] += torch.exp(unit[q] @ unit[i] / 0.07)
-    torch.testing.assert_close(finetune.knn_scores(features, labels, features, 3, k=5), slow, rtol=1e-3, atol=1e-3)
-
-
-def test_accuracy_counts_unread_as_wrong_and_skips_absent_classes():
-    scores, read = torch.eye(6)[[0, 1, 2, 0, 1]], torch.tensor([True, True, False, True, True])
-    result = finetune.accuracy(scores, read, torch.tensor([0, 1, 2, 1, 1]), list("abcdef"))
-    assert result["acc1"] == pytest.approx(60)
-    assert result["per_class"] == pytest.approx({"a": 100, "b": 200 / 3, "c": 0})
-    assert result["mean_class"] == pytest.approx((100 + 200 / 3) / 3)
