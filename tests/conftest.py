@@ -1,6 +1,9 @@
 """What several test files share: where things are, miniature videos, runs in this process and in others."""
+import functools
 import importlib
+import inspect
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +20,9 @@ sys.path.insert(0, str(REPO))
 import common
 from common import RowGenerator, UserError, parse_config, to_float01, toy_video
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                                    # fp32 of the CPU is compared with loops
 torch.set_num_threads(1)                                                   # as `start` does: the same numbers
+inspect.getsource = functools.cache(inspect.getsource)                     # slow, and each Config needs it
 SHARED = REPO.parent / "shared"                                            # golden numbers, real clips: or tests skip
 
 
@@ -74,6 +79,19 @@ def noise(*shape, seed=0, least=0.0, most=1.0, dtype=torch.float32):
     return least + (most - least) * torch.rand(*shape, generator=seeded(seed), dtype=dtype)
 
 
+def scrambled(module, scale=0.3):
+    """The module with all parameters and running statistics random: nothing is 0 or 1 by initialisation."""
+    g = seeded()
+    with torch.no_grad():
+        for p in module.parameters():
+            size = scale if p.ndim < 2 else scale / math.sqrt(p[0].numel())
+            p.copy_(torch.randn(p.shape, generator=g) * size + (p.ndim < 2))
+        for name, b in module.named_buffers():
+            if "running" in name:
+                b.copy_(torch.rand(b.shape, generator=g) + 0.5)
+    return module.eval()
+
+
 class FakeFlow:
     """In place of a FlowEstimator: numbers made of the colours of both frames; it keeps what it was asked for."""
 
@@ -118,7 +136,8 @@ def here(workplace, monkeypatch):
 
 def run(script, *argv):
     """The script's main in this process."""
-    module, handlers = importlib.import_module(script), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    module = importlib.import_module(script)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         module.main(parse_config(module.Config, module.RECIPES, [str(a) for a in argv]))
     finally:
@@ -159,7 +178,7 @@ def miniature(data, root):
         lines = [line(i, name) + "\n" for i, name in enumerate(names)]
         return head + "".join(lines[:5]), head + "".join(lines[5:])
     if data == "k400":
-        train, test = split(lambda i, n: f'"class {i % 2}",{n[:11]},10,20,x', "label,youtube_id,time_start,time_end,x\n")
+        train, test = split(lambda i, n: f'"class {i % 2}",{n[:11]},10,20,x', "label,youtube_id,time_start,time_end\n")
         put(root, {"train.csv": train, "val.csv": test})
     elif data == "ssv2":
         rows = [dict(id=str(i), template=f"Moving [something] {i % 2}") for i in range(7)]
@@ -177,7 +196,7 @@ def miniature(data, root):
         put(root, {"EPIC_100_train.csv": train, "EPIC_100_validation.csv": test})
 
 
-if __name__ == "__main__":                                                  # [[script, flags ...], ...]: one after another
+if __name__ == "__main__":                                                  # [[script, flags ...], ...] in turn,
     shutdown, common.shutdown = common.shutdown, lambda: None               # in the same processes
     for script, *argv in json.loads(sys.argv[1]):
         run(script, *argv)

@@ -2,7 +2,6 @@
 import copy
 import inspect
 import math
-import signal
 from itertools import product
 
 import numpy as np
@@ -17,8 +16,8 @@ import common
 import fame
 import mcl
 import modist
-from common import (BACKBONES, Bottleneck, Queue, ResNet3D, VITS, blur, colour_jitter, crop_resize, ema_update,
-                    load_weights, make_backbone, make_optimizer, parse_config, random_resized_crop, resume_or_init)
+from common import (Bottleneck, Queue, ResNet3D, blur, colour_jitter, crop_resize, ema_update, load_weights,
+                    make_backbone, make_optimizer, parse_config, random_resized_crop, resume_or_init)
 from conftest import FakeFlow, error_of, noise, run, seeded
 
 CPU = torch.device("cpu")
@@ -425,6 +424,11 @@ def test_parameter_counts_are_those_of_the_papers():
     assert {name: count(on_meta(name)) for name in ("slow_r50", "r2plus1d_50", "r2plus1d_18")} == dict(
         slow_r50=31_672_128, r2plus1d_50=27_308_672, r2plus1d_18=31_300_125)
     assert count(on_meta("slow_r50", num_classes=101)) == 31_879_077
+    assert count(on_meta("slow_r50", width=1 / 8)) == 505_832
+    with torch.device("meta"):
+        motion = ResNet3D("motion_r50", 1 / 8, 224, 16)
+        assert motion.forward_map(torch.zeros(2, 3, 16, 224, 224)).shape == (2, 256, 8, 7, 7)
+    assert count(motion) == 378_856
 
 
 @pytest.mark.parametrize("name, frames, size, expected", [
@@ -439,36 +443,6 @@ def test_networks_give_maps_can_be_rebuilt_from_their_config_and_take_a_head(nam
     assert type(again) is type(net) and all(isinstance(v, (str, int, float, tuple)) for v in net.config.values())
     extra = {k for k in classifier.state_dict() if k not in shapes and not k.startswith("fc_norm.")}
     assert extra == {"head.weight", "head.bias"} and classifier(clips).shape == (2, 5)
-
-
-@pytest.mark.parametrize("name", ["resnet50", "", "vit", "R3D_18"])
-def test_an_unknown_backbone_is_named_with_the_choices(name):
-    message = error_of(make_backbone, name, 64, 8)
-    assert f"--backbone {name}:" in message and all(choice in message for choice in (*VITS, *BACKBONES))
-
-
-@pytest.mark.parametrize("name", ["slow_r50", "r2plus1d_50"])
-def test_width_multiplies_all_channels_and_stays_in_the_config(name):
-    full, narrow = on_meta(name), on_meta(name, width=0.125)
-    assert narrow.dim == 256 and narrow.config["width"] == 0.125
-    for (key, a), b in zip(full.state_dict().items(), narrow.state_dict().values(), strict=True):
-        channels = [3 if n == 3 else n // 8 for n in a.shape[:2]]
-        assert b.shape == (*channels, *a.shape[2:]), key
-
-
-def test_kernels_in_time():
-    with torch.device("meta"):
-        motion = ResNet3D("motion_r50", 1 / 8, 224, 16)
-        assert motion.forward_map(torch.zeros(2, 3, 16, 224, 224)).shape == (2, 256, 8, 7, 7)
-    for net, first, split in ((on_meta("slow_r50"), (1, 1, 3, 3), False), (motion, (1, 1, 1, 1), False),
-                              (on_meta("r2plus1d_50"), (1, 1, 1, 1), True)):
-        assert net.stem.conv1.kernel_size == (4 if split else 5, 7, 7)
-        assert net.stem.conv1.stride == (4 if split else 2, 2, 2)
-        for i, time in enumerate(first):
-            for block in getattr(net, f"layer{i + 1}"):
-                kernels = [m.kernel_size for m in block.modules() if isinstance(m, nn.Conv3d)]
-                expected = [(time, 1, 1), (1, 3, 3), *[(3, 1, 1)] * split, (1, 1, 1)]
-                assert kernels == expected + [(1, 1, 1)] * (block.downsample is not None)
 
 
 def test_blocks_of_slow_r50_start_as_the_identity():
@@ -652,14 +626,6 @@ def test_optimizers_train_all_but_the_keys_and_decay_what_they_should(name, nest
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 SMALL = "--toy-train 24 --toy-test 16 --batch 4 --steps 2 --workers 0 --log-every 1 --queue 30 --no-compile".split()
-
-
-@pytest.fixture
-def here(workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
-    yield
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)                               # the loop has put its own there
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @each_method

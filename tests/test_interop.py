@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import error_of
+from conftest import error_of, scrambled, seeded
 
 import common
 import fame
@@ -36,23 +36,13 @@ ODD = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 NAMES = ["brush hair", "Kitchen: \"put\"", "zwölf"]
 
 
-@torch.no_grad()
-def randomized(model):
-    """No tensor stays 0 or 1: what is dropped, exchanged or left new is then seen in the outputs."""
-    generator = torch.Generator().manual_seed(1)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        p.copy_(noise * (0.15 if p.ndim > 1 else 0.5) + name.endswith("norm.weight"))
-    return model.eval()
-
-
 def small_vit(classes=0, **change):
-    return randomized(ViT(**SIZES | change, num_classes=classes))
+    return scrambled(ViT(**SIZES | change, num_classes=classes))
 
 
 def tiny(classes=0, **settings):
     """vit_tiny at 32 pixels: files that do not say their sizes can be named."""
-    return randomized(make_backbone("vit_tiny", 32, 4, classes, **settings))
+    return scrambled(make_backbone("vit_tiny", 32, 4, classes, **settings))
 
 
 def network_of(path, mode="extract", outputs=0, classes=None, **settings):
@@ -63,7 +53,7 @@ def network_of(path, mode="extract", outputs=0, classes=None, **settings):
 
 
 def clips(B=2):
-    return torch.randn(B, 3, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    return torch.randn(B, 3, 4, 32, 32, generator=seeded())
 
 
 def state_of(model):
@@ -248,7 +238,7 @@ NETWORKS = {"classifier": lambda: ViT(**SIZES, num_classes=3), "encoder": lambda
 @pytest.mark.parametrize("target", NETWORKS)
 @pytest.mark.parametrize("source", NETWORKS)
 def test_every_file_fits_every_network_of_ours(tmp_path, source, target, theirs):
-    ours, network = state_of(randomized(NETWORKS[source]())), NETWORKS[target]()
+    ours, network = state_of(scrambled(NETWORKS[source]())), NETWORKS[target]()
     renamed = huggingface_names(ours, "" if source == "encoder" else "videomae.")
     torch.save(renamed if theirs else dict(model=ours), tmp_path / "file")
     fresh, report, got = state_of(network), load_weights(network, tmp_path / "file"), network.state_dict()

@@ -15,6 +15,7 @@ from conftest import FakeFlow, error_of, golden_arrays, noise, numbers, seeded, 
 from mcl import (GRID, MCL, Config, alignment_loss, alignment_map, clip_map, hot_box, motion_boundary, motion_crop,
                  motion_target, preview, random_starts, sample_clips, split, tournament)
 from test_contrast import with_statistics
+from test_flow import slow_gradient
 
 VIT = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3)
 
@@ -22,16 +23,8 @@ VIT = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=
 # ---- motion maps -----------------------------------------------------------------------------------------------------
 
 def slow_boundary(flow):
-    """flow (T, 2, h, w) -> (h, w): Prewitt gradients of the sum over time, one pixel after the other."""
-    T, _, h, w = flow.shape
-    out = np.zeros((h, w))
-    for i, j, c in product(range(h), range(w), range(2)):
-        def at(dy, dx):
-            return sum(flow[t, c, min(max(i + dy, 0), h - 1), min(max(j + dx, 0), w - 1)] for t in range(T))
-        gx = sum(at(k, 1) - at(k, -1) for k in (-1, 0, 1)) / 6
-        gy = sum(at(1, k) - at(-1, k) for k in (-1, 0, 1)) / 6
-        out[i, j] += math.sqrt(gx ** 2 + gy ** 2)
-    return out
+    """flow (T, 2, h, w) -> (h, w): lengths of Prewitt gradients of the sum over time."""
+    return sum(np.hypot(*slow_gradient(component)) for component in flow.sum(0))
 
 
 def slow_cells(image, gh, gw):

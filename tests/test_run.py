@@ -202,6 +202,11 @@ MISTAKES = [
     (["mcl"], "--backbone s3d", "s3d", "align"), (["mcl"], "--attention hard", "hard", "softmax"),
     (["mcl"], "--frames 10", "10 frames"), (["mcl"], "--momentum 1.5"), (["mcl"], "--frame-width 16"),
     (["modist"], "--stride 3", "--motion-stride 2"), (["modist"], "--motion-input edges", "edges", "frame_diff"),
+    (["modist"], "--frames 4 --motion-frames 8 --stride 4 --motion-stride 3", "--motion-stride 3"),
+    (["modist"], "--frames 4 --motion-frames 6 --stride 3", "multiple"),
+    (["modist"], "--frames 4 --motion-frames 2 --stride 2 --motion-stride 4", "multiple"),
+    (["modist"], "--frames 4 --motion-frames 9 --stride 4", "--motion-frames 9"),
+    (["modist"], "--max-crop 0.4 --min-crop 0.5"), (["modist"], "--max-shift 2 --min-shift 3"),
     (["finetune"], "--mode knn", "--init FILE"), (["finetune"], f"--mode guess --init {TRAINED}", "guess", "export"),
     (["finetune"], f"--views 3 --init {TRAINED}", "--views 3", "2x3"),
     (["finetune"], f"--label taste --init {TRAINED}", "taste", "motion", "scene"),
@@ -210,12 +215,13 @@ MISTAKES = [
 
 @pytest.mark.parametrize("script, argv, words", [(script, argv, words) for scripts, argv, *words in MISTAKES
                                                  for script in scripts])
-def test_a_mistake_gets_one_line_that_names_it(script, argv, words, reference):
+def test_a_mistake_gets_one_line_that_names_it(script, argv, words, reference, tmp_path):
     reference("mofo")
     vit = ["--backbone", "vit_tiny"] if script in CONTRASTIVE else []
-    base = TINY[:4] if script == "finetune" else [*TINY, *vit, "--out", "runs/mistake", "--steps", 1]
+    base = TINY[:4] if script == "finetune" else [*TINY, *vit, "--out", tmp_path / "out", "--steps", 1]
     message = error_of(run, script, *base, *argv.split())
     assert all(word in message for word in words or [" ".join(argv.split()[:2])]), message
+    assert "motion" not in argv or not (tmp_path / "out").exists()      # found before anything is written
 
 
 def test_the_one_line_is_all_that_is_printed():
@@ -345,38 +351,3 @@ def test_a_published_layout_trains_and_tests(script, data, tmp_path):
         "--out", f"{out}-knn")
     results = json.loads(Path(f"{out}-knn/results.json").read_text())
     assert results["videos"] == 2 and len(results["unreadable"]) == 1   # the broken one, of the training videos
-
-
-# ---- fine-tuning -----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("backbone", ["vit_tiny", "r2plus1d_50"])
-def test_every_mode_of_finetune(backbone, reference):
-    reference("mofo")
-    init, results = TRAINED, {}
-    if backbone != "vit_tiny":
-        init = "runs/convolutional/last.pt"
-        run("fame", *TINY, *RESNET, "--steps", 1, "--out", "runs/convolutional")
-    argv = "--toy-train 24 --toy-test 16 --batch 8 --workers 0 --views 1x2 --log-every 1 --mode".split()
-    tuned = f"runs/finetune-{backbone}/last.pt"
-    for mode, start_from, more in (("linear", init, []), ("knn", init, []), ("finetune", init, ["--steps", 2]),
-                                   ("test", tuned, [])):
-        out = f"runs/{mode}-{backbone}"
-        run("finetune", *argv, mode, "--init", start_from, "--out", out, *more)
-        found = results[mode] = json.loads(Path(out, "results.json").read_text())
-        assert 0 <= found["acc1_1x2"] <= found["acc5_1x2"] <= 100 and found["videos"] == 16 and not found["unreadable"]
-    assert results["test"]["acc1_1x2"] == results["finetune"]["acc1_1x2"]           # testing again gives the same
-
-
-def test_a_test_video_that_cannot_be_read_counts_as_wrong_and_is_named(workplace, tmp_path, reference):
-    reference("mofo")
-    for split, i in [("train", i) for i in range(12)] + [("val", i) for i in range(6)]:
-        video = (workplace / f"data/toy/64px/train/{i:06d}.mp4").read_bytes()
-        file = tmp_path / split / ("even", "odd")[i % 2] / f"{i}.mp4"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(video[:600] if (split, i) == ("val", 3) else video)
-    run("finetune", "--data", tmp_path, "--mode", "knn", "--neighbours", 1, "--init", TRAINED,
-        "--workers", 0, "--views", "1x1", "--out", "runs/unreadable")
-    results = json.loads(Path("runs/unreadable/results.json").read_text())
-    assert results["acc1_1x1"] == pytest.approx(500 / 6)
-    assert results["per_class"] == {"even": 100.0, "odd": pytest.approx(200 / 3)}
-    assert len(results["unreadable"]) == 1 and "3.mp4" in results["unreadable"][0]
