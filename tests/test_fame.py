@@ -176,8 +176,6 @@ def test_the_mask_holds_the_sprite_on_toy_data(beta):
     assert np.mean(np.array(held) >= 0.85) >= 0.9
 
 
-# ---- merging ---------------------------------------------------------------------------------------------------------
-
 def test_merge_copies_every_pixel_from_one_clip_or_the_other_frame_by_frame():
     clips, permutation = noise(3, 3, 4, 5, 6), torch.tensor([2, 0, 1])
     mask = (noise(3, 5, 6, seed=1) < 0.4).float()
@@ -251,8 +249,6 @@ def test_loss_statistics_and_queue_equal_a_computation_by_hand(merged):
     assert model.queue.pointer == 0 and torch.equal(model.queue.keys[:8], negatives[:8])
     torch.testing.assert_close(model.queue.keys[8:], torch.tensor(k2 + k1), atol=1e-5, rtol=0)
 
-
-# ---- clips and preview -----------------------------------------------------------------------------------------------
 
 def test_pairs_of_clips_have_the_frames_of_their_stride_and_starts_of_their_own(tmp_path):
     cfg = Config(frames=4, stride=3, image_size=16, repeats=2)

@@ -36,8 +36,6 @@ def test_spatial_gradient_equals_loops_with_a_replicated_border(shape, options):
     torch.testing.assert_close(spatial_gradient(x, **options), expected, atol=1e-5, rtol=0)
 
 
-# ---- toy data --------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("label", range(-1, 8))
 def test_true_toy_flow_carries_the_last_frame_back_to_the_first(label):
     video, truth = toy_video(1, "train", label + 1, size=192, frames=16, label=label)   # large: warping loses little
@@ -56,8 +54,6 @@ def test_true_toy_flow_carries_the_last_frame_back_to_the_first(label):
         assert part.sum() > 300 and change[part].mean() > 0.004, "or the test would prove nothing"
         assert error[part].mean() < 0.3 * change[part].mean()
 
-
-# ---- TV-L1 -----------------------------------------------------------------------------------------------------------
 
 def waves(dx, dy, h=48, w=64):
     """A smooth image (3, h, w) in [0, 1] whose content is shifted by (dx, dy)."""
@@ -93,8 +89,6 @@ def test_flow_size_changes_the_grid_and_the_unit():
     expected = torch.tensor([3.0, 1.5])
     torch.testing.assert_close(flow[0, 0, :, 12:-12, 12:-12].mean((1, 2)), expected, atol=0.15, rtol=0)
 
-
-# ---- RAFT ------------------------------------------------------------------------------------------------------------
 
 def shifted_pair(height, width, dx=5, dy=3):
     """A real frame and itself moved by (dx, dy) pixels -> uint8 (1, 3, 2, height, width)."""

@@ -240,8 +240,6 @@ def test_patches_inside_are_equally_likely_and_so_are_those_outside():
         assert (hidden[side] - share).abs().max() < 4.5 * math.sqrt(share * (1 - share) / clips)
 
 
-# ---- target and loss -------------------------------------------------------------------------------------------------
-
 def slow_target(clip, p, t):
     """clip (3, T, H, W) in [0, 1] -> (N, t*p*p*3), per patch and colour; order (time, row, column, colour)."""
     tokens = []

@@ -231,18 +231,6 @@ def test_the_one_line_is_all_that_is_printed():
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "finetune"])
-def test_batch_and_epochs_count_videos_and_repeats_the_clips_of_each(script):
-    module = importlib.import_module(script)
-    flags = "--data k400 --repeats 2 --epochs 3 --batch 64 --device-batch 16 --frames 16".split()
-    plan = common.plan_run(parse_config(module.Config, module.RECIPES, flags), 640, CPU)
-    assert (plan.steps, plan.per_epoch, plan.micro, plan.accum) == (30, 10, 16, 4)
-    passes = [key for keys in common.step_batches(640, plan, CPU, 0) for key in keys]
-    assert len(passes) == 3 * 640 and len(set(passes)) == len(passes)   # every video once in each of the three
-    generator = plan.generator(CPU, 0, 0, 3)
-    assert generator.first == 96 and generator.total == 128             # rows are clips
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, "finetune"])
 def test_a_warm_up_longer_than_the_run_is_said(script, capsys):
     module = importlib.import_module(script)
     for argv, videos, said in (("--steps 3 --batch 8 --warmup-epochs 2", 16, "--warmup-epochs 2, of 2 steps each"),
@@ -335,8 +323,6 @@ def test_compiled_blocks_give_the_eager_result_without_recompiling():
             hidden = mofo.motion_tube_mask(none, none[:, 0] > 0, (2, 4, 4), 0.75, None, seeded(seed), 8)
             torch.testing.assert_close(model(clips, hidden)[1], eager(clips, hidden)[1], rtol=1e-5, atol=1e-6)
 
-
-# ---- published layouts -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, data", list(zip(SCRIPTS, ("ssv2", "k400", "ucf101", "hmdb51", "epic"))))
 def test_a_published_layout_trains_and_tests(script, data, tmp_path):
