@@ -110,8 +110,9 @@ def test_keys_and_their_running_statistics_are_moving_averages_of_update_keys(me
         for p in model.parameters():
             p.data.add_(p.requires_grad)
         model.update_keys()
+        trained = model.state_dict()
         for name, p in model.keys.named_parameters():
-            torch.testing.assert_close(p.data, 0.6 * before[name] + 0.4 * model.state_dict()[name])
+            torch.testing.assert_close(p.data, 0.6 * before[name] + 0.4 * trained[name])
         history.append(query.running_var.clone())                               # at first the mean of all so far
         later = 0.6 * before["encoder.stem.bn1.running_var"] + 0.4 * history[-1]
         torch.testing.assert_close(key.running_var, later if update > 2 else sum(history) / update)

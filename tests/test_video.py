@@ -151,7 +151,6 @@ MADE = {
     "open.ts": lambda p: write(p, x264=OPEN), "one_key.mp4": lambda p: write(p),
     "pyramid.mkv": lambda p: write(p, x264="bframes=8:b-adapt=2:ref=6:keyint=15"),
     "refresh.mp4": lambda p: write(p, x264="intra-refresh=1:keyint=12:bframes=0"),
-    "vfr.mp4": lambda p: write(p, pts=lambda i: i * i // 3 + i, x264=H264),
     "vfr.mkv": lambda p: write(p, pts=lambda i: i * i // 3 + i, x264=H264),
     "negative.mp4": lambda p: remux(p, later(-5 * 512), x264=OPEN),
     "late.mp4": lambda p: remux(p, later(7 * 512), x264=H264),
@@ -169,14 +168,11 @@ MADE = {
     "vp8.webm": lambda p: write(p, codec="libvpx", g="12"),
     "vp8_hidden.webm": lambda p: remux(p, hide, codec="libvpx", g="12"),
     "av1.mp4": lambda p: write(p, codec="libsvtav1", g="12", preset="12"),
-    "av1.mkv": lambda p: write(p, codec="libsvtav1", preset="12"),
     "mpeg4.avi": lambda p: write(p, codec="mpeg4", bf="2", g="12"),
     "mpeg4.mp4": lambda p: write(p, codec="mpeg4", bf="2", g="12"),
     "mpeg2.mpg": lambda p: write(p, codec="mpeg2video", bf="2", g="12"),
-    "mpeg2.mp4": lambda p: write(p, codec="mpeg2video", bf="2", g="12"),
     "msmpeg4.avi": lambda p: write(p, codec="msmpeg4v2", g="12"),
     "mjpeg.avi": lambda p: write(p, codec="mjpeg", fmt="yuvj420p"),
-    "keys.avi": lambda p: write(p, codec="mpeg4", g="10"),
     "b1.avi": lambda p: write(p, codec="mpeg4", bf="1", g="10", flags="+qpel"),
     "1x1.mkv": lambda p: write(p, 5, codec="ffv1", size=(1, 1), fmt="yuv444p"),
 }
@@ -185,7 +181,6 @@ ODD = {                                                                 # packet
     "left_out.avi": lambda p: remux(p, left_out, codec="mpeg4", g="12"), "h264.avi": lambda p: write(p, x264=OPEN),
     "no_pts.mp4": lambda p: remux(p, no_pts, x264=H264), "no_pts_open.mp4": lambda p: remux(p, no_pts, x264=OPEN),
     "all_keys.mp4": lambda p: remux(p, all_keys, x264=OPEN), "some_keys.mp4": lambda p: remux(p, some_keys, x264=OPEN),
-    "all_keys_vp9.mp4": lambda p: remux(p, all_keys, codec="libvpx-vp9", g="12"),
     "all_keys.avi": lambda p: remux(p, all_keys, codec="mpeg4", bf="2", g="12"), "old_x264.mp4": old_x264,
     "edit.mp4": lambda p: remux(p, later(-9 * 512), x264=OPEN), "cut_open.mkv": lambda p: remux(p, cut(9), x264=OPEN),
     "two_sizes.webm": two_sizes, "cover.mp4": cover,
@@ -196,7 +191,7 @@ REAL = ["arm_wrestling.mp4", "av1_video.mkv", "h265_video.mp4", "juggling.mp4", 
 CASES = ["big_small.webm", "copy_open.avi", "cover_first.mp4", "hflip.mp4", "neg.mkv", "noctts.mp4", "nostss.mp4",
          "nostss_vp9.mp4", "p10.mp4", "paff.mp4"]
 FAST = ["closed.mp4", "open.mp4", "open.ts", "pyramid.mkv", "vfr.mkv", "fragments.mp4", "10bit.mp4", "hevc.mp4",
-        "vp9.webm", "av1.mkv", "mpeg4.avi", "mpeg4.mp4", "keys.avi", "b1.avi", "packed.avi", "cover.mp4",
+        "vp9.webm", "av1.mp4", "mpeg4.avi", "mpeg4.mp4", "b1.avi", "packed.avi", "cover.mp4",
         "arm_wrestling.mp4", "pancake.mkv", "ucf_style.avi", "nasa_13013_rotated.mp4"]
 
 
@@ -256,7 +251,7 @@ def test_equals_decoding_everything(name, tmp_path):
     assert (info.frames, info.height, info.width) == (n, *frames[0].shape[:2])
     sets = [[0], [n - 1], [n - 1, 0, n - 1], list(range(n))[-20:], [min(n // 2 + 4 * k, n - 1) for k in range(16)]]
     sets += [[rng.randrange(n) for _ in range(rng.choice([1, 3, 8]))] for _ in range(6)]
-    sets += [[i] for i in (range(n) if name in ODD else rng.sample(range(n), 12) if name in CASES else [])]
+    sets += [[i] for i in (range(n) if name in ODD else rng.sample(range(n), 3) if name in CASES else [])]
     if len({f.shape for f in frames}) > 1:                              # read alone, frames have their own size
         sets = [[i] for indices in sets for i in indices]
     for indices in sets:
