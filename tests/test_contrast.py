@@ -617,8 +617,6 @@ def test_optimizers_train_all_but_the_keys_and_decay_what_they_should(name, nest
         make_optimizer("adam", model, 0.1, 0.1, CPU)
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
-
 SMALL = "--toy-train 24 --toy-test 16 --batch 4 --steps 2 --workers 0 --log-every 1 --queue 30 --no-compile".split()
 
 

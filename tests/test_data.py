@@ -265,11 +265,10 @@ def test_list_file_messages(tmp_path, lines, expected):
     ("ucf101", {**UCF_TEST, "classInd.txt": "1 HammerThrow"}, "trainlist01.txt"),
     ("ucf101", {"classInd.txt": "Hammering\n", "trainlist01.txt": "Hammering/v.avi 1\n"}, "classInd"),
     ("ucf101", {"classInd.txt": "1 Hammering\n", "trainlist01.txt": "Unknown/v.avi 1\n"}, "unknown"),
-    ("hmdb51", {"climb_test_split1.txt": "v.avi\n"}, "_test_split1"), ("k400", {"train.csv": "\n"}, "train.csv"),
+    ("hmdb51", {"climb_test_split1.txt": "v.avi\n"}, "_test_split1"),
     ("k400", {"train.csv": "youtube_id\nv\n"}, "label"), ("ssv2", {"labels.json": "{", "train.json": "[]"}, "JSON"),
     ("ssv2", {"labels.json": '{"A": "0"}', "train.json": '[{"id": "v", "template": "B"}]'}, "KeyError"),
     ("ssv2", {"labels.json": '{"A": "0"}', "train.json": '[{"id": 7, "template": ["A"]}]'}, "labels.json"),
-    ("epic", {"EPIC_100_train.csv": EPIC_HEAD + "P01_11_0,P01,P01_11\n"}, "EPIC"),
     ("epic", {"EPIC_100_train.csv": "video_id,start\nP01_11,1\n"}, "verb_class")])
 def test_annotations_that_are_missing_malformed_or_of_other_videos(tmp_path, data, files, words):
     put(tmp_path, files, ["renamed_1.avi", "P01_11.mp4"])
@@ -539,8 +538,6 @@ def test_settings_have_help_and_a_use_and_recipes_set_them_to_values_of_their_ty
         for name, value in recipe.items():
             assert type(value) in {type(defaults[name]), int if type(defaults[name]) is float else None}, name
 
-
-# ---- 7. Saving -------------------------------------------------------------------------------------------------------
 
 def save(path, step=1):
     model = autoencoder()

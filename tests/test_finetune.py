@@ -1013,8 +1013,6 @@ def test_a_file_of_class_names(lists, tune, tmp_path, capsys):
             run("finetune", *predict, *more)
 
 
-# ---- 11. Mistakes ----------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("argv, message", [
     *((f"--{setting}", setting.split()[0]) for setting in (
         "drops 60;120", "drops 60,", "randaugment timm", "recipe moco", "optimizer lamb", "average mean", "views 0x3",

@@ -390,15 +390,6 @@ def test_raft_s_weights_in_a_wrapper(tmp_path, key):
 
 # ---- 5. Heads and norms ----------------------------------------------------------------------------------------------
 
-def test_a_new_head_gets_a_new_norm_and_the_encoder_s_is_dropped(tmp_path):
-    save_pretrained(tmp_path / "file", tiny())
-    save_ours(tmp_path / "tuned", tuned := tiny(3))
-    for mode in ("finetune", "linear"):
-        network = network_of(tmp_path / "file", mode, 3, NAMES)
-        assert torch.equal(network.fc_norm.weight, torch.ones(192)) and "norm.weight" not in network.state_dict()
-        assert torch.equal(network_of(tmp_path / "tuned", mode, 3, NAMES).fc_norm.weight, tuned.fc_norm.weight)
-
-
 def test_detection_has_the_norm_of_the_tokens(tmp_path):
     for file, classes in (("encoder", 0), ("classifier", 3)):                   # of a classifier it is new, and trained
         save_ours(tmp_path / file, vit := tiny(classes))
@@ -427,6 +418,9 @@ def test_a_head_is_kept_only_for_the_same_classes(tmp_path, mode, classes):
     assert torch.equal(network.fc_norm.weight, vit.fc_norm.weight)
     save_as("module")(tmp_path / "public", vit)                                 # of classes without names
     assert not torch.equal(network_of(tmp_path / "public", mode, 3, classes).head.weight, vit.head.weight)
+    save_pretrained(tmp_path / "encoder", tiny())                               # its norm of tokens is dropped
+    network = network_of(tmp_path / "encoder", mode, 3, classes)
+    assert torch.equal(network.fc_norm.weight, torch.ones(192)) and "norm.weight" not in network.state_dict()
 
 
 @pytest.mark.parametrize("save", [save_ours, save_as("module")])
@@ -509,8 +503,6 @@ def test_fine_tuning_and_testing_normalize_by_them():
     finetune.Detector(vit, cfg)(dict(clips=grey, **people), None)
     assert len(seen) == 3 and shows_grey(seen)
 
-
-# ---- 7. transformers -------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", [{}, dict(image_size=48, patch_size=16, tubelet_size=4, dim=36, depth=3, heads=6)])

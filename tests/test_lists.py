@@ -1,5 +1,6 @@
 """AVA key frames and EPIC-KITCHENS-100 with two labels, in miniature trees of the published layouts."""
 import re
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -206,7 +207,7 @@ IDS = {18, 96}, {7, 299}, {"P18", "P32"}
 
 
 @pytest.mark.parametrize("gone", [None, 0, 1, 2])
-def test_a_subset_of_epic_without_file_is_empty_and_said(tmp_path, capsys, gone):
+def test_a_subset_of_epic_without_file_is_empty_and_said_and_one_of_another_form_a_message(tmp_path, capsys, gone):
     names = list(SUBSETS)
     put(tmp_path, {f"csv/EPIC_100_{name}.csv": text for i, (name, text) in enumerate(SUBSETS.items()) if i != gone})
     if gone is None:
@@ -214,10 +215,6 @@ def test_a_subset_of_epic_without_file_is_empty_and_said(tmp_path, capsys, gone)
     assert epic_subsets(tmp_path) == tuple(set() if i == gone else ids for i, ids in enumerate(IDS))
     said = re.findall(r"EPIC_100_(\w+)\.csv", capsys.readouterr().out)
     assert said == ([] if gone is None else [names[gone]])
-
-
-@pytest.mark.parametrize("name", SUBSETS)
-def test_a_subset_file_of_another_form_is_a_message(tmp_path, name):
-    for text in ("number\n18\n", "verb,noun\nput,plate\n"):
-        put(tmp_path, {f"EPIC_100_{name}.csv": text})
+    for name, text in product(reversed(names), ("number\n18\n", "verb,noun\nput,plate\n")):      # of another form
+        put(tmp_path, {f"csv/EPIC_100_{name}.csv": text})
         assert f"EPIC_100_{name}.csv: expected a column" in error_of(epic_subsets, tmp_path)

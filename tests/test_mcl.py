@@ -534,8 +534,6 @@ def test_split_vit_is_the_norm_of_the_mean_of_its_tokens():
         torch.testing.assert_close(X[:, :, t, i, j], seen["hidden"][:, 4 * t + 2 * i + j], atol=1e-5, rtol=1e-4)
 
 
-# ---- preview and schedule --------------------------------------------------------------------------------------------
-
 def test_preview_shows_the_crop_and_then_query_motion_and_look_at_its_start_and_end(monkeypatch):
     kept, model, batch = [], tiny().eval(), videos(4)
     monkeypatch.setattr(mcl, "save_sheet", lambda path, rows, tile: kept.append(rows))

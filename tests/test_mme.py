@@ -189,8 +189,6 @@ def test_shape_target_equals_slow_loops(gh, gw, cell, starts, L, size):
     torch.testing.assert_close(shape_target(maps, displacement, starts, cell), torch.from_numpy(expected).float())
 
 
-# ---- losses, mask ----------------------------------------------------------------------------------------------------
-
 def slow_position_loss(prediction, target, valid):
     """Tokens (n, 8 L) -> the specified sum over all tokens over their number."""
     total = 0

@@ -82,11 +82,6 @@ def filled(old, data):
     return packet
 
 
-def hide(i, packet):                                                    # VP8: clears show_frame in every 7th packet
-    data = bytes(packet)
-    return filled(packet, bytes([data[0] & ~16]) + data[1:]) if i % 7 == 3 else packet
-
-
 def left_out(i, packet):                                                # MPEG-4: a picture that is "not coded"
     if i % 12 != 7:
         return packet
@@ -166,13 +161,10 @@ MADE = {
     "hevc_cut.mp4": lambda p: remux(p, cut(9), x265="keyint=12:min-keyint=12:bframes=3:open-gop=1"),
     "vp9.webm": lambda p: write(p, codec="libvpx-vp9", g="12", **{"lag-in-frames": "16", "cpu-used": "8"}),
     "vp8.webm": lambda p: write(p, codec="libvpx", g="12"),
-    "vp8_hidden.webm": lambda p: remux(p, hide, codec="libvpx", g="12"),
     "av1.mp4": lambda p: write(p, codec="libsvtav1", g="12", preset="12"),
     "mpeg4.avi": lambda p: write(p, codec="mpeg4", bf="2", g="12"),
     "mpeg4.mp4": lambda p: write(p, codec="mpeg4", bf="2", g="12"),
     "mpeg2.mpg": lambda p: write(p, codec="mpeg2video", bf="2", g="12"),
-    "msmpeg4.avi": lambda p: write(p, codec="msmpeg4v2", g="12"),
-    "mjpeg.avi": lambda p: write(p, codec="mjpeg", fmt="yuvj420p"),
     "b1.avi": lambda p: write(p, codec="mpeg4", bf="1", g="10", flags="+qpel"),
     "1x1.mkv": lambda p: write(p, 5, codec="ffv1", size=(1, 1), fmt="yuv444p"),
 }
@@ -252,6 +244,7 @@ def test_equals_decoding_everything(name, tmp_path):
     sets = [[0], [n - 1], [n - 1, 0, n - 1], list(range(n))[-20:], [min(n // 2 + 4 * k, n - 1) for k in range(16)]]
     sets += [[rng.randrange(n) for _ in range(rng.choice([1, 3, 8]))] for _ in range(6)]
     sets += [[i] for i in (range(n) if name in ODD else rng.sample(range(n), 3) if name in CASES else [])]
+    sets = sets[::3] if name == "paff.mp4" else sets                    # of large pictures
     if len({f.shape for f in frames}) > 1:                              # read alone, frames have their own size
         sets = [[i] for indices in sets for i in indices]
     for indices in sets:
@@ -269,14 +262,10 @@ def test_equals_decoding_everything(name, tmp_path):
                 assert video.index_at((times[i] + stop) / 2 - times[0]) == i
 
 
-def test_info_and_index_at(clip):
+def test_info_index_crop_and_size(clip):
     with Video(clip) as video:
-        info = video.info
-        assert (info.frames, info.fps, info.height, info.width) == (60, 30, 120, 160) and abs(info.seconds - 2) < 1e-3
+        assert video.info == pytest.approx((60, 30, 120, 160, 2), abs=1e-3)
         assert [video.index_at(s) for s in (-1, 0, 0.999, 1, 1.034, 99)] == [0, 0, 29, 30, 31, 59]
-
-
-def test_crop_and_size(clip):
     frames, indices = read_clips(clip, [7, 30]), [7, 30, 7]
     boxes = [(11, 7, 91, 67), (0, 60, 80, 120), (0, 60, 80, 120)]
     cuts = [frames[0, 7:67, 11:91], frames[1, 60:120, :80], frames[0, 60:120, :80]]
