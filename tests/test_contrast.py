@@ -150,12 +150,6 @@ def test_queue_holds_the_last_keys_oldest_at_the_pointer(size, batches):
     assert queue.keys.data_ptr() == place and set(queue.state_dict()) == {"keys", "pointer"}
 
 
-def test_keys_that_are_not_finite_become_zero():
-    queue = Queue(4, 2)
-    queue.enqueue(torch.tensor([[math.nan, math.nan], [math.inf, 0.5], [-math.inf, -0.5]]))
-    assert queue.keys[:3].tolist() == [[0, 0], [0, 0.5], [0, -0.5]]
-
-
 @pytest.mark.parametrize("momentum, updates", [(0.9, None), (0.0, None), (0.9, 1), (0.9, 4), (0.9, 11), (0.0, 7)])
 def test_ema_moves_parameters_and_float_buffers(momentum, updates):
     def net(seed):
@@ -174,7 +168,10 @@ def test_ema_moves_parameters_and_float_buffers(momentum, updates):
     assert same(source.state_dict(), given)
 
 
-def test_statistics_that_are_not_finite_do_not_reach_the_keys():
+def test_keys_that_are_not_finite_become_zero_and_statistics_do_not_reach_the_keys():
+    queue = Queue(4, 2)
+    queue.enqueue(torch.tensor([[math.nan, math.nan], [math.inf, 0.5], [-math.inf, -0.5]]))
+    assert queue.keys[:3].tolist() == [[0, 0], [0, 0.5], [0, -0.5]]
     target, source = nn.BatchNorm3d(4), nn.BatchNorm3d(4)
     source.running_mean.fill_(3)[0] = math.nan                                  # as a step that was skipped leaves it
     ema_update(target, source, 0.5)

@@ -340,15 +340,12 @@ def test_the_number_of_workers_changes_nothing(items, workers):
     assert torch.equal(clips[:2], clips[10:])  # the same key, the same two clips
 
 
-def test_epochs_and_repeats_draw_new_clips(items):
+def test_epochs_repeats_and_seeds_draw_new_clips(items):
     clips = read_all(items, [(epoch, 0) for epoch in range(6)], 0)[0]                   # (12, T, H, W, 3), two per key
     starts = numbers(clips)[:, 0]
     assert clips.shape == (12, 4, 16, 16, 3) and clips.dtype == torch.uint8
     assert len(set(starts)) > 5 and (starts[0::2] != starts[1::2]).any()
     assert (np.diff(numbers(clips)) == CLIP.stride).all()
-
-
-def test_a_seed_gives_other_clips(items):
     first, second = (Clips(items, lambda video, item, rng: rng.random(8)[None], seed)[0, 0][0] for seed in (0, 1))
     assert (first != second).all()
 

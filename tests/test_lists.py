@@ -72,7 +72,7 @@ def test_ava_test_takes_detected_people_and_keeps_all_of_the_truth(tmp_path):
     low, _ = ava_listing(tmp_path, "test", min_score=0.5)
     assert [(item.frame, len(item.boxes)) for item in low.items] == [
         ("1j20qq1JyX4,0902", 3), ("1j20qq1JyX4,0903", 1), ("_-aBcDeFgHi,0950", 1)]
-    crlf, (own, _) = TRUTH.replace("\n", "\r\n"), ava_listing(tmp_path, "test", "gt")              # the people of the truth
+    crlf, (own, _) = TRUTH.replace("\n", "\r\n"), ava_listing(tmp_path, "test", "gt")
     assert [len(item.boxes) for item in own.items] == [2, 1, 1] and own.items[0].actions.sum(1).tolist() == [2, 1]
     again, _ = ava_listing(ava(tmp_path, {VAL: "\ufeff" + crlf + "\r\n"}), "test", "gt")
     assert [item.frame for item in again.items] == [item.frame for item in own.items]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import Clips, Item, Video, VideoError, multi_scale_crop, probe, read_clips
+from common import Video, VideoError, probe, read_clips
 from conftest import SHARED
 
 H264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
@@ -244,7 +244,7 @@ def test_equals_decoding_everything(name, tmp_path):
     sets = [[0], [n - 1], [n - 1, 0, n - 1], list(range(n))[-20:], [min(n // 2 + 4 * k, n - 1) for k in range(16)]]
     sets += [[rng.randrange(n) for _ in range(rng.choice([1, 3, 8]))] for _ in range(6)]
     sets += [[i] for i in (range(n) if name in ODD else rng.sample(range(n), 3) if name in CASES else [])]
-    sets = sets[::3] if name == "paff.mp4" else sets                    # of large pictures
+    sets = sets[::5] if name == "paff.mp4" else sets                    # of large pictures
     if len({f.shape for f in frames}) > 1:                              # read alone, frames have their own size
         sets = [[i] for indices in sets for i in indices]
     for indices in sets:
@@ -351,15 +351,6 @@ def test_damaged_files(tmp_path):
                     assert last.ndim == 4 and frames >= 1 and height >= 1 and width >= 1
             except VideoError as error:
                 assert str(error).startswith(str(path))
-
-
-def test_smallest_picture(tmp_path):
-    """A crop of it is not empty: that would end a run."""
-    def sample(video, item, rng):
-        return video.read([0], (8, 8), multi_scale_crop(video.info.height, video.info.width, rng))[None]
-
-    dataset = Clips([Item(str(make("1x1.mkv", tmp_path)))], sample, replace=False)
-    assert all(dataset[epoch, 0][0].shape == (1, 1, 8, 8, 3) for epoch in range(20))
 
 
 @pytest.mark.parametrize("indices, crop, text", [
