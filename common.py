@@ -43,7 +43,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_large, raft_small
 from torchvision.ops import StochasticDepth
 from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid, save_image
 from tqdm import tqdm
@@ -237,13 +236,11 @@ def rand(rows, *shape, generator=None, device="cpu"):
 # ---- 3. Video ------------------------------------------------------------------------------------------------------
 
 # Frame n is the n-th frame that decoding the whole file yields.  The fast way trusts the packets and decodes from the
-# key packet before a wanted frame on, as long as all is as it should be.  What is odd takes the sure way: decode from
-# the start and count.  mp4 and mov list their packets in the header, so only the groups (a key packet up to the next
-# one) that hold wanted frames are read, whatever the length.  Of other files all packets are read, though not decoded.
-# Long videos are better copied once: `ffmpeg -i a.mkv -c copy a.mp4`.
+# key packet before a wanted frame on.  What is odd takes the sure way: decode from the start and count.  mp4 and mov
+# list their packets in the header, so only the groups (a key packet up to the next one) that hold wanted frames are
+# read; of other files all packets are, though not decoded: copy long ones once, `ffmpeg -i a.mkv -c copy a.mp4`.
 
 FAST = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4"}             # codecs in which a packet is a frame, as a rule
-BYTE_PLANES = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
 
 
 class VideoError(ValueError):
@@ -263,6 +260,7 @@ class Video(contextlib.AbstractContextManager):
 
     def __init__(self, path):
         self.path, self.file, self.counted = os.fspath(path), None, False   # counted: it takes the sure way
+        self.crop_filter = functools.cache(_crop_filter)
         self._either_way(lambda: self.counted or self._list_packets())
 
     def __exit__(self, *_):
@@ -319,7 +317,9 @@ class Video(contextlib.AbstractContextManager):
         else:
             packets = [head, *packets]
             self.times = sorted(p.dts if p.pts is None else p.pts for p in packets)
-            self.packets, self.total = _mpeg4_pictures(packets) if codec.name == "mpeg4" else packets, len(packets)
+            self.packets, self.total = packets, len(packets)
+            if codec.name == "mpeg4":
+                self.packets = _mpeg4_pictures(packets, self.stream)
             shown = {p.pts for p in self.packets if not p.is_discard}
             fast &= len(shown) == self.total and self.packets[0].pts == min(shown)
         if not fast:
@@ -327,9 +327,8 @@ class Video(contextlib.AbstractContextManager):
 
     @property
     def info(self):
-        seconds = max(0, (self.stream.duration or 0) * self.stream.time_base) or max(0, self.file.duration or 0) / 1e6
-        return VideoInfo(self.total, float(self.rate), self.first.height, self.first.width,
-                         float(seconds or self.total / self.rate))
+        seconds = max(0, self.file.duration or 0) / 1e6 or self.total / self.rate
+        return VideoInfo(self.total, float(self.rate), self.first.height, self.first.width, float(seconds))
 
     def _group(self, n):
         """The group that holds frame n -> [(packet, frame number)] in decode order; fails if it is not as listed."""
@@ -359,13 +358,11 @@ class Video(contextlib.AbstractContextManager):
         if self.times is not None:
             return max(bisect_right(self.times, self.times[0] + ticks) - 1, 0)
         now = self.stream.start_time + ticks
-        n = self.stream.index_entries.search_timestamp(now)                 # of the last key packet with dts <= now
-        while n >= 0:                                                       # pts >= dts: it is there or before
+        n, shown = self.stream.index_entries.search_timestamp(now), []      # of the last key packet with dts <= now
+        while n >= 0 and not shown:                                         # pts >= dts: it is there or before
             group = self._group(n)
-            if shown := [k for p, k in group if p.pts <= now]:
-                return max(shown)
-            n = min(k for _, k in group) - 1
-        return 0
+            n, shown = min(k for _, k in group) - 1, [k for p, k in group if p.pts <= now]
+        return max(shown, default=0)
 
     def _frames(self, wanted):
         """Set of frame numbers -> yields (number, frame), each once; fails if a frame is not the expected one."""
@@ -408,33 +405,28 @@ class Video(contextlib.AbstractContextManager):
     def read(self, indices, size=None, crop=None):
         """Frames `indices` (any order, repeats allowed) -> (len(indices), H, W, 3) uint8.
 
-        size (H, W) of the output or None; crop (x1, y1, x2, y2) in displayed pixels, x2 and y2 exclusive, or one box
-        per index; the same share of a frame of another size.  An index or box outside the video is a ValueError.
+        size (H, W) of the output or None; crop (x1, y1, x2, y2) in displayed pixels, or one box per index; the same
+        share of a frame of another size.  An index or box outside the video is a ValueError.
         """
         indices, (total, _, height, width, _) = [int(i) for i in indices], self.info
         if not indices or min(indices) < 0 or max(indices) >= total:
             raise ValueError(f"{self.path}: indices {indices} do not fit its {total} frames")
         boxes = np.broadcast_to((0, 0, width, height) if crop is None else crop, (len(indices), 4)).tolist()
-        for x1, y1, x2, y2 in boxes:
-            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-                raise ValueError(f"{self.path}: box {x1, y1, x2, y2} does not fit its {width} x {height} pixels")
+        if not all(0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height for x1, y1, x2, y2 in boxes):
+            raise ValueError(f"{self.path}: boxes {boxes} do not fit its {width} x {height} pixels")
         return self._either_way(self._read, indices, boxes, size)
 
     def _read(self, indices, boxes, size):
-        images, rows, filters = [None] * len(indices), {}, functools.cache(_crop_filter)
-        for row, n in enumerate(indices):
-            rows.setdefault(n, []).append(row)
+        images = [None] * len(indices)
         for n, frame in self._frames(set(indices)):
             frame = _upright(frame)
-            for row in rows.pop(n):
-                images[row] = self._cut(frame, boxes[row], size, filters)
-        if rows:
-            raise VideoError(f"damaged, frame {min(rows)} cannot be decoded")
-        if len({image.shape for image in images}) > 1:
-            raise VideoError("pictures of different sizes; give size")
+            for row in [row for row, index in enumerate(indices) if index == n]:
+                images[row] = self._cut(frame, boxes[row], size)
+        if any(image is None for image in images):
+            raise VideoError("damaged, not all of its frames can be decoded")
         return np.stack(images)
 
-    def _cut(self, frame, box, size, filters):
+    def _cut(self, frame, box, size):
         """Upright frame -> the box in it, (H, W, 3) uint8."""
         (x1, y1, x2, y2), first = box, self.first                           # sides change in some files
         x1, x2 = x1 * frame.width // first.width, -(-x2 * frame.width // first.width)
@@ -442,9 +434,10 @@ class Video(contextlib.AbstractContextManager):
         if size is None:
             return frame.to_ndarray(format="rgb24", threads=1)[y1:y2, x1:x2]
         if (x2 - x1, y2 - y1) != (frame.width, frame.height):
-            if frame.format.name not in BYTE_PLANES:                        # of others the filter mixes up the bytes
+            if frame.format.name not in ("yuv420p", "yuvj420p"):            # of some the filter mixes up the bytes
                 frame = frame.reformat(format="rgb24", threads=1)
-            crop = filters(frame.width, frame.height, frame.format.name, f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1")
+            box = f"{x2 - x1}:{y2 - y1}:{x1}:{y1}:exact=1"
+            crop = self.crop_filter(frame.width, frame.height, frame.format.name, box)
             crop.vpush(frame)
             frame = crop.vpull()
         return frame.reformat(size[1], size[0], "rgb24", interpolation="BILINEAR", threads=1).to_ndarray(threads=1)
@@ -470,30 +463,25 @@ def _upright(frame):
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
 
 
-def _mpeg4_pictures(packets):
-    """Packets of MPEG-4 Part 2 -> one for each picture, with its number on display as pts, which AVI does not tell.
-
-    In packed streams a picture may lie in the packet before its own, which is tiny then.  Fails for others.
-    """
-    begin, pictures, shown, waiting = b"\x00\x00\x01\xb6", [], [], []
-    for p in packets:
-        head, *coded = bytes(p).split(begin)
-        if p.size >= 20:
-            pictures += [head + begin + coded[0], *(begin + data for data in coded[1:])]
-    if len(pictures) - len(packets) not in (0, 1):                          # the last one may be cut off
+def _mpeg4_pictures(packets, stream):
+    """Packets of MPEG-4 Part 2 -> one for each picture, with its number on display as pts, which AVI does not tell."""
+    # In packed streams a picture may lie in the packet before its own, which is tiny then.
+    unpack, shown, waiting = av.bitstream.BitStreamFilterContext("mpeg4_unpack_bframes", stream), [], []
+    pictures = [picture for p in packets for picture in unpack.filter(p)]
+    if min(picture.size for picture in pictures) < 20:                      # of a picture that is left out
         raise VideoError
-    for i, data in enumerate(pictures[:len(packets)]):
-        kind, p = data[data.index(begin) + 4] >> 6, av.Packet(len(data))
-        p.update(data)
-        pictures[i], p.is_keyframe = p, kind == 0
+    for picture in pictures:
+        data = bytes(picture)
+        kind = data[data.index(b"\x00\x00\x01\xb6") + 4] >> 6
+        picture.is_keyframe = kind == 0
         if kind == 2:                                                       # a B-frame: shown at once
-            shown.append(p)
+            shown.append(picture)
         else:                                                               # shown when the next one that is none comes
             shown += waiting
-            waiting = [p]
-    for n, p in enumerate([*shown, *waiting]):
-        p.pts = n
-    return pictures[:len(packets)]
+            waiting = [picture]
+    for n, picture in enumerate(shown + waiting):
+        picture.pts = n
+    return pictures
 
 
 def probe(path):
@@ -526,8 +514,7 @@ class Listing(NamedTuple):
     summary: str
 
 
-VIDEO_FILES = {".mp4", ".m4v", ".mov", ".avi", ".webm", ".mkv", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts", ".flv",
-               ".wmv", ".3gp", ".ogv"}
+VIDEO_FILES = set(".mp4 .m4v .mov .avi .webm .mkv .mpg .mpeg .vob .ts .mts .m2ts .flv .wmv .3gp .ogv".split())
 SPLIT_DIRS = {"train": ("train", "videos_train", "train_video", "training"),
               "test": ("val", "test", "validation", "valid", "videos_val", "val_video", "testing")}
 LAYOUTS = {
@@ -538,19 +525,17 @@ LAYOUTS = {
     "epic": "P01_01.MP4 ... files and EPIC_100_train.csv, EPIC_100_validation.csv",
 }
 DATA_SETS = ("toy", *LAYOUTS, "ava")
-# What to predict, the first by default.
-LABELS = {"epic": ("verb", "noun", "action", "verb-noun"), "toy": ("motion", "scene")}
+LABELS = {"epic": ("verb", "noun", "action", "verb-noun"), "toy": ("motion", "scene")}         # the first by default
 
 
 def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
     """List a split of a data set in the layout in which it is downloaded -> Listing.
 
     data   toy, ucf101, hmdb51, k400, ssv2, epic; or a directory of videos; or a list file, see `_list_rows`
-    root   where the data set lies; None = $VIDEO_ROOT/<data>, else data/<data>.  Annotations and videos may lie
-           anywhere below and are joined by file stem.  For a list file: what its paths are relative to.
+    root   where the data set lies, see `data_root`.  Annotations and videos may lie anywhere below and are joined by
+           file stem.  For a list file: what its paths are relative to.
     split  train or test; toy also has train_biased, data of your own also all
-    label  what to predict where there is a choice: epic verb (default), noun, action, verb-noun (pairs of both); toy
-           motion (default), scene
+    label  what to predict where there is a choice, see LABELS; of verb-noun labels are pairs
     toy    for toy: videos to train on, to test on, side in pixels; they are made on first use
     fold   which of the three published divisions into train and test, for ucf101 and hmdb51
 
@@ -570,10 +555,6 @@ def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
     root = data_root(data, root)
     if data == "toy":
         return _toy(root, split, label, *toy)
-    expected = f"Expected there, in any depth: {LAYOUTS[data]}"
-    if not root.is_dir():
-        raise UserError(f"--data {data}: no directory {root}; name another with --root DIR, or set VIDEO_ROOT so that "
-                        f"$VIDEO_ROOT/{data} is it. {expected}")
     files, videos = {}, {}                                                 # annotation file by name, video by stem
     for path in list_files(root):
         found, key = files, path.name.lower()
@@ -585,14 +566,13 @@ def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
         rows, classes = READERS[data](files, split, label, fold)
         ids = {name.lower(): i for i, name in enumerate(classes)}          # ucf101: copies differ in HandstandPushups
         rows = [(key, ids[name.lower()] if isinstance(name, str) else name, *times) for key, name, *times in rows]
+        if not any(key in videos for key, *_ in rows):
+            raise LookupError(f"listed are {[key for key, *_ in rows[:2]]}, found {list(videos)[:2]}")
     except Exception as error:
         if isinstance(error, StopIteration) and split_dir(root, split):    # k400 without a list
             return _own_videos(root, None, split)
-        raise UserError(f"--data {data}: no annotations below {root}, or not as published ({type(error).__name__}: "
-                        f"{error}). {expected}") from None
-    if not any(key in videos for key, *_ in rows):
-        raise UserError(f"--data {data}: none of the {len(rows)} listed videos is below {root}. Listed: "
-                        f"{[r[0] for r in rows[:2]]}, found: {list(videos)[:2]}. {expected}")
+        raise UserError(f"--data {data}: {root} (--root DIR or VIDEO_ROOT name another) is not as published, "
+                        f"{type(error).__name__}: {error}. Expected there, in any depth: {LAYOUTS[data]}") from None
     return make_listing(f"{data} {split}", [(key, videos.get(key), *rest) for key, *rest in rows], classes)
 
 
@@ -617,12 +597,10 @@ def _size(path):
 
 def make_listing(what, rows, classes):
     """Rows (name, path or None, label[, start, stop]) -> Listing of the files with content; prints the counts."""
-    size = functools.cache(_size)                                          # many segments of a video
-    items = [Item(str(path), *rest) for _, path, *rest in rows if size(path)]
-    missing = list(dict.fromkeys(str(path or name) for name, path, *_ in rows if not size(path)))
-    empty = sum(size(path) == 0 for _, path, *_ in rows)
-    absent = len(rows) - len(items) - empty
-    summary = f"{what}: {len(rows)} listed, {len(items)} found, {absent} missing, {empty} empty"
+    sizes = [_size(path) for _, path, *_ in rows]
+    items = [Item(str(path), *rest) for (_, path, *rest), size in zip(rows, sizes) if size]
+    missing = list(dict.fromkeys(str(path or name) for (name, path, *_), size in zip(rows, sizes) if not size))
+    summary = f"{what}: {len(rows)} listed, {len(items)} found, {sizes.count(None)} missing, {sizes.count(0)} empty"
     if not items:
         raise UserError(f"{summary}: nothing to read {missing[:1]}")
     summary += f", {len(classes)} classes" if classes else ""
@@ -640,14 +618,10 @@ def _ucf101(files, split, label, fold):
 
 
 def _hmdb51(files, split, label, fold):
-    end, wanted, rows = f"_test_split{fold}.txt", "1" if split == "train" else "2", []
+    end, wanted = f"_test_split{fold}.txt", "1" if split == "train" else "2"
     classes = sorted(name.removesuffix(end) for name in files if name.endswith(end))
-    for name in classes:
-        for line in read_lines(files[name + end]):
-            video, code = line.rsplit(None, 1)                             # a few names hold spaces
-            if code == wanted:
-                rows.append((Path(video).stem.lower(), name))
-    return rows, classes
+    lines = [(name, *line.rsplit(None, 1)) for name in classes for line in read_lines(files[name + end])]
+    return [(Path(video).stem.lower(), name) for name, video, code in lines if code == wanted], classes
 
 
 def _k400(files, split, label, fold):
@@ -656,7 +630,8 @@ def _k400(files, split, label, fold):
     if "youtube_id" not in read_lines(path)[0]:                            # VideoMAE's form: path label
         rows, classes = _list_rows(path)
         return [(Path(video).stem[:11], number) for video, number in rows], classes
-    rows = [(row["youtube_id"].strip(), row["label"].replace("_", " ").strip()) for row in read_table(path)]
+    table = csv.DictReader(read_lines(path))
+    rows = [(row["youtube_id"].strip(), row["label"].replace("_", " ").strip()) for row in table]
     return rows, sorted({name for _, name in rows})
 
 
@@ -671,13 +646,12 @@ def _ssv2(files, split, label, fold):
 
 def _epic(files, split, label, fold):
     names = {"train": "epic_100_train.csv", "test": "epic_100_validation.csv"}
-    tables = {part: read_table(files[name]) for part, name in names.items() if name in files}
+    tables = {part: [*csv.DictReader(read_lines(files[name]))] for part, name in names.items() if name in files}
     pairs = {(int(row["verb_class"]), int(row["noun_class"])) for table in tables.values() for row in table}
     verbs, nouns = (_epic_names(files, kind, ids) for kind, ids in zip(("verb", "noun"), zip(*pairs)))
-    actions = sorted(f"{verb}:{noun}" for verb, noun in pairs)             # the 3,806 pairs that occur
-    # verb-noun: labels are pairs; the classes are the verbs, then the nouns, so that one head holds both
-    both = [f"verb:{name}" for name in verbs] + [f"noun:{name}" for name in nouns]
-    classes = {"verb": verbs, "noun": nouns, "action": actions, "verb-noun": both}
+    classes = {"verb": verbs, "noun": nouns,
+               "action": sorted(f"{verb}:{noun}" for verb, noun in pairs),                     # the 3,806 that occur
+               "verb-noun": [f"verb:{name}" for name in verbs] + [f"noun:{name}" for name in nouns]}    # for one head
     rows = []
     for row in tables[split]:
         verb, noun = int(row["verb_class"]), int(row["noun_class"])
@@ -690,7 +664,7 @@ def _epic(files, split, label, fold):
 def _epic_names(files, kind, ids):
     """Names of the verb or noun classes from EPIC_100_{kind}_classes.csv; numbers where it has none."""
     path = files.get(f"epic_100_{kind}_classes.csv")
-    names = {int(row["id"]): row["key"] for row in read_table(path)} if path else {}
+    names = {int(row["id"]): row["key"] for row in csv.DictReader(read_lines(path))} if path else {}
     return [names.get(i, str(i)) for i in range(1 + max(*ids, *names, 0))]
 
 
@@ -698,12 +672,9 @@ READERS = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "ssv2": _ssv2, "
 
 
 def read_lines(path):
-    return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-
-
-def read_table(path):
-    """A csv file with names of columns -> a dict per row."""
-    return list(csv.DictReader(read_lines(path)))
+    """The lines of a text file that are not empty, stripped."""
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def _seconds(stamp):
@@ -716,7 +687,8 @@ def _toy(root, split, label, train=1024, test=256, size=64):
     root = root / f"{size}px"
     once_per_disk(lambda: make_toy(root, split, test if split == "test" else train, size))
     column, classes = ("label", TOY_CLASSES) if label == "motion" else ("scene", TOY_SCENES)
-    rows = [(row["path"], root / row["path"], int(row[column])) for row in read_table(root / f"{split}.csv")]
+    table = csv.DictReader(read_lines(root / f"{split}.csv"))
+    rows = [(row["path"], root / row["path"], int(row[column])) for row in table]
     return make_listing(f"toy {split}", rows, list(classes))
 
 
@@ -736,8 +708,8 @@ def _own_videos(path, root, split):
         raise UserError(f"--data {path}: no directory {' or '.join(SPLIT_DIRS[split][:2])}, so no {split} split")
     files = [f for f in list_files(base) if f.suffix.lower() in VIDEO_FILES]
     folders = [f.relative_to(base).parts[0] if f.parent != base else "" for f in files]
-    several = len(set(folders)) > 1 and not divided                        # train, val of split "all" are no classes
-    classes = sorted(set(folders)) if "" not in folders and (several or base != path) else []
+    labelled = base != path or len(set(folders)) > 1 and not divided       # train, val of split "all" are no classes
+    classes = sorted(set(folders)) if labelled and "" not in folders else []
     items = [Item(f, classes.index(c) if classes else -1) for f, c in zip(files, folders)]
     if classes and base == path and split != "all":                        # it comes without a split: make one
         items = hold_out(items, split)
@@ -759,30 +731,31 @@ def hold_out(items, split):
 def _list_rows(path):
     """A text file with lines `path`, `path label` or `path,label` -> [(video, label or -1)], class names.
 
-    The path ends with the suffix of a video and may hold spaces.  Text in quotes (VideoMAE) and a number (frames: TSN,
-    TSM) before the label are skipped: `path 300 0`, `path,300,jump`.  Labels are numbers, -1 for none, or names; a name
-    that holds a comma or begins with a number and a space is in quotes.  Raises UserError with the line.
+    The path ends with the suffix of a video and may hold spaces.  A number of frames before the label is skipped:
+    `path 300 0`, `path,300,jump`.  Labels are numbers, -1 for none, or names; a name that holds a comma or begins with
+    a number and a space is in quotes.  Raises UserError with the line.
     """
-    suffixes, number = "|".join(suffix[1:] for suffix in VIDEO_FILES), r"-?\d[\d.]*"
-    form = re.compile(rf""" "?(.+\.(?:{suffixes}))"?  (?:[\s,]+"[^"]*"(?=[\s,]))?  (?:[\s,]+{number}(?=\s*,|\s+-?\d+$))?
-                           (?:[\s,]+("[^"]+"|(?!{number}\s)[^\s,"][^,]*))?""", re.I | re.X)
+    suffixes = "|".join(suffix[1:] for suffix in VIDEO_FILES)
+    form = re.compile(rf""" "?(.+\.(?:{suffixes}))"?                                # path
+                            (?:[\s,]+\d[\d.]*(?=\s*,|\s+-?\d+$))?                  # number of frames
+                            (?:[\s,]+("[^"]+"|(?!\d+\s)[^\s,"][^,"]*))?           # label
+                        """, re.I | re.X)
     rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-        if not (line := line.strip(" ,\t")):
-            continue
-        if not (match := form.fullmatch(line)):
-            raise UserError(f"{path}:{n}: expected `path`, `path label` or `path,label` (a video, not a directory of "
-                            f"frames; in quotes a label with a comma or a number in front), got {line[:80]!r}")
-        video, label = match.groups()
-        label = None if label in (None, "-1") else re.sub(r"^0+(?=\d+$)", "", label.strip('"'))
-        if rows and (label is None) != (rows[0][1] is None):
-            raise UserError(f"{path}:{n}: some lines have a label and some have none; this is the first that differs")
-        rows.append((video, label))
-    classes = sorted({label for _, label in rows if label is not None})
-    if all(re.fullmatch("[0-9]{1,5}", label) for label in classes):        # longer ones are names
-        classes = [str(i) for i in range(max(map(int, classes), default=-1) + 1)]
-    ids = {name: i for i, name in enumerate(classes)}
-    return [(video, ids.get(label, -1)) for video, label in rows], classes
+    for line in read_lines(path):
+        match = form.fullmatch(line.strip(" ,"))
+        if not match:
+            raise UserError(f"{path}: expected `path`, `path label` or `path,label` (of a video, no directory; quotes "
+                            f"around a label with a comma or a number in front), got {line[:80]!r}")
+        rows.append((match[1], (match[2] or "-1").strip('"')))
+    labels = {label for _, label in rows}
+    if labels <= {"-1"}:
+        return [(video, -1) for video, _ in rows], []
+    if "-1" in labels:
+        raise UserError(f"{path}: some lines have a label and some have none or -1")
+    if all(re.fullmatch("[0-9]{1,5}", label) for label in labels):         # longer ones are names
+        return [(video, int(label)) for video, label in rows], [str(i) for i in range(1 + max(map(int, labels)))]
+    ids = {name: i for i, name in enumerate(sorted(labels))}
+    return [(video, ids[label]) for video, label in rows], list(ids)
 
 
 class Clips(torch.utils.data.Dataset):
@@ -817,8 +790,7 @@ class Clips(torch.utils.data.Dataset):
 def collate(samples):
     """n samples of `Clips` -> dict(clips, names, labels (n,), read (n,) bool, errors).
 
-    clips is uint8 (B, T, H, W, 3), or a dict of such: the K clips of each sample that could be read, which is what
-    `read` says.  It is None if there is none.
+    clips is uint8 (B, T, H, W, 3), or a dict of such: the K clips of each sample that could be `read`, or None.
     """
     def join(found):
         if isinstance(found[0], dict):
@@ -853,8 +825,7 @@ def _worker_init(_):
 
 
 def to_device(clips, device):
-    """uint8 clips (B, T, H, W, 3), on the CPU -> (B, 3, T, H, W) on the device; other tensors stay as they are.  Also
-    for a dict of such."""
+    """uint8 clips (B, T, H, W, 3) -> (B, 3, T, H, W) on the device; or a dict of clips and other tensors."""
     if isinstance(clips, dict):
         return {k: to_device(v, device) for k, v in clips.items()}
     moved = clips.to(device, non_blocking=True)
@@ -871,11 +842,9 @@ def clip_indices(video, item, frames, stride, rng):
 
 def item_frames(video, item):
     """First and last frame number of an item."""
-    last = video.info.frames - 1
-    first = min(last, video.index_at(item.start)) if item.start else 0
-    if item.stop < math.inf:
-        last = max(first, min(last, video.index_at(item.stop)))
-    return first, last
+    first = video.index_at(item.start) if item.start else 0
+    last = video.index_at(item.stop) if item.stop < math.inf else video.info.frames - 1
+    return first, max(first, last)
 
 
 def read_views(video, indices, boxes, size):
@@ -903,8 +872,7 @@ def toy_video(seed, split, index, size=64, frames=36, label=None):
     however many `frames`.
 
     truth: label, scene, size; order and radius of the sprite (see `_toy_depth`); per frame its centre (F, 2), scale
-    (F,) and box (F, 4), clipped to the frame; camera (F, 2), how far the pan has moved the picture.  Arrays, in
-    pixels, x before y; pixel i covers [i, i + 1).
+    (F,) and box (F, 4), clipped to the frame; camera (F, 2), the pan so far.  In pixels; pixel i covers [i, i + 1).
     """
     look, motion = np.random.default_rng([seed, TOY_SPLITS.index(split), index]).spawn(2)
     own, scene, other = look.integers(8), look.integers(8), look.integers(1, 8)
@@ -1008,7 +976,7 @@ def _toy_depth(truth, frame):
 def make_toy(root, split, count, size=64, frames=36, seed=0):
     """Write root/<split>/<index>.mp4, the truth of each as .npz, and root/<split>.csv with lines path,label,scene.
 
-    The list is written last: if it holds `count` videos there is nothing to do, and an interrupted call is continued.
+    The list is written last: if it holds `count` videos there is nothing to do, and videos that are there are kept.
     One root holds one choice of size, frames and seed; a smaller `count` is a prefix of a larger one.
     """
     root, listing = Path(root), Path(root, f"{split}.csv")
@@ -1019,30 +987,25 @@ def make_toy(root, split, count, size=64, frames=36, seed=0):
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         jobs = pool.map(write, range(count), chunksize=8)
         rows = list(tqdm(jobs, f"writing toy videos, {split}", count, unit="video", disable=None))
-    temporary = f"{listing}.{os.getpid()}.tmp"
-    with open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([("path", "label", "scene"), *rows])
-    os.replace(temporary, listing)
+    temporary = Path(f"{listing}.{os.getpid()}.tmp")
+    temporary.write_text("\n".join(["path,label,scene", *rows]))
+    temporary.replace(listing)
 
 
 def _write_toy(root, split, size, frames, seed, index):
-    """Write one video and its truth unless they are there -> its row of the list."""
+    """Write the truth of one video, and the video unless it is there -> its row of the list."""
     path = root / split / f"{index:06d}.mp4"
-    if path.exists():                                                        # written after its truth: both complete
-        truth = np.load(path.with_suffix(".npz"))
-    else:
-        (video, truth), temporary = toy_video(seed, split, index, size, frames), f"{path}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
-            np.savez(file, **truth)
-        os.replace(temporary, path.with_suffix(".npz"))
+    (video, truth), temporary = toy_video(seed, split, index, size, frames), f"{path}.{os.getpid()}.tmp"
+    np.savez(path.with_suffix(".npz"), **truth)
+    if not path.exists():                                                    # x264 may write other bytes another time
         with av.open(temporary, "w", format="mp4") as file:
             stream = file.add_stream("libx264", 16, width=size, height=size, pix_fmt="yuv420p", options=dict(
-                preset="veryfast", crf="18", threads="1"))                   # one thread: the same bytes everywhere
+                preset="veryfast", crf="18", threads="1"))
             for frame in video:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
             file.mux(stream.encode())
         os.replace(temporary, path)
-    return f"{split}/{path.name}", int(truth["label"]), int(truth["scene"])
+    return f"{split}/{path.name},{truth['label']},{truth['scene']}"
 
 
 # ---- 6. Augmentation on the device ---------------------------------------------------------------------------------
@@ -1171,37 +1134,32 @@ def blur(clips, generator=None, p=0.5, sigma=(0.1, 2.0)):
 class FlowEstimator:
     """Optical flow between consecutive frames, computed where the clips are.
 
-    name     "raft_small", "raft_large": torchvision's RAFT (Teed and Deng 2020), `updates` refinement steps;
-             "tvl1": TV-L1 (Zach et al. 2007) in pure torch, needs no weights
+    name     "raft_small", "raft_large": torchvision's RAFT (Teed and Deng 2020), `updates` refinement steps; "tvl1"
     weights  a file with RAFT's weights under torchvision's names; None downloads torchvision's own
     size     side in pixels at which flow is computed; None = that of the clips (RAFT: a multiple of 8, at least 128)
     amp      autocast type of RAFT's convolutions; correlations and coordinates stay fp32 (TF32 where the GPU has it)
     compile  compile the parts that run many times
 
     Call with clips (B, 3, T, H, W), uint8 or float in [0, 1] -> flow (B, T-1, 2, h, w): the (x, y) displacement in
-    pixels of the (h, w) grid that takes a pixel of frame t to frame t+1.  Raises UserError if the weights cannot be
-    had.
+    pixels of the (h, w) grid from frame t to frame t+1.  Raises UserError if the weights cannot be had.
     """
 
     def __init__(self, name, weights=None, updates=6, size=None, device="cpu", amp=None, compile=False):
-        models = {"raft_small": (raft_small, Raft_Small_Weights), "raft_large": (raft_large, Raft_Large_Weights)}
-        if name not in ("tvl1", *models):
-            raise UserError(f"--flow {name}: choose raft_small, raft_large or tvl1")
         self.name, self.updates, self.size, self.device = name, updates, size, torch.device(device)
         self._marks = []                                         # when each call began and ended
         compile = compile and can_compile()
         self.inner = torch.compile(_tvl1_inner, dynamic=False) if compile else _tvl1_inner
         if name == "tvl1":
             return
-        make, published = models[name]
         try:
-            self.raft, download = make(), published.DEFAULT.get_state_dict
-            state = load_file(weights)["model"] if weights else download(progress=False, check_hash=True)
+            self.raft = torchvision.models.get_model(name)
+            published = torchvision.models.get_model_weights(name).DEFAULT
+            state = load_file(weights)["model"] if weights else published.get_state_dict(check_hash=True)
             self.raft.load_state_dict({k.removeprefix("module."): x for k, x in state.items()})
         except (Exception, UserError) as error:                  # network, file or names: each is for the user to mend
-            what = f"--raft-weights {weights}" if weights else f"downloading torchvision's {name} weights"
-            raise UserError(f"{what} failed ({' '.join(str(error).split())[:200] or _first_line(error)}). Give "
-                            f"torchvision's {name} as --raft-weights FILE, or --flow tvl1, which needs none") from None
+            what = f"--raft-weights {weights}" if weights else f"downloading torchvision's {name}"
+            raise UserError(f"{what} failed ({_first_line(error)[:200]}). Give torchvision's {name} as --raft-weights "
+                            "FILE, or --flow tvl1, which needs none") from None
         self.raft.to(self.device).eval().requires_grad_(False)
         for part in (self.raft.feature_encoder, self.raft.context_encoder, self.raft.update_block):
             if amp:
@@ -1227,9 +1185,8 @@ class FlowEstimator:
         return flow.unflatten(0, (B, T - 1))
 
     def chunk(self, h, w):
-        """Pairs at a time: on a GPU for its memory, on a CPU so that they stay in its cache; of RAFT so few that their
-        correlation maps, one per point of the (h / 8, w / 8) grid, are no more than the 65,535 that cuDNN's sampler
-        takes."""
+        """Pairs at a time: on a GPU for its memory, on a CPU so that they stay in its cache; of RAFT so few that cuDNN
+        samples their correlation maps, one per point of the (h / 8, w / 8) grid: it takes 65,535 at once."""
         some = 512 if self.device.type == "cuda" else 2**19 // (h * w)
         return max(1, some if self.name == "tvl1" else min(some, 65535 // (h // 8 * (w // 8))))
 
@@ -2012,9 +1969,8 @@ def wrap_model(model, env, compile):
     """The model as the loop calls it: compiled, and with several processes in DistributedDataParallel.
 
     Compiled block by block, in place: one graph per width and token count, and no `_orig_mod.` in the state dict.
-    Convolutional networks get channels last.  On several GPUs their batch norm is synchronised, stages then are not
-    compiled, and buffers stay as they are, because all processes compute the same.  On CPUs each process has running
-    statistics of its own, and those of the first are saved.
+    Convolutional networks get channels last.  On several GPUs their batch norm is synchronised and stages are not
+    compiled.  Running statistics, and other buffers, are those of the first process, at every forward pass.
     """
     cuda = env.device.type == "cuda"
     parts = [module for module in model.modules() if isinstance(module, Block)]
@@ -2029,7 +1985,14 @@ def wrap_model(model, env, compile):
     if env.world == 1:
         return model
     return nn.parallel.DistributedDataParallel(model, device_ids=[env.device.index] if cuda else None,
-                                               gradient_as_bucket_view=True, broadcast_buffers=False)
+                                               gradient_as_bucket_view=True)
+
+
+def check_finite(model, what):
+    """Raise UserError if a weight is nan or infinite."""
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise UserError(f"{what}, weights are not finite: {', '.join(broken[:3])}")
 
 
 def resume_or_init(checkpoint, init, model, optimizer, scaler):
@@ -2043,6 +2006,7 @@ def resume_or_init(checkpoint, init, model, optimizer, scaler):
         return checkpoint["step"]
     if init:
         report = load_weights(model, init)
+        check_finite(model, f"--init {init}")
         print0(f"{init}: {len(report.loaded)} tensors loaded, {len(report.missing)} missing {report.missing[:3]}, "
                f"{len(report.unexpected)} unexpected {report.unexpected[:3]}")
         if any(name.startswith("keys.") for name in report.missing):
@@ -2053,16 +2017,31 @@ def resume_or_init(checkpoint, init, model, optimizer, scaler):
 
 
 # Settings that may change when a run goes on; of --init the path, not the content.
-MAY_CHANGE = {"out", "fresh", "init", "init_sha256", "root", "raft_weights", "device_batch", "workers", "compile",
-              "log_every", "save_every", "preview_every", "test_data", "part", "classes", "views", "train_views",
-              "test_size", "test_short", "raw_crop", "average", "test_batch", "neighbours", "l2", "center", "boxes",
-              "min_score", "times_score"}
+MAY_CHANGE = {"out", "fresh", "init", "init_sha256", "world", "root", "raft_weights", "device_batch", "workers",
+              "compile", "log_every", "save_every", "preview_every", "test_data", "part", "classes", "views",
+              "train_views", "test_size", "test_short", "raw_crop", "average", "test_batch", "neighbours", "l2",
+              "center", "boxes", "min_score", "times_score"}
 
 
 def run_directory(name, cfg):
     """--out, or runs/<name>-<data>."""
     data = cfg.data if cfg.data in DATA_SETS else Path(cfg.data).resolve().stem
     return Path(cfg.out or f"runs/{name}-{data}")
+
+
+def last_checkpoint(out):
+    """The content of last.pt in a run's directory or, if that is damaged, of previous.pt; None if there is neither."""
+    files = [file for file in (out / "last.pt", out / "previous.pt") if file.exists()]
+    for i, file in enumerate(files):
+        try:
+            content = load_file(file)
+            if {"optimizer", "scaler", "step", "classes"} <= content.keys() and isinstance(content.get("config"), dict):
+                return content
+            raise UserError(f"{file}: is not the checkpoint of a run. Move it away, or --fresh starts over")
+        except UserError as error:
+            if i + 1 == len(files):
+                raise
+            print0(f"{error}. Going on from previous.pt")
 
 
 def open_run(name, cfg, env, listing, plan):
@@ -2073,16 +2052,19 @@ def open_run(name, cfg, env, listing, plan):
     """
     out = run_directory(name, cfg)
     last = out / "last.pt"
-    if cfg.fresh:
-        old = [file for file in (last, out / "log.jsonl") if file.exists()]
+    if cfg.fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:        # torchrun's, after a crash
+        old = [out / name for name in ("last.pt", "previous.pt", "log.jsonl")]
         once_per_disk(lambda: [os.replace(file, f"{file}.old") for file in old if file.exists()])
-    checkpoint = load_file(last) if last.exists() else None
+    checkpoint = last_checkpoint(out)
     was = checkpoint["config"] if checkpoint else {}
+    if was.get("world", env.world) != env.world:
+        print0(f"note: {was['world']} processes there, {env.world} now; the batch is the same")
     init_sha256 = was.get("init_sha256", "")                     # if the file is gone
     if cfg.init and (was.get("init") != cfg.init or Path(cfg.init).exists()):
         with open(weights_file(cfg.init), "rb") as file:
             init_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    cfg.settings = dict(dataclasses.asdict(cfg), videos=len(listing.items), init_sha256=init_sha256 * bool(cfg.init))
+    cfg.settings = dict(dataclasses.asdict(cfg), videos=len(listing.items), world=env.world,
+                        init_sha256=init_sha256 * bool(cfg.init))
     differ = [f"{k}: {was[k]} there, {v} now" for k, v in cfg.settings.items()
               if k not in MAY_CHANGE and was.get(k, v) != v]
     if was.get("init_sha256", cfg.settings["init_sha256"]) != cfg.settings["init_sha256"]:
@@ -2096,7 +2078,7 @@ def open_run(name, cfg, env, listing, plan):
                         "disk must hold the same file: copy it")
     out.mkdir(parents=True, exist_ok=True)                       # on every node
     if env.rank == 0:
-        about = dict(cfg.settings, method=name, world=env.world, accumulation=plan.accum, steps_planned=plan.steps,
+        about = dict(cfg.settings, method=name, accumulation=plan.accum, steps_planned=plan.steps,
                      peak_lr=plan.lr, torch=str(torch.__version__))
         (out / "config.json").write_text(json.dumps(about, indent=1))
         if listing.missing:
@@ -2110,15 +2092,18 @@ def open_run(name, cfg, env, listing, plan):
 def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler):
     """Write everything that continuing needs, as plain dicts and tensors.
 
-    It goes to a temporary file that then takes the name, so an interrupted write leaves the previous checkpoint
-    whole.  Raises UserError if it cannot be written.
+    It goes to a temporary file that then takes the name, and the one before stays as previous.pt, so an interrupted
+    write loses nothing.  Raises UserError if it cannot be written, or if the weights are not finite.
     """
+    check_finite(model, f"{path}: not written")
     content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
                    backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__),
                    config=cfg.settings)
     unfinished = path.with_name(path.name + ".partial")
     try:
         torch.save(content, unfinished)
+        if path.exists():
+            os.replace(path, path.with_name("previous.pt"))
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)

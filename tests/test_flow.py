@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-import common
 from common import FlowEstimator, read_clips, spatial_gradient, toy_video, tvl1, warp
 from conftest import SHARED, error_of, seeded, toy_clips, toy_flow
 
@@ -125,7 +124,7 @@ def test_raft_takes_bytes_and_floats_each_clip_alone_and_may_round():
 
 @pytest.mark.parametrize("side", [(224, 224), (128, 128), (240, 320), (448, 448), (2048, 2048)])
 def test_a_chunk_has_no_more_correlation_maps_than_cudnn_samples(side, monkeypatch):
-    monkeypatch.setattr(common.Raft_Small_Weights.DEFAULT.__class__, "get_state_dict",
+    monkeypatch.setattr(torchvision.models.optical_flow.Raft_Small_Weights, "get_state_dict",
                         lambda self, **_: torchvision.models.optical_flow.raft_small().state_dict())
     estimate = FlowEstimator("raft_small", updates=1)
     estimate.device = torch.device("cuda")                                      # as it would choose there

@@ -316,7 +316,7 @@ def test_size_that_changes(tmp_path):
     got = read_clips(path, [5, 30], size=(30, 40), crop=(8, 16, 104, 80))
     assert_resized(got[0], frames[5][16:80, 8:104])
     assert_resized(got[1], frames[30][10:50, 8:104])
-    with pytest.raises(VideoError, match="give size"):
+    with pytest.raises(VideoError, match="same shape"):
         read_clips(path, [5, 30])
 
 
@@ -356,11 +356,11 @@ def test_damaged_files(tmp_path):
 @pytest.mark.parametrize("indices, crop, text", [
     ([60], None, "60 frames"), ([-1], None, "60 frames"), ([], None, "60 frames"), ([0], (0, 0, 161, 120), "160 x 120"),
     ([0], (0, 0, 160, 121), "box"), ([0], (5, 5, 5, 9), "box"), ([0], (5, 9, 6, 9), "box"), ([0], (-1, 0, 9, 9), "box"),
-    ([0], (0, -1, 9, 9), "box"), ([0, 1], [(0, 0, 8, 8), (0, 0, 9, 9)], "give size")])
+    ([0], (0, -1, 9, 9), "box"), ([0, 1], [(0, 0, 8, 8), (0, 0, 9, 9)], "same shape")])
 def test_wrong_arguments(clip, indices, crop, text):
     with pytest.raises(ValueError, match=rf"clip.mp4.*{text}") as error:
         read_clips(clip, indices, crop=crop)
-    assert isinstance(error.value, VideoError) == (text == "give size")
+    assert isinstance(error.value, VideoError) == (text == "same shape")
 
 
 def broken_files(folder):
