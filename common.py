@@ -215,7 +215,7 @@ class RowGenerator(torch.Generator):
 def rand(rows, *shape, generator=None, device="cpu"):
     """Uniform numbers (rows, *shape) in [0, 1).  With a RowGenerator they are drawn for the whole global batch and this
     process keeps its rows: neither the number of GPUs nor accumulation changes what a clip gets (our choice)."""
-    first, total = getattr(generator, "first", 0), getattr(generator, "total", rows)
+    first, total = getattr(generator, "first", 0), getattr(generator, "total", None) or rows
     return torch.rand(total, *shape, generator=generator, device=device)[first:first + rows]
 
 

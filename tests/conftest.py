@@ -1,7 +1,11 @@
 """What several test files share: where things are, miniature videos, runs in this process and in others."""
+import functools
 import importlib
+import inspect
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +20,9 @@ sys.path.insert(0, str(REPO))
 import common
 from common import RowGenerator, UserError, parse_config, to_float01, toy_video
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                                    # fp32 of the CPU is compared with loops
+torch.set_num_threads(1)                                                   # as `start` does: the same numbers
+inspect.getsource = functools.cache(inspect.getsource)                     # slow, and each Config needs it
 SHARED = REPO.parent / "shared"                                            # golden numbers, real clips: or tests skip
 
 
@@ -72,6 +79,19 @@ def noise(*shape, seed=0, least=0.0, most=1.0, dtype=torch.float32):
     return least + (most - least) * torch.rand(*shape, generator=seeded(seed), dtype=dtype)
 
 
+def scrambled(module, scale=0.3):
+    """The module with all parameters and running statistics random: nothing is 0 or 1 by initialisation."""
+    g = seeded()
+    with torch.no_grad():
+        for p in module.parameters():
+            size = scale if p.ndim < 2 else scale / math.sqrt(p[0].numel())
+            p.copy_(torch.randn(p.shape, generator=g) * size + (p.ndim < 2))
+        for name, b in module.named_buffers():
+            if "running" in name:
+                b.copy_(torch.rand(b.shape, generator=g) + 0.5)
+    return module.eval()
+
+
 class FakeFlow:
     """In place of a FlowEstimator: numbers made of the colours of both frames; it keeps what it was asked for."""
 
@@ -108,10 +128,21 @@ def workplace(tmp_path_factory):
     return place
 
 
+@pytest.fixture
+def here(workplace, monkeypatch):
+    """In the workplace."""
+    monkeypatch.chdir(workplace)
+
+
 def run(script, *argv):
     """The script's main in this process."""
     module = importlib.import_module(script)
-    module.main(parse_config(module.Config, module.RECIPES, [str(a) for a in argv]))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        module.main(parse_config(module.Config, module.RECIPES, [str(a) for a in argv]))
+    finally:
+        for number, handler in handlers.items():                            # the loop has put its own there
+            signal.signal(number, handler)
 
 
 def start(script, *argv, processes=1, cwd=None, **variables):
@@ -147,7 +178,7 @@ def miniature(data, root):
         lines = [line(i, name) + "\n" for i, name in enumerate(names)]
         return head + "".join(lines[:5]), head + "".join(lines[5:])
     if data == "k400":
-        train, test = split(lambda i, n: f'"class {i % 2}",{n[:11]},10,20,x', "label,youtube_id,time_start,time_end,x\n")
+        train, test = split(lambda i, n: f'"class {i % 2}",{n[:11]},10,20,x', "label,youtube_id,time_start,time_end\n")
         put(root, {"train.csv": train, "val.csv": test})
     elif data == "ssv2":
         rows = [dict(id=str(i), template=f"Moving [something] {i % 2}") for i in range(7)]
@@ -163,3 +194,10 @@ def miniature(data, root):
         train, test = split(lambda i, n: f"P0{i}_01,00:00:00.50,00:00:02.50,{i % 2},3",
                             "video_id,start_timestamp,stop_timestamp,verb_class,noun_class\n")
         put(root, {"EPIC_100_train.csv": train, "EPIC_100_validation.csv": test})
+
+
+if __name__ == "__main__":                                                  # [[script, flags ...], ...] in turn,
+    shutdown, common.shutdown = common.shutdown, lambda: None               # in the same processes
+    for script, *argv in json.loads(sys.argv[1]):
+        run(script, *argv)
+    shutdown()

@@ -6,7 +6,7 @@ import torch
 from common import multi_scale_crop, normalize, unnormalize
 
 
-@pytest.mark.parametrize("height, width", [(240, 320), (320, 240), (224, 224), (222, 300), (300, 223)])
+@pytest.mark.parametrize("height, width", [(240, 320), (320, 240), (224, 224), (222, 300), (300, 223), (1, 1)])
 def test_multi_scale_crops_lie_inside_the_frame_and_snap(height, width):
     rng, boxes = np.random.default_rng(0), []
     for _ in range(300):

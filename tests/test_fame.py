@@ -11,18 +11,11 @@ import torch.nn.functional as F
 
 import common
 import fame
-from common import Item, Video, make_backbone, parse_config, to_float01, toy_video
+from common import Item, Video, parse_config, to_float01, toy_video
 from conftest import golden_arrays, noise, numbers, seeded, tiny_video
-from fame import (FAME, RECIPES, Config, colour_bins, derangement, foreground_mask, frame_difference, info_nce, merge,
-                  preview, sample_clips, spread)
-
-torch.set_num_threads(1)
-
-
-def tiny(**changes):
-    torch.manual_seed(0)
-    encoder = make_backbone(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=1, heads=3)
-    return FAME(encoder, **{**dict(queue=16, momentum=0.9, outputs=8), **changes})
+from fame import (RECIPES, Config, colour_bins, derangement, foreground_mask, frame_difference, merge, preview,
+                  sample_clips, spread)
+from test_contrast import tiny
 
 
 def clips_uint8(clips=8, seed=0):
@@ -183,8 +176,6 @@ def test_the_mask_holds_the_sprite_on_toy_data(beta):
     assert np.mean(np.array(held) >= 0.85) >= 0.9
 
 
-# ---- merging ---------------------------------------------------------------------------------------------------------
-
 def test_merge_copies_every_pixel_from_one_clip_or_the_other_frame_by_frame():
     clips, permutation = noise(3, 3, 4, 5, 6), torch.tensor([2, 0, 1])
     mask = (noise(3, 5, 6, seed=1) < 0.4).float()
@@ -207,36 +198,20 @@ def test_nobody_is_their_own_partner_and_everybody_else_is_equally_often(count):
     assert torch.equal(derangement(count, seeded(3)), derangement(count, seeded(3)))
 
 
-# ---- InfoNCE ---------------------------------------------------------------------------------------------------------
+# ---- FAME ------------------------------------------------------------------------------------------------------------
 
 def dot(a, b):
     return sum(x * y for x, y in zip(a, b))
 
 
 def slow_info_nce(query, key, negatives, T):
-    """Lists of vectors -> loss, pair by pair."""
+    """Lists of vectors -> mean over pairs of -log e^(qk/T) / (e^(qk/T) + sum_n e^(qn/T))."""
     losses = []
     for q, k in zip(query, key):
         own, others = math.exp(dot(q, k) / T), [math.exp(dot(q, n) / T) for n in negatives]
         losses.append(-math.log(own / (own + sum(others))))
     return sum(losses) / len(losses)
 
-
-def unit_vectors(n, seed=0):
-    return F.normalize(torch.randn(n, 8, generator=seeded(seed)), dim=1)
-
-
-@pytest.mark.parametrize("T", [0.07, 0.2, 1.0])
-def test_info_nce_equals_a_loop_over_the_pairs(T):
-    query, negatives = unit_vectors(9), unit_vectors(13, seed=2)
-    key = F.normalize(query + 0.5 * unit_vectors(9, seed=1) * torch.arange(9.0)[:, None], dim=1)
-    expected = slow_info_nce(query.tolist(), key.tolist(), negatives.tolist(), T)
-    assert info_nce(query, key, negatives, T).item() == pytest.approx(expected, rel=1e-5)
-    same = query[:1].expand(7, 8)
-    assert info_nce(same, same, same, T).item() == pytest.approx(math.log(8), abs=1e-5), "all are equally similar"
-
-
-# ---- FAME ------------------------------------------------------------------------------------------------------------
 
 def test_only_the_first_view_is_merged_after_the_flip_and_before_colours_change(monkeypatch):
     for name in ("blur", "normalize"):
@@ -245,16 +220,16 @@ def test_only_the_first_view_is_merged_after_the_flip_and_before_colours_change(
     monkeypatch.setattr(fame, "colour_jitter", lambda clips, generator, **strengths: 1 - clips)
     clips = (moving_square(8, 4, 20, 20) * 255).byte()
     mirrored = to_float01(clips.flip(-1))
-    first, second = tiny(beta=0.3).views(clips, seeded(5))
+    first, second = tiny("fame", beta=0.3).views(clips, seeded(5))
     partner, (mask, _) = derangement(4, seeded(5)), foreground_mask(mirrored[::2], 0.3)
     assert torch.equal(first, 1 - merge(mirrored[::2], mask, partner)) and torch.equal(second, 1 - mirrored[1::2])
-    first, second = tiny(merge=False).views(clips, seeded(5))
+    first, second = tiny("fame", merge=False).views(clips, seeded(5))
     assert torch.equal(first, 1 - mirrored[::2]) and torch.equal(second, 1 - mirrored[1::2])
 
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_loss_statistics_and_queue_equal_a_computation_by_hand(merged):
-    model, clips = tiny(merge=merged, temperature=0.2), clips_uint8()
+    model, clips = tiny("fame", merge=merged, temperature=0.2, queue=16), clips_uint8()
     model(clips_uint8(seed=9), seeded(9))                                       # something in the queue
     for p in model.encoder.parameters():
         p.data.add_(0.02 * torch.randn(p.shape, generator=seeded(1)))           # keys differ from queries
@@ -275,8 +250,6 @@ def test_loss_statistics_and_queue_equal_a_computation_by_hand(merged):
     torch.testing.assert_close(model.queue.keys[8:], torch.tensor(k2 + k1), atol=1e-5, rtol=0)
 
 
-# ---- clips and preview -----------------------------------------------------------------------------------------------
-
 def test_pairs_of_clips_have_the_frames_of_their_stride_and_starts_of_their_own(tmp_path):
     cfg = Config(frames=4, stride=3, image_size=16, repeats=2)
     with Video(tiny_video(tmp_path / "a.mp4", 40)) as video:
@@ -289,7 +262,7 @@ def test_preview_shows_each_step_from_the_frame_to_the_merged_clip(monkeypatch):
     kept = []
     monkeypatch.setattr(fame, "save_sheet", lambda path, rows: kept.append((path, rows)))
     clips = (moving_square(6, 5) * 255).byte()
-    preview(tiny(beta=0.3), clips, "x.png")
+    preview(tiny("fame", beta=0.3), clips, "x.png")
     (path, rows), first = kept[0], to_float01(clips)[::2]
     mask, soft = foreground_mask(first, 0.3)
     other = first.roll(1, 0)

@@ -1,5 +1,6 @@
 """Optical flow: gradients against loops, TV-L1 and RAFT against shifts that are known, the toy data's true flow."""
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ import torchvision
 from common import FlowEstimator, read_clips, spatial_gradient, toy_video, tvl1, warp
 from conftest import SHARED, error_of, seeded, toy_clips, toy_flow
 
-torch.set_num_threads(1)
 RAFT = SHARED / "weights" / "raft_small.pth"
 needs_raft = pytest.mark.skipif(not RAFT.exists(), reason=f"{RAFT} is not here")
 
@@ -36,8 +36,6 @@ def test_spatial_gradient_equals_loops_with_a_replicated_border(shape, options):
     torch.testing.assert_close(spatial_gradient(x, **options), expected, atol=1e-5, rtol=0)
 
 
-# ---- toy data --------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("label", range(-1, 8))
 def test_true_toy_flow_carries_the_last_frame_back_to_the_first(label):
     video, truth = toy_video(1, "train", label + 1, size=192, frames=16, label=label)   # large: warping loses little
@@ -56,8 +54,6 @@ def test_true_toy_flow_carries_the_last_frame_back_to_the_first(label):
         assert part.sum() > 300 and change[part].mean() > 0.004, "or the test would prove nothing"
         assert error[part].mean() < 0.3 * change[part].mean()
 
-
-# ---- TV-L1 -----------------------------------------------------------------------------------------------------------
 
 def waves(dx, dy, h=48, w=64):
     """A smooth image (3, h, w) in [0, 1] whose content is shifted by (dx, dy)."""
@@ -93,8 +89,6 @@ def test_flow_size_changes_the_grid_and_the_unit():
     expected = torch.tensor([3.0, 1.5])
     torch.testing.assert_close(flow[0, 0, :, 12:-12, 12:-12].mean((1, 2)), expected, atol=0.15, rtol=0)
 
-
-# ---- RAFT ------------------------------------------------------------------------------------------------------------
 
 def shifted_pair(height, width, dx=5, dy=3):
     """A real frame and itself moved by (dx, dy) pixels -> uint8 (1, 3, 2, height, width)."""
@@ -140,23 +134,17 @@ def test_a_chunk_has_no_more_correlation_maps_than_cudnn_samples(side, monkeypat
     assert FlowEstimator("tvl1").chunk(64, 64) == 128
 
 
-@pytest.mark.parametrize("fault", [None, b"", b"not a checkpoint", {"wrong": torch.zeros(1)},
-                                   OSError("network is unreachable"), TimeoutError(), RuntimeError("invalid hash")])
-def test_weights_that_cannot_be_had_name_both_ways_out(tmp_path, monkeypatch, fault):
-    path = tmp_path / "raft.pth"
-    if isinstance(fault, Exception):
-        def fail(*_, **__):
-            raise fault
-        monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fail)
-        message = error_of(FlowEstimator, "raft_large")
-    else:
-        if isinstance(fault, bytes):
-            path.write_bytes(fault)
-        elif fault:
-            torch.save(fault, path)
-        message = error_of(FlowEstimator, "raft_small", str(path))
-        assert "raft.pth" in message
-    assert "--raft-weights" in message and "--flow tvl1" in message
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", {"wrong": torch.zeros(1)}])
+@pytest.mark.parametrize("fault", [OSError("network is unreachable"), TimeoutError(), RuntimeError("invalid hash")])
+def test_weights_that_cannot_be_had_name_both_ways_out(tmp_path, content, fault):
+    if content is not None:
+        torch.save(content, tmp_path / "raft.pth")
+    if isinstance(content, bytes):
+        (tmp_path / "raft.pth").write_bytes(content)
+    with mock.patch.object(torchvision.models._api, "load_state_dict_from_url", side_effect=fault):
+        remote = error_of(FlowEstimator, "raft_large")
+    local = error_of(FlowEstimator, "raft_small", str(tmp_path / "raft.pth"))
+    assert "raft.pth" in local and all("--raft-weights" in m and "--flow tvl1" in m for m in (local, remote))
 
 
 @pytest.mark.parametrize("name, pairs", [("raft_small", 100), ("raft_small", 2), ("raft_large", 4)])

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import fame
 import modist
-from common import (Item, ResNet3D, Video, load_weights, make_backbone, to_float01, unnormalize)
-from conftest import FakeFlow, error_of, noise, numbers, run, seeded, tiny_video
-from modist import Config, MoDist, flow_edges, info_nce, motion_maps, preview, projection, sample_clips, two_starts
+from common import Item, ResNet3D, Video, load_weights, make_backbone, to_float01, unnormalize
+from conftest import FakeFlow, noise, numbers, seeded, tiny_video
+from modist import Config, MoDist, flow_edges, motion_maps, preview, projection, sample_clips, two_starts
 from test_contrast import tiny
-
-torch.set_num_threads(1)
+from test_fame import dot, slow_info_nce
+from test_flow import slow_gradient
 
 
 def normal(*shape, seed=0):
@@ -29,21 +30,8 @@ def clips_uint8(clips=8, frames=5, size=16):
 
 # ---- flow edges and motion maps --------------------------------------------------------------------------------------
 
-def slow_derivatives(a):
-    """Rows of numbers -> d/dx, d/dy: Sobel, entry by entry, the border replicated."""
-    H, W = len(a), len(a[0])
-
-    def at(i, j):
-        return a[min(max(i, 0), H - 1)][min(max(j, 0), W - 1)]
-    dx = [[sum(w * (at(i + k, j + 1) - at(i + k, j - 1)) for k, w in ((-1, 1), (0, 2), (1, 1))) / 8 for j in range(W)]
-          for i in range(H)]
-    dy = [[sum(w * (at(i + 1, j + k) - at(i - 1, j + k)) for k, w in ((-1, 1), (0, 2), (1, 1))) / 8 for j in range(W)]
-          for i in range(H)]
-    return np.array(dx), np.array(dy)
-
-
 def slow_edges(u, v, clip):
-    (ux, uy), (vx, vy) = slow_derivatives(u), slow_derivatives(v)
+    (ux, uy), (vx, vy) = slow_gradient(u, middle=2), slow_gradient(v, middle=2)
     return torch.from_numpy(np.minimum(np.sqrt(ux ** 2 + uy ** 2 + vx ** 2 + vy ** 2), clip) / clip).float()
 
 
@@ -92,28 +80,13 @@ def test_flow_maps_are_scaled_by_the_width_and_cut(w):
 
 # ---- loss and heads --------------------------------------------------------------------------------------------------
 
-def dot(a, b):
-    return sum(x * y for x, y in zip(a, b))
-
-
-def slow_nce(queries, keys, negatives, T):
-    """Mean over pairs of -log e^(qk/T) / (e^(qk/T) + sum_n e^(qn/T)); lists of vectors."""
-    total = 0.0
-    for q, k in zip(queries, keys):
-        own = math.exp(dot(q, k) / T)
-        total -= math.log(own / (own + sum(math.exp(dot(q, n) / T) for n in negatives)))
-    return total / len(queries)
-
-
-@pytest.mark.parametrize("T", [0.07, 0.1, 0.5])
-def test_info_nce_equals_a_loop(T):
-    query, key, negatives = (F.normalize(normal(n, 4, seed=n), dim=1) for n in (5, 5, 11))
-    key = F.normalize(key + 0.5 * normal(5, 4), dim=1)
-    expected = slow_nce(query.tolist(), key.tolist(), negatives.tolist(), T)
-    assert info_nce(query, key, negatives, T).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_info_nce_of_extreme_values_is_finite_and_exact():
+@pytest.mark.parametrize("info_nce", [fame.info_nce, modist.info_nce])
+def test_info_nce_equals_a_loop_and_is_finite_and_exact_for_extreme_values(info_nce):
+    query, key, negatives = (F.normalize(normal(n, 4, seed=n), dim=1) for n in (5, 6, 11))
+    key = key[:5]
+    for T in (0.07, 0.2, 1.0):
+        expected = slow_info_nce(query.tolist(), key.tolist(), negatives.tolist(), T)
+        assert info_nce(query, key, negatives, T).item() == pytest.approx(expected, rel=1e-5)
     one = torch.eye(4)[:2].requires_grad_()
     for key, negatives, expected in ((-one, one[:1].expand(3, 4), (2e4 + math.log(3) + 1e4 + math.log(3)) / 2),
                                      (one, -one[:1].expand(3, 4), 0.0)):
@@ -131,8 +104,6 @@ def test_heads_start_as_released():
     x = normal(3, 256)
     torch.testing.assert_close(head(x), (x @ head[0].weight.T).clamp(min=0) @ head[2].weight.T, atol=1e-6, rtol=1e-4)
 
-
-# ---- forward ---------------------------------------------------------------------------------------------------------
 
 class Net(nn.Linear):
     """Vectors (B, 5) -> (B, dim)."""
@@ -180,12 +151,12 @@ def test_loss_statistics_and_queues_equal_a_plain_computation(cross_weight, moti
         pairs = zip((0, 2), (("encoder", "head"), ("motion", "motion_head"))[:1 + motion])
         return [embed(networks, inputs[i + (networks is model.keys)], *names) for i, names in pairs]
     (zv, *zm), (kv, *km), (Qv, *Qm) = embeddings(model._modules), embeddings(model.keys), before
-    expected, top1 = dict(rgb=slow_nce(zv, kv, Qv, 0.2)), dict(top1=zv)
+    expected, top1 = dict(rgb=slow_info_nce(zv, kv, Qv, 0.2)), dict(top1=zv)
     if motion:
-        expected["cross"] = slow_nce(zv, *km, *Qm, 0.2) + slow_nce(*zm, kv, Qv, 0.2)
+        expected["cross"] = slow_info_nce(zv, *km, *Qm, 0.2) + slow_info_nce(*zm, kv, Qv, 0.2)
         top1["cross_top1"] = zm[0]
     if motion_motion:
-        expected["motion"] = slow_nce(*zm, *km, *Qm, 0.2)
+        expected["motion"] = slow_info_nce(*zm, *km, *Qm, 0.2)
     total = expected["rgb"] + cross_weight * expected.get("cross", 0) + expected.get("motion", 0)
     assert loss.item() == pytest.approx(total, rel=1e-5)
     for name, queries in top1.items():                                          # the nearest second moment's RGB
@@ -309,21 +280,6 @@ def test_each_clip_has_a_crop_of_its_own(monkeypatch):
 
 # ---- settings, weights and preview -----------------------------------------------------------------------------------
 
-SMALL = ("--toy-train 8 --toy-test 8 --backbone vit_tiny --frames 4 --stride 4 --motion-frames 8 --batch 4 "
-         "--min-crop 0.5 --out runs/modist-mistake").split()
-
-
-@pytest.mark.parametrize("argv, words", [
-    ("--stride 5", "--stride 5"), ("--stride 4 --motion-stride 3 --motion-frames 5", "--motion-stride 3"),
-    ("--stride 3 --motion-frames 6", "multiple"), ("--stride 2 --motion-stride 4 --motion-frames 2", "multiple"),
-    ("--motion-frames 9", "--motion-frames 9"), ("--max-crop 0.4", "--max-crop 0.4"),
-    ("--min-shift 3 --max-shift 2", "--max-shift 2")])
-def test_a_mistake_in_the_settings_is_one_line_before_anything_is_written(workplace, monkeypatch, argv, words):
-    monkeypatch.chdir(workplace)
-    assert words in error_of(run, "modist", *SMALL, *argv.split())
-    assert not (workplace / "runs/modist-mistake").exists()
-
-
 def test_a_thin_rgb_network_is_not_confused_with_the_motion_network(tmp_path):
     torch.manual_seed(0)
     networks = make_backbone("slow_r50", 32, 4, width=0.0625), ResNet3D("motion_r50", 0.0625, 32, 8)
@@ -364,11 +320,8 @@ def test_preview_shows_frames_flow_motion_and_the_nearest_second_moments(monkeyp
             assert red == (other == b)
 
 
-def test_the_rate_lies_on_the_cosine_over_all_epochs():
-    """Published: .1 for 64 clips, 200 epochs, 35 of warm-up from .001; here an epoch is a step, then a hundred."""
-    for k in (1, 100):
-        rate = {epoch: modist.cosine_lr(epoch * k, 200 * k, 35 * k, 0.1, 0.0) for epoch in (0, 7, 35, 60, 150, 200)}
-        end = 0.05 * (1 + math.cos(math.pi * 35 / 200))
-        assert rate[0] == pytest.approx(0.001) and rate[7] == pytest.approx(0.001 + (end - 0.001) * 7 / 35)
-        for epoch in (35, 60, 150, 200):
-            assert rate[epoch] == pytest.approx(0.05 * (1 + math.cos(math.pi * epoch / 200)), abs=1e-9)
+def test_the_rate_rises_to_where_the_cosine_over_all_epochs_is_by_then():
+    """Published: .1 for 64 clips, 200 epochs, 35 of warm-up from .001."""
+    rates = [modist.cosine_lr(epoch, 200, 35, 0.1, 0.0) for epoch in range(201)]
+    cosine = [0.05 * (1 + math.cos(math.pi * epoch / 200)) for epoch in range(201)]
+    assert rates == pytest.approx([*np.linspace(0.001, cosine[35], 35, endpoint=False), *cosine[35:]], abs=1e-9)

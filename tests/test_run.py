@@ -7,19 +7,19 @@ import shutil
 import signal
 import socket
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import common
 import fame
-import finetune
 import mofo
 from common import parse_config
 from conftest import REPO, error_of, lines, losses, miniature, run, seeded, start
 
-torch.set_num_threads(1)                                                # as `start` does: the same numbers, bit for bit
 SCRIPTS = ["mofo", "mme", "fame", "mcl", "modist"]
 CONTRASTIVE = ("fame", "mcl", "modist")
 TINY = ("--toy-train 24 --toy-test 16 --image-size 32 --batch 8 --workers 0 --steps 5 --save-every 2 "
@@ -37,12 +37,7 @@ TRAINED = "runs/reference-mofo/last.pt"                                # once `r
 CPU = common.Env(torch.device("cpu"), 0, 1, None)
 
 
-@pytest.fixture(autouse=True)
-def here(workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
-    yield
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)                       # the loop has put its own handlers there
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture(scope="session")
@@ -106,13 +101,18 @@ def test_a_process_that_is_stopped_or_killed_goes_on_from_its_last_checkpoint(sc
     assert losses(argv[-1]) == reference(script)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_give_the_losses_of_one(script, reference):
-    out = f"runs/two-{script}"
-    process = start(script, *TINY, *EXACT[script], "--out", out, processes=2)
+def test_two_processes_give_the_losses_and_results_of_one(reference):
+    expected = {script: reference(script) for script in SCRIPTS}
+    knn = f"--toy-train 24 --toy-test 15 --mode knn --init {TRAINED} --workers 0 --test-batch 4 --out".split()
+    run("finetune", *knn, "runs/one-knn")
+    jobs = [[script, *TINY, *EXACT[script], "--out", f"runs/two-{script}"] for script in SCRIPTS]
+    process = start("tests/conftest", json.dumps([*jobs, ["finetune", *knn, "runs/two-knn"]]), processes=2)
     text = process.communicate()[0]
     assert process.returncode == 0, text
-    assert losses(out) == pytest.approx(reference(script), rel=2e-5)
+    for script in SCRIPTS:
+        assert losses(f"runs/two-{script}") == pytest.approx(expected[script], rel=2e-5), script
+    one, two = (json.loads(Path(f"runs/{n}-knn/results.json").read_text()) for n in ("one", "two"))
+    assert one["per_class"] == two["per_class"] and one["videos"] == two["videos"] == 15
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -144,16 +144,17 @@ def nodes(script, *argv):
 
 def test_nodes_without_a_shared_disk_agree_on_the_step_or_stop(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv = "--toy-train 8 --toy-test 4 --batch 4 --workers 0 --steps 2 --save-every 1 --log-every 1".split()
-    codes, texts = nodes("mofo", *argv)
-    assert codes == [0, 0], texts                                       # each has written its toy data, its directory
+    argv = [*TINY, *EXACT["mofo"], "--toy-train", 8, "--toy-test", 4, "--steps", 2]
+    with monkeypatch.context() as patched:
+        patched.setattr(mofo, "StopSignal", lambda: SimpleNamespace(received=True))     # after the first step
+        run("mofo", *argv, "--out", "node0/runs/mofo-toy")
+    codes, texts = nodes("mofo", *argv)                                 # one would go on at step 1, one start over
+    assert 0 not in codes and "at steps [1, 0]" in texts[0], texts
     assert all(len(list(Path(f"node{k}/data/toy/64px/train").glob("*.mp4"))) == 8 for k in (0, 1))
-    assert Path("node1/runs/mofo-toy").is_dir() and not Path("node1/runs/mofo-toy/last.pt").exists()
-    codes, texts = nodes("mofo", *argv)                                 # one would go on at step 2, one start over
-    assert 0 not in codes and "at steps [2, 0]" in texts[0], texts
-    shutil.copy("node0/runs/mofo-toy/last.pt", "node1/runs/mofo-toy/last.pt")
+    shutil.copytree("node0/runs", "node1/runs")
     codes, texts = nodes("mofo", *argv)
-    assert codes == [0, 0] and "continuing at step 2" in texts[0], texts
+    assert codes == [0, 0] and "continuing at step 1" in texts[0], texts
+    assert [len(losses(f"node{k}/runs/mofo-toy")) for k in (0, 1)] == [2, 1]            # only the first writes
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -201,6 +202,11 @@ MISTAKES = [
     (["mcl"], "--backbone s3d", "s3d", "align"), (["mcl"], "--attention hard", "hard", "softmax"),
     (["mcl"], "--frames 10", "10 frames"), (["mcl"], "--momentum 1.5"), (["mcl"], "--frame-width 16"),
     (["modist"], "--stride 3", "--motion-stride 2"), (["modist"], "--motion-input edges", "edges", "frame_diff"),
+    (["modist"], "--frames 4 --motion-frames 8 --stride 4 --motion-stride 3", "--motion-stride 3"),
+    (["modist"], "--frames 4 --motion-frames 6 --stride 3", "multiple"),
+    (["modist"], "--frames 4 --motion-frames 2 --stride 2 --motion-stride 4", "multiple"),
+    (["modist"], "--frames 4 --motion-frames 9 --stride 4", "--motion-frames 9"),
+    (["modist"], "--max-crop 0.4 --min-crop 0.5"), (["modist"], "--max-shift 2 --min-shift 3"),
     (["finetune"], "--mode knn", "--init FILE"), (["finetune"], f"--mode guess --init {TRAINED}", "guess", "export"),
     (["finetune"], f"--views 3 --init {TRAINED}", "--views 3", "2x3"),
     (["finetune"], f"--label taste --init {TRAINED}", "taste", "motion", "scene"),
@@ -209,30 +215,19 @@ MISTAKES = [
 
 @pytest.mark.parametrize("script, argv, words", [(script, argv, words) for scripts, argv, *words in MISTAKES
                                                  for script in scripts])
-def test_a_mistake_gets_one_line_that_names_it(script, argv, words, reference):
+def test_a_mistake_gets_one_line_that_names_it(script, argv, words, reference, tmp_path):
     reference("mofo")
     vit = ["--backbone", "vit_tiny"] if script in CONTRASTIVE else []
-    base = TINY[:4] if script == "finetune" else [*TINY, *vit, "--out", "runs/mistake", "--steps", 1]
+    base = TINY[:4] if script == "finetune" else [*TINY, *vit, "--out", tmp_path / "out", "--steps", 1]
     message = error_of(run, script, *base, *argv.split())
     assert all(word in message for word in words or [" ".join(argv.split()[:2])]), message
+    assert "motion" not in argv or not (tmp_path / "out").exists()      # found before anything is written
 
 
 def test_the_one_line_is_all_that_is_printed():
     process = start("mofo", "--data", "nowhere")
     text = process.communicate()[0]
     assert process.returncode == 1 and text.startswith("error: --data nowhere") and text.count("\n") == 1
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, "finetune"])
-def test_batch_and_epochs_count_videos_and_repeats_the_clips_of_each(script):
-    module = importlib.import_module(script)
-    flags = "--data k400 --repeats 2 --epochs 3 --batch 64 --device-batch 16 --frames 16".split()
-    plan = common.plan_run(parse_config(module.Config, module.RECIPES, flags), 640, CPU)
-    assert (plan.steps, plan.per_epoch, plan.micro, plan.accum) == (30, 10, 16, 4)
-    passes = [key for keys in common.step_batches(640, plan, CPU, 0) for key in keys]
-    assert len(passes) == 3 * 640 and len(set(passes)) == len(passes)   # every video once in each of the three
-    generator = plan.generator(CPU, 0, 0, 3)
-    assert generator.first == 96 and generator.total == 128             # rows are clips
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "finetune"])
@@ -268,8 +263,23 @@ def test_broken_videos_do_not_stop_a_run_but_too_many_do(workplace, tmp_path):
     assert "more than a fifth" in message and "bad_videos.txt" in message
 
 
+PLAN = common.Plan(8, 8, 1, 1, 10, 1.0, 0, 0.1, 0.0)
+
+
+@pytest.mark.parametrize("tried, bad, stops", [
+    (18, 16, False), (20, 8, False), (20, 10, True), (1000, 236, False), (1000, 238, True), (2, 2, True)])
+def test_a_fifth_of_broken_videos_is_counted_with_a_margin_of_three_deviations(tried, bad, stops, tmp_path):
+    log, errors = common.Log(tmp_path, CPU, PLAN, 0, 1), [f"{i}.mp4: broken" for i in range(bad // 2)]
+    half = dict(names=["a.mp4"] * (tried // 2 - len(errors)), errors=errors, read=torch.tensor([bad < tried]),
+                clips=torch.zeros(1), labels=torch.zeros(1))
+    if bad < tried:
+        log.next_batch(iter([half]))
+    with pytest.raises(common.UserError, match="more than a fifth") if stops else nullcontext():
+        log.next_batch(iter([half]))
+
+
 def test_three_losses_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
-    log = common.Log(tmp_path, CPU, common.Plan(8, 8, 1, 1, 10, 1.0, 0, 0.1, 0.0), 0, 1)
+    log = common.Log(tmp_path, CPU, PLAN, 0, 1)
     nan, inf = float("nan"), float("inf")
     steps = ((1.0, 1.0), (nan, 1.0), (1.0, 1.0), (inf, 1.0), (1.0, nan))            # loss, norm of the gradient
     assert [log.finite(*step, ["a"]) for step in steps] == [True, False, True, False, False]
@@ -314,8 +324,6 @@ def test_compiled_blocks_give_the_eager_result_without_recompiling():
             torch.testing.assert_close(model(clips, hidden)[1], eager(clips, hidden)[1], rtol=1e-5, atol=1e-6)
 
 
-# ---- published layouts -----------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("script, data", list(zip(SCRIPTS, ("ssv2", "k400", "ucf101", "hmdb51", "epic"))))
 def test_a_published_layout_trains_and_tests(script, data, tmp_path):
     miniature(data, tmp_path)
@@ -329,71 +337,3 @@ def test_a_published_layout_trains_and_tests(script, data, tmp_path):
         "--out", f"{out}-knn")
     results = json.loads(Path(f"{out}-knn/results.json").read_text())
     assert results["videos"] == 2 and len(results["unreadable"]) == 1   # the broken one, of the training videos
-
-
-# ---- fine-tuning -----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("backbone", ["vit_tiny", "r2plus1d_50"])
-def test_every_mode_of_finetune(backbone, reference):
-    reference("mofo")
-    init, results = TRAINED, {}
-    if backbone != "vit_tiny":
-        init = "runs/convolutional/last.pt"
-        run("fame", *TINY, *RESNET, "--steps", 1, "--out", "runs/convolutional")
-    argv = "--toy-train 24 --toy-test 16 --batch 8 --workers 0 --views 1x2 --log-every 1 --mode".split()
-    tuned = f"runs/finetune-{backbone}/last.pt"
-    for mode, start_from, more in (("linear", init, []), ("knn", init, []), ("finetune", init, ["--steps", 2]),
-                                   ("test", tuned, [])):
-        out = f"runs/{mode}-{backbone}"
-        run("finetune", *argv, mode, "--init", start_from, "--out", out, *more)
-        found = results[mode] = json.loads(Path(out, "results.json").read_text())
-        assert 0 <= found["acc1_1x2"] <= found["acc5_1x2"] <= 100 and found["videos"] == 16 and not found["unreadable"]
-    assert results["test"]["acc1_1x2"] == results["finetune"]["acc1_1x2"]           # testing again gives the same
-
-
-def test_two_processes_test_like_one(reference):
-    reference("mofo")
-    argv = ["--toy-train", 24, "--toy-test", 15, "--mode", "knn", "--init", TRAINED, "--workers",
-            0, "--test-batch", 4]
-    run("finetune", *argv, "--out", "runs/knn1")
-    process = start("finetune", *argv, "--out", "runs/knn2", processes=2)
-    text = process.communicate()[0]
-    assert process.returncode == 0, text
-    one, two = (json.loads(Path(f"runs/knn{n}/results.json").read_text()) for n in (1, 2))
-    assert one["per_class"] == two["per_class"] and one["videos"] == two["videos"] == 15
-
-
-def test_a_test_video_that_cannot_be_read_counts_as_wrong_and_is_named(workplace, tmp_path, reference):
-    reference("mofo")
-    for split, i in [("train", i) for i in range(12)] + [("val", i) for i in range(6)]:
-        video = (workplace / f"data/toy/64px/train/{i:06d}.mp4").read_bytes()
-        file = tmp_path / split / ("even", "odd")[i % 2] / f"{i}.mp4"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(video[:600] if (split, i) == ("val", 3) else video)
-    run("finetune", "--data", tmp_path, "--mode", "knn", "--neighbours", 1, "--init", TRAINED,
-        "--workers", 0, "--views", "1x1", "--out", "runs/unreadable")
-    results = json.loads(Path("runs/unreadable/results.json").read_text())
-    assert results["acc1_1x1"] == pytest.approx(500 / 6)
-    assert results["per_class"] == {"even": 100.0, "odd": pytest.approx(200 / 3)}
-    assert len(results["unreadable"]) == 1 and "3.mp4" in results["unreadable"][0]
-
-
-def test_linear_probe_solves_what_is_linear_and_knn_votes():
-    labels = torch.arange(90) % 3
-    features = torch.randn(90, 8, generator=seeded()) + 4 * torch.eye(8)[labels]
-    logits = finetune.fit_linear(features, labels, 3, 1e-3)(features)
-    assert (logits.argmax(1) == labels).float().mean() > 0.98
-    assert (finetune.knn_scores(features, labels, features, 3, k=1).argmax(1) == labels).all()
-    slow, unit = torch.zeros(90, 3), features / features.norm(dim=1, keepdim=True)
-    for q in range(90):
-        for i in sorted(range(90), key=lambda i: -float(unit[q] @ unit[i]))[:5]:
-            slow[q, labels[i]] += torch.exp(unit[q] @ unit[i] / 0.07)
-    torch.testing.assert_close(finetune.knn_scores(features, labels, features, 3, k=5), slow, rtol=1e-3, atol=1e-3)
-
-
-def test_accuracy_counts_unread_as_wrong_and_skips_absent_classes():
-    scores, read = torch.eye(6)[[0, 1, 2, 0, 1]], torch.tensor([True, True, False, True, True])
-    result = finetune.accuracy(scores, read, torch.tensor([0, 1, 2, 1, 1]), list("abcdef"))
-    assert result["acc1"] == pytest.approx(60)
-    assert result["per_class"] == pytest.approx({"a": 100, "b": 200 / 3, "c": 0})
-    assert result["mean_class"] == pytest.approx((100 + 200 / 3) / 3)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import Clips, Item, Video, VideoError, multi_scale_crop, probe, read_clips
+from common import Video, VideoError, probe, read_clips
 from conftest import SHARED
 
 H264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
@@ -82,11 +82,6 @@ def filled(old, data):
     return packet
 
 
-def hide(i, packet):                                                    # VP8: clears show_frame in every 7th packet
-    data = bytes(packet)
-    return filled(packet, bytes([data[0] & ~16]) + data[1:]) if i % 7 == 3 else packet
-
-
 def left_out(i, packet):                                                # MPEG-4: a picture that is "not coded"
     if i % 12 != 7:
         return packet
@@ -151,7 +146,6 @@ MADE = {
     "open.ts": lambda p: write(p, x264=OPEN), "one_key.mp4": lambda p: write(p),
     "pyramid.mkv": lambda p: write(p, x264="bframes=8:b-adapt=2:ref=6:keyint=15"),
     "refresh.mp4": lambda p: write(p, x264="intra-refresh=1:keyint=12:bframes=0"),
-    "vfr.mp4": lambda p: write(p, pts=lambda i: i * i // 3 + i, x264=H264),
     "vfr.mkv": lambda p: write(p, pts=lambda i: i * i // 3 + i, x264=H264),
     "negative.mp4": lambda p: remux(p, later(-5 * 512), x264=OPEN),
     "late.mp4": lambda p: remux(p, later(7 * 512), x264=H264),
@@ -167,16 +161,10 @@ MADE = {
     "hevc_cut.mp4": lambda p: remux(p, cut(9), x265="keyint=12:min-keyint=12:bframes=3:open-gop=1"),
     "vp9.webm": lambda p: write(p, codec="libvpx-vp9", g="12", **{"lag-in-frames": "16", "cpu-used": "8"}),
     "vp8.webm": lambda p: write(p, codec="libvpx", g="12"),
-    "vp8_hidden.webm": lambda p: remux(p, hide, codec="libvpx", g="12"),
     "av1.mp4": lambda p: write(p, codec="libsvtav1", g="12", preset="12"),
-    "av1.mkv": lambda p: write(p, codec="libsvtav1", preset="12"),
     "mpeg4.avi": lambda p: write(p, codec="mpeg4", bf="2", g="12"),
     "mpeg4.mp4": lambda p: write(p, codec="mpeg4", bf="2", g="12"),
     "mpeg2.mpg": lambda p: write(p, codec="mpeg2video", bf="2", g="12"),
-    "mpeg2.mp4": lambda p: write(p, codec="mpeg2video", bf="2", g="12"),
-    "msmpeg4.avi": lambda p: write(p, codec="msmpeg4v2", g="12"),
-    "mjpeg.avi": lambda p: write(p, codec="mjpeg", fmt="yuvj420p"),
-    "keys.avi": lambda p: write(p, codec="mpeg4", g="10"),
     "b1.avi": lambda p: write(p, codec="mpeg4", bf="1", g="10", flags="+qpel"),
     "1x1.mkv": lambda p: write(p, 5, codec="ffv1", size=(1, 1), fmt="yuv444p"),
 }
@@ -185,7 +173,6 @@ ODD = {                                                                 # packet
     "left_out.avi": lambda p: remux(p, left_out, codec="mpeg4", g="12"), "h264.avi": lambda p: write(p, x264=OPEN),
     "no_pts.mp4": lambda p: remux(p, no_pts, x264=H264), "no_pts_open.mp4": lambda p: remux(p, no_pts, x264=OPEN),
     "all_keys.mp4": lambda p: remux(p, all_keys, x264=OPEN), "some_keys.mp4": lambda p: remux(p, some_keys, x264=OPEN),
-    "all_keys_vp9.mp4": lambda p: remux(p, all_keys, codec="libvpx-vp9", g="12"),
     "all_keys.avi": lambda p: remux(p, all_keys, codec="mpeg4", bf="2", g="12"), "old_x264.mp4": old_x264,
     "edit.mp4": lambda p: remux(p, later(-9 * 512), x264=OPEN), "cut_open.mkv": lambda p: remux(p, cut(9), x264=OPEN),
     "two_sizes.webm": two_sizes, "cover.mp4": cover,
@@ -196,7 +183,7 @@ REAL = ["arm_wrestling.mp4", "av1_video.mkv", "h265_video.mp4", "juggling.mp4", 
 CASES = ["big_small.webm", "copy_open.avi", "cover_first.mp4", "hflip.mp4", "neg.mkv", "noctts.mp4", "nostss.mp4",
          "nostss_vp9.mp4", "p10.mp4", "paff.mp4"]
 FAST = ["closed.mp4", "open.mp4", "open.ts", "pyramid.mkv", "vfr.mkv", "fragments.mp4", "10bit.mp4", "hevc.mp4",
-        "vp9.webm", "av1.mkv", "mpeg4.avi", "mpeg4.mp4", "keys.avi", "b1.avi", "packed.avi", "cover.mp4",
+        "vp9.webm", "av1.mp4", "mpeg4.avi", "mpeg4.mp4", "b1.avi", "packed.avi", "cover.mp4",
         "arm_wrestling.mp4", "pancake.mkv", "ucf_style.avi", "nasa_13013_rotated.mp4"]
 
 
@@ -256,7 +243,8 @@ def test_equals_decoding_everything(name, tmp_path):
     assert (info.frames, info.height, info.width) == (n, *frames[0].shape[:2])
     sets = [[0], [n - 1], [n - 1, 0, n - 1], list(range(n))[-20:], [min(n // 2 + 4 * k, n - 1) for k in range(16)]]
     sets += [[rng.randrange(n) for _ in range(rng.choice([1, 3, 8]))] for _ in range(6)]
-    sets += [[i] for i in (range(n) if name in ODD else rng.sample(range(n), 12) if name in CASES else [])]
+    sets += [[i] for i in (range(n) if name in ODD else rng.sample(range(n), 3) if name in CASES else [])]
+    sets = sets[::5] if name == "paff.mp4" else sets                    # of large pictures
     if len({f.shape for f in frames}) > 1:                              # read alone, frames have their own size
         sets = [[i] for indices in sets for i in indices]
     for indices in sets:
@@ -274,14 +262,10 @@ def test_equals_decoding_everything(name, tmp_path):
                 assert video.index_at((times[i] + stop) / 2 - times[0]) == i
 
 
-def test_info_and_index_at(clip):
+def test_info_index_crop_and_size(clip):
     with Video(clip) as video:
-        info = video.info
-        assert (info.frames, info.fps, info.height, info.width) == (60, 30, 120, 160) and abs(info.seconds - 2) < 1e-3
+        assert video.info == pytest.approx((60, 30, 120, 160, 2), abs=1e-3)
         assert [video.index_at(s) for s in (-1, 0, 0.999, 1, 1.034, 99)] == [0, 0, 29, 30, 31, 59]
-
-
-def test_crop_and_size(clip):
     frames, indices = read_clips(clip, [7, 30]), [7, 30, 7]
     boxes = [(11, 7, 91, 67), (0, 60, 80, 120), (0, 60, 80, 120)]
     cuts = [frames[0, 7:67, 11:91], frames[1, 60:120, :80], frames[0, 60:120, :80]]
@@ -367,15 +351,6 @@ def test_damaged_files(tmp_path):
                     assert last.ndim == 4 and frames >= 1 and height >= 1 and width >= 1
             except VideoError as error:
                 assert str(error).startswith(str(path))
-
-
-def test_smallest_picture(tmp_path):
-    """A crop of it is not empty: that would end a run."""
-    def sample(video, item, rng):
-        return video.read([0], (8, 8), multi_scale_crop(video.info.height, video.info.width, rng))[None]
-
-    dataset = Clips([Item(str(make("1x1.mkv", tmp_path)))], sample, replace=False)
-    assert all(dataset[epoch, 0][0].shape == (1, 1, 8, 8, 3) for epoch in range(20))
 
 
 @pytest.mark.parametrize("indices, crop, text", [
