@@ -16,8 +16,8 @@ import common
 import fame
 import mcl
 import modist
-from common import (BACKBONES, Bottleneck, MomentumContrast, Queue, ResNet3D, VITS, blur, colour_jitter, crop_resize,
-                    load_weights, make_backbone, make_optimizer, parse_config, random_resized_crop, resume_or_init)
+from common import (Bottleneck, MomentumContrast, Queue, ResNet3D, blur, colour_jitter, crop_resize, load_weights,
+                    make_backbone, make_optimizer, parse_config, random_resized_crop, resume_or_init)
 from conftest import FakeFlow, error_of, noise, run, seeded
 
 CPU = torch.device("cpu")
