@@ -187,7 +187,7 @@ def test_the_clip_with_more_motion_wins_with_probability_085():
     assert (tournament(scores, seeded(2), p=1.0) == larger).all()
     assert (tournament(scores, seeded(2), p=0.0) == larger).float().mean().item() == pytest.approx(0.5, abs=0.008)
     upper = scores.gather(2, chosen[..., None]) > 0.5                           # scores are ranks within the video
-    assert upper.float().mean().item() == pytest.approx(0.68, abs=0.01) and "So .68 of" in mcl.__doc__
+    assert upper.float().mean().item() == pytest.approx(0.68, abs=0.01) and ".68 of" in mcl.__doc__
 
 
 @pytest.mark.parametrize("first, last, span, K", [(0, 99, 32, 2), (7, 80, 32, 1), (3, 68, 32, 2), (5, 45, 4, 1)])
