@@ -469,6 +469,8 @@ class MotionFocus(nn.Module):
 
     def __init__(self, dim, heads=3):
         super().__init__()
+        if dim % heads:
+            raise UserError(f"--focused: its {heads} heads do not divide the network's {dim} features")
         self.norm1, self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6), Mlp(dim, 4 * dim)
         self.attn, self.heads = nn.Module(), heads
         self.attn.q, self.attn.kv = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 2 * dim, bias=False)
@@ -860,7 +862,8 @@ def run_inference(compute, items, sample, cfg, env, what):
             continue
         with env.autocast():
             out = compute(to_device(batch["clips"], env.device), int(batch["read"].sum()))
-        results |= zip([key for key, read in zip(keys, batch["read"]) if read], out)
+        found = [key for key, read in zip(keys, batch["read"]) if read]
+        results |= zip(found, (x.clone() for x in out))                        # views would be sent with their batch
     if env.world > 1:
         parts = [None] * env.world
         torch.distributed.all_gather_object(parts, (results, errors))

@@ -42,8 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, FlowEstimator, Log, StopSignal, UserError, VITS, all_reduce_mean, clip_indices, constant,
-                    cosine_lr, draw_lines, example_clips, find_videos, loader, make_optimizer, map_to_rgb,
+from common import (Clips, FlowEstimator, Log, StopSignal, UserError, VITS, all_reduce_mean, can_compile, clip_indices,
+                    constant, cosine_lr, draw_lines, example_clips, find_videos, loader, make_optimizer, map_to_rgb,
                     multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand, read_views,
                     resize_flow, resume_or_init, save_checkpoint, save_sheet, setup, shutdown, step_batches, to_device,
                     to_float01, unpatchify, wrap_model)
@@ -85,7 +85,7 @@ class Config:
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
     seed: int = 0                      # of everything that is random
     workers: int = 8                   # processes per GPU that read videos, in [0, 256]
-    compile: bool = torch.cuda.is_available()  # torch.compile the transformer blocks and the flow
+    compile: bool = torch.cuda.is_available()  # torch.compile the transformer blocks, the flow and HOG
     log_every: int = 20                # steps
     save_every: int = 500              # steps
     preview_every: int = 1000          # steps
@@ -172,28 +172,30 @@ def position_target(displacement, valid, noise=NOISE):
     return z.flatten(2), to_tokens(valid).flatten(2).any(-1)
 
 
-def hog(frames, bins=9, cell=8):
+def hog(frames, bins=9, cell=8, of_frame=None):
     """Histograms of oriented gradients: frames (B, 3, T, H, W), normalised as the network's input
     -> (B, 3 * bins, T, H / cell, W / cell).
 
     Per colour: Sobel gradient (times 8, border replicated); its length is shared between the two nearest of `bins`
     orientations in [0, pi), linearly; mean over cells of `cell` pixels.  No block normalisation.  Source: MME's code.
+    Frame by frame, by `of_frame` (which may be frame_hog compiled): they stay in a CPU's cache.
     """
-    maps = []
-    for x in frames.unbind(2):                                                  # frame by frame: they stay in cache
-        B, C, H, W = x.shape
-        x = F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)              # (B C, H + 2, W + 2)
-        across, down = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:], x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
-        gx, gy = across[..., 2:] - across[..., :-2], down[:, 2:] - down[:, :-2]           # (B C, H, W)
-        length = (gx.square() + gy.square()).sqrt()
-        angle = torch.atan2(gy, gx) * bins / math.pi                            # in (-bins, bins], one bin = 1
-        angle = torch.where(angle < 0, angle + bins, angle)
-        votes = []
-        for b in range(bins):
-            away = (angle - b).abs()                                            # on a circle of `bins`
-            votes.append(F.avg_pool2d(length * (1 - torch.minimum(away, bins - away)).clamp(min=0), cell))
-        maps.append(torch.stack(votes, 1).unflatten(0, (B, C)).flatten(1, 2))   # (B, C bins, gh, gw)
-    return torch.stack(maps, 2)
+    return torch.stack([(of_frame or frame_hog)(x, bins, cell) for x in frames.unbind(2)], 2)
+
+
+def frame_hog(x, bins, cell):
+    B, C, H, W = x.shape
+    x = F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)                  # (B C, H + 2, W + 2)
+    across, down = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:], x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
+    gx, gy = across[..., 2:] - across[..., :-2], down[:, 2:] - down[:, :-2]               # (B C, H, W)
+    length = (gx.square() + gy.square()).sqrt()
+    angle = torch.atan2(gy, gx) * bins / math.pi                                # in (-bins, bins], one bin = 1
+    angle = torch.where(angle < 0, angle + bins, angle)
+    votes = []
+    for b in range(bins):
+        away = (angle - b).abs()                                                # on a circle of `bins`
+        votes.append(F.avg_pool2d(length * (1 - torch.minimum(away, bins - away)).clamp(min=0), cell))
+    return torch.stack(votes, 1).unflatten(0, (B, C)).flatten(1, 2)             # (B, C bins, gh, gw)
 
 
 def shape_target(maps, displacement, starts, cell=8):
@@ -273,6 +275,7 @@ class MME(MaskedAutoencoder):
             raise UserError(f"--mask-ratio {mask_ratio}: must leave some of the {H * W} patches hidden, some visible")
         self.flow, self.target, self.length, self.mask_ratio = flow, target, length, mask_ratio
         self.cell = patch_size // 2                                             # 4 points per token
+        self.hog = partial(hog, cell=self.cell)
         self.step = stride // frames_to_read(target, frames, tubelet_size, stride, length)[1]
 
     def predict(self, clips, hidden, count=None):
@@ -311,13 +314,13 @@ class MME(MaskedAutoencoder):
                 displacement, valid, frames, starts = self.track(clips)
                 targets["position"], token_valid = position_target(displacement, valid)
             if self.target == "trajectory":
-                maps = hog(normalize(frames, self.encoder.config), cell=self.cell)              # (B, 27, F', gh, gw)
+                maps = self.hog(normalize(frames, self.encoder.config))                         # (B, 27, F', gh, gw)
                 targets["shape"] = shape_target(maps, displacement, starts, self.cell)
             elif self.target == "pixel":
                 targets["pixel"] = pixel_target(to_float01(self.seen(clips)), p, t)
             else:
                 frames = normalize(self.seen(clips)[:, :, 1::t], self.encoder.config)
-                maps = hog(frames, cell=self.cell)                                              # (B, 27, T', gh, gw)
+                maps = self.hog(frames)                                                         # (B, 27, T', gh, gw)
                 targets["shape"] = to_tokens(maps.transpose(1, 2)).flatten(2)                   # (B, N, 108)
         return targets, token_valid, displacement
 
@@ -419,6 +422,8 @@ def main(cfg):
     model = MME(flow, cfg.target, cfg.length, cfg.stride, cfg.mask_ratio, image_size=cfg.image_size,
                 frames=cfg.frames, patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size,
                 **VITS[cfg.model] | dict(decoder_depth=1)).to(env.device)
+    if cfg.compile and can_compile():
+        model.hog = partial(model.hog, of_frame=torch.compile(frame_hog, dynamic=False))
     optimizer = make_optimizer("adamw", model, plan.lr, cfg.weight_decay, env.device)
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples = example_clips(dataset)

@@ -20,7 +20,7 @@ import common
 import finetune
 from common import DATA_SETS, Item, UserError, VideoInfo, load_file, make_backbone, parse_config
 from finetune import Classifier, Config, Detector, KeyFrame, MotionFocus, RECIPES, person_clip, train_clips
-from conftest import lines, miniature, put, run, scrambled, seeded
+from conftest import error_of, lines, miniature, put, run, scrambled, seeded
 
 ENV = common.Env(torch.device("cpu"), 0, 1, None)
 QUIET = dict(randaugment="none", erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)         # nothing is random
@@ -874,6 +874,10 @@ def test_testing_and_predicting_go_on_with_label_and_focus(average, place, tune,
     assert "6 of 6 videos" in capsys.readouterr().out
     with pytest.raises(UserError, match="no counterpart"):                               # of MOFO's head
         run("finetune", "--mode", "export", "--init", out / "last.pt", "--out", place / "runs/no-export")
+
+
+def test_heads_that_do_not_divide_the_features_are_a_message():
+    assert "3 heads" in error_of(MotionFocus, 1024)
 
 
 def test_predict_on_broken_videos_and_with_two_heads(place, own, layouts, tune, capsys):

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 from common import FlowEstimator, normalize
-from mme import (MME, NOISE, MaskedAutoencoder, frames_to_read, hog, pixel_target, position_loss,
+from mme import (MME, NOISE, frame_hog, MaskedAutoencoder, frames_to_read, hog, pixel_target, position_loss,
                  position_target, shape_loss, shape_target, to_tokens, trajectories, tube_mask)
 from mofo import motion_tube_mask
 from conftest import error_of, golden_arrays, seeded, toy_clips, toy_flow
@@ -420,3 +421,9 @@ def test_autocast_does_not_reach_the_targets(target):
     (dict(image_size=36), "36"), (dict(frames=5), "5")])
 def test_what_cannot_work_is_named(changes, named):
     assert named in error_of(tiny, **changes)
+
+
+@pytest.mark.skipif(not common.can_compile(), reason="no C compiler")
+def test_compiled_hog_is_hog():
+    frames = torch.randn(1, 3, 2, 32, 48, generator=seeded())
+    torch.testing.assert_close(hog(frames, of_frame=torch.compile(frame_hog, dynamic=False)), hog(frames))

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
 import fame
 import modist
 from common import Item, ResNet3D, Video, load_weights, make_backbone, to_float01, unnormalize
 from conftest import FakeFlow, noise, numbers, seeded, tiny_video
-from modist import Config, MoDist, flow_edges, motion_maps, preview, projection, sample_clips, two_starts
+from modist import Config, MoDist, flow_edges, motion_maps, projection, sample_clips, two_starts
 from test_contrast import tiny
 from test_fame import dot, slow_info_nce
 from test_flow import slow_gradient
@@ -288,36 +287,6 @@ def test_a_thin_rgb_network_is_not_confused_with_the_motion_network(tmp_path):
     visual, state = make_backbone(**model.encoder.config), model.encoder.state_dict()
     assert load_weights(visual, tmp_path / "last.pt").missing == []
     assert all(torch.equal(v, state[name]) for name, v in visual.state_dict().items())
-
-
-@pytest.mark.parametrize("kind", ["flow_edge", "flow", "frame_diff", None])
-def test_preview_shows_frames_flow_motion_and_the_nearest_second_moments(monkeypatch, kind):
-    """The networks' embeddings are given, so the ranking is known."""
-    kept, clips = [], clips_uint8(8, 9)
-    monkeypatch.setattr(modist, "save_sheet", lambda path, rows: kept.append(rows))
-    model = tiny("modist", motion_input=kind or "flow_edge")
-    if kind is None:                                                            # without a motion network
-        del model.motion
-    near = torch.eye(8)[:4]
-    query = torch.cat([near[[1, 1, 2]] + 0.2 * near[[0, 2, 1]], -near[3:]])     # video 3 is the last that it finds
-    model.head = model.motion_head = model.keys["head"] = nn.Identity()
-    (model.motion if kind else model.encoder).forward = lambda x: 5 * query
-    model.keys["encoder"].forward = lambda x: near * torch.tensor([[1.0], [3], [0.2], [7]])
-    preview(model, clips, "x.png")
-    first, second = to_float01(clips[::2]), to_float01(clips[1::2])
-    for b, row in enumerate(kept[0]):
-        expected = [first[b, :, 0], first[b, :, 6]]
-        if kind not in (None, "frame_diff"):
-            expected.append(common.flow_picture(FakeFlow()(first)[b, 4:5])[0])
-        if kind:
-            maps = motion_maps(first, FakeFlow(), kind, 1.0)[b].abs()
-            expected += [maps[:, 4], maps.sum(1) / maps.sum(1).max()]
-        assert len(row) == len(expected) + 3
-        torch.testing.assert_close(row[:-3], torch.stack(expected))
-        for tile, other in zip(row[-3:], (near @ query[b]).argsort(descending=True, stable=True)[:3].tolist()):
-            torch.testing.assert_close(tile[:, 4:12, 4:12], second[other, :, 4, 4:12, 4:12], atol=1 / 200, rtol=0)
-            red = tile[0, 0].min() > 0.9 and tile[1:, 0].max() < 0.1
-            assert red == (other == b)
 
 
 def test_the_rate_rises_to_where_the_cosine_over_all_epochs_is_by_then():

@@ -15,9 +15,7 @@ from conftest import REPO, error_of, losses, run, start
 SMALL = "--toy-train 24 --toy-test 16 --batch 8 --log-every 1 --save-every 1 --workers 0".split()
 
 
-@pytest.fixture(autouse=True)
-def here(workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK", "half", "list", "other"])
@@ -50,15 +48,12 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_used(tmp_path):
     content["model"]["mask_token"] += float("nan")
     torch.save(content, tmp_path / "nan.pt")
     assert "mask_token" in error_of(run, "mofo", *SMALL, "--init", tmp_path / "nan.pt", "--out", tmp_path / "other")
-    before, model = (tmp_path / "run/last.pt").read_bytes(), mofo.MaskedAutoencoder(**mofo_sizes())
+    before = (tmp_path / "run/last.pt").read_bytes()
+    model = mofo.MaskedAutoencoder(32, 4, 16, 2, *common.VITS["vit_tiny"].values())
     model.mask_token.data += float("inf")
     message = error_of(common.save_checkpoint, tmp_path / "run/last.pt", mofo.Config(), None, 3, model, model.encoder,
                        torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False))
     assert "mask_token" in message and (tmp_path / "run/last.pt").read_bytes() == before
-
-
-def mofo_sizes():
-    return dict(common.VITS["vit_tiny"], image_size=32, frames=4, patch_size=16, tubelet_size=2)
 
 
 def test_a_restart_by_torchrun_goes_on_in_spite_of_fresh(tmp_path, monkeypatch, capsys):
