@@ -14,7 +14,7 @@ the motion map in space and time.
 
 Differs from the paper and its released code, and why
  1. Flow is computed in the training step, so clips of a video are not ranked: of two random ones that with more motion
-    is taken with probability 0.7, else any.  So .68 are from the upper half of their video's (published: .85).
+    is taken with probability 0.7, else any: .68 of them are from the upper half of the video's (published: .85).
  2. A clip's motion map is the mean of four pairs of neighbouring frames (released: windows of 8 flows around each
     frame), and is not rounded to 8 bits; strong motion there wraps around to none.
  3. The target is flipped with its clip (released: 37.5 % of all targets are mirrored in one component or both).
