@@ -1852,7 +1852,8 @@ def export_huggingface(network, classes, folder):
         for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except (ImportError, OSError) as error:
-        raise UserError(f"{folder}: the export could not be written ({error})") from None
+        missing = "; pip install safetensors" * isinstance(error, ImportError)
+        raise UserError(f"{folder}: the export could not be written ({error}{missing})") from None
 
 
 # ---- 11. Run -------------------------------------------------------------------------------------------------------

@@ -518,3 +518,9 @@ def test_transformers_computes_our_logits(tmp_path, change):
     grey = (0.2 - torch.tensor(IMAGENET["mean"])) / torch.tensor(IMAGENET["std"])
     expected = grey.view(3, 1, 1).expand(x[:1].transpose(1, 2).shape)
     torch.testing.assert_close(torch.as_tensor(np.asarray(frames)), expected, atol=1e-5, rtol=0)
+
+
+def test_without_safetensors_export_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "pip install safetensors" in error_of(export_huggingface, tiny(3), NAMES[:3], tmp_path / "folder")
