@@ -184,6 +184,7 @@ def hog(frames, bins=9, cell=8, of_frame=None):
 
 
 def frame_hog(x, bins, cell):
+    """`hog` of one frame (B, 3, H, W) -> (B, 3 * bins, H / cell, W / cell)."""
     B, C, H, W = x.shape
     x = F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)                  # (B C, H + 2, W + 2)
     across, down = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:], x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
