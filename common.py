@@ -405,16 +405,16 @@ class Video(contextlib.AbstractContextManager):
     def _read(self, indices, boxes, size):
         images = [None] * len(indices)
         for n, frame in self._frames(set(indices)):
-            frame = _upright(frame)
+            cut = functools.cache(partial(self._cut, _upright(frame), size))    # a short video repeats its last frame
             for row in [row for row, index in enumerate(indices) if index == n]:
-                images[row] = self._cut(frame, boxes[row], size)
+                images[row] = cut(*boxes[row])
         if any(image is None for image in images):
             raise VideoError("damaged, not all of its frames can be decoded")
         return np.stack(images)
 
-    def _cut(self, frame, box, size):
+    def _cut(self, frame, size, x1, y1, x2, y2):
         """Upright frame -> the box in it, (H, W, 3) uint8."""
-        (x1, y1, x2, y2), first = box, self.first                           # sides change in some files
+        first = self.first                                                  # sides change in some files
         x1, x2 = x1 * frame.width // first.width, -(-x2 * frame.width // first.width)
         y1, y2 = y1 * frame.height // first.height, -(-y2 * frame.height // first.height)
         if size is None:
@@ -583,7 +583,8 @@ def _size(path):
 
 def make_listing(what, rows, classes):
     """Rows (name, path or None, label[, start, stop]) -> Listing of the files with content; prints the counts."""
-    sizes = [_size(path) for _, path, *_ in rows]
+    size_of = functools.cache(_size)                                       # many segments of a video
+    sizes = [size_of(path) for _, path, *_ in rows]
     items = [Item(str(path), *rest) for (_, path, *rest), size in zip(rows, sizes) if size]
     missing = list(dict.fromkeys(str(path or name) for (name, path, *_), size in zip(rows, sizes) if not size))
     summary = f"{what}: {len(rows)} listed, {len(items)} found, {sizes.count(None)} missing, {sizes.count(0)} empty"
@@ -806,7 +807,8 @@ def loader(dataset, batches, workers, device):
 
 def _worker_init(_):
     torch.set_num_threads(1)
-    hasattr(os, "setsid") and os.setsid()                      # what stops the process group lets the step end
+    if hasattr(os, "setsid"):
+        os.setsid()                                            # what stops the process group lets the step end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))      # how the parent ends its workers: quietly
 
@@ -980,11 +982,14 @@ def make_toy(root, split, count, size=64, frames=36, seed=0):
 
 
 def _write_toy(root, split, size, frames, seed, index):
-    """Write the truth of one video, and the video unless it is there -> its row of the list."""
+    """Write one video and its truth unless they are there -> its row of the list."""
     path = root / split / f"{index:06d}.mp4"
-    (video, truth), temporary = toy_video(seed, split, index, size, frames), f"{path}.{os.getpid()}.tmp"
-    np.savez(path.with_suffix(".npz"), **truth)
-    if not path.exists():                                                    # x264 may write other bytes another time
+    temporary = f"{path}.{os.getpid()}.tmp"
+    if path.exists():                                                        # written after its truth: both complete
+        truth = np.load(path.with_suffix(".npz"))
+    else:                                                                    # x264 may write other bytes another time
+        video, truth = toy_video(seed, split, index, size, frames)
+        np.savez(path.with_suffix(".npz"), **truth)
         with av.open(temporary, "w", format="mp4") as file:
             stream = file.add_stream("libx264", 16, width=size, height=size, pix_fmt="yuv420p", options=dict(
                 preset="veryfast", crf="18", threads="1"))
@@ -1784,9 +1789,9 @@ def load_weights(model, path, strict_backbone=True, new=()):
     """Load weights by name from our own files and those that `load_file` and `convert_names` tell of -> LoadReport.
 
     Of all prefixes that one is taken under which most names match.  Raises UserError, naming the first tensors, if
-    none fits or one of the backbone is missing: never train on silently random weights.  The backbone is the encoder
-    without its last norm and head; strict_backbone False drops the check, "all" extends it to everything.  What begins
-    with one of `new` stays as it is.  Mean and std of the input go into the network's config.
+    none fits, one of the backbone is missing or one is not finite: never train on silently random weights.  The
+    backbone is the encoder without its last norm and head; strict_backbone False drops the check, "all" extends it to
+    everything.  What begins with one of `new` stays as it is.  Mean and std of the input go into the network's config.
     """
     content, everything = load_file(path), model.state_dict()
     own = {k: x for k, x in everything.items() if not k.startswith(new)}
@@ -1809,6 +1814,7 @@ def load_weights(model, path, strict_backbone=True, new=()):
                         f"{left}; heads {heads} there, {config.get('heads')} here. Choose the file's network with "
                         "--model or --backbone; sizes of a ViT that have no name get one in VITS in common.py")
     model.load_state_dict({k: state[name] for k, name in fits.items()}, strict=False)
+    check_finite(model, f"{path}: cannot be used")
     config.update({k: there[k] for k in ("mean", "std")})
     return LoadReport(list(fits), missing, unexpected)
 
@@ -1952,7 +1958,7 @@ def wrap_model(model, env, compile):
 
     Compiled block by block, in place: one graph per width and token count, and no `_orig_mod.` in the state dict.
     Convolutional networks get channels last.  On several GPUs their batch norm is synchronised and stages are not
-    compiled.  Running statistics, and other buffers, are those of the first process, at every forward pass.
+    compiled; all processes then have the same buffers.  On CPUs those of the first go to all at every forward pass.
     """
     cuda = env.device.type == "cuda"
     parts = [module for module in model.modules() if isinstance(module, Block)]
@@ -1966,8 +1972,8 @@ def wrap_model(model, env, compile):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if env.world == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, device_ids=[env.device.index] if cuda else None,
-                                               gradient_as_bucket_view=True)
+    where = dict(device_ids=[env.device.index], broadcast_buffers=False) if cuda else {}
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, **where)
 
 
 def check_finite(model, what):
@@ -1988,7 +1994,6 @@ def resume_or_init(checkpoint, init, model, optimizer, scaler):
         return checkpoint["step"]
     if init:
         report = load_weights(model, init)
-        check_finite(model, f"--init {init}")
         print0(f"{init}: {len(report.loaded)} tensors loaded, {len(report.missing)} missing {report.missing[:3]}, "
                f"{len(report.unexpected)} unexpected {report.unexpected[:3]}")
         if any(name.startswith("keys.") for name in report.missing):
