@@ -1139,7 +1139,7 @@ class FlowEstimator:
     def __init__(self, name, weights=None, updates=6, size=None, device="cpu", amp=None, compile=False):
         if name not in ("tvl1", *RAFT):
             raise UserError(f"--flow {name}: choose tvl1 or {' or '.join(RAFT)}")
-        self.name, self.updates, self.size, self.device = name, updates, size, torch.device(device)
+        self.name, self.updates, self.size, self.device, self.amp = name, updates, size, torch.device(device), amp
         self._marks = []                                         # when each call began and ended
         compile = compile and can_compile()
         self.inner = torch.compile(_tvl1_inner, dynamic=False) if compile else _tvl1_inner
@@ -1155,11 +1155,9 @@ class FlowEstimator:
             raise UserError(f"{what} failed ({_first_line(error)[:200]}). Give torchvision's {name} as --raft-weights "
                             "FILE, or --flow tvl1, which needs none") from None
         self.raft.to(self.device).eval().requires_grad_(False)
-        for part in (self.raft.feature_encoder, self.raft.context_encoder, self.raft.update_block):
-            if amp:
-                part.forward = _in_autocast(part.forward, self.device.type, amp)
-            if compile:
-                part.compile(dynamic=False)
+        self.refine = torch.compile(_refine, dynamic=False) if compile else _refine
+        for part in (self.raft.feature_encoder, self.raft.context_encoder) if compile else ():
+            part.compile(dynamic=False)
 
     @torch.no_grad()
     def __call__(self, clips):
@@ -1172,19 +1170,20 @@ class FlowEstimator:
         if side != (H, W):
             video = F.interpolate(video.flatten(0, 1), side, mode="bilinear", antialias=True).unflatten(0, (B, T))
         some, flow = self.chunk(*side), []
+        clips_at_once = max(1, some // (T - 1))                                               # or, if even one is too
+        even = max(n for n in range(1, clips_at_once + 1) if B % n == 0)                      # long, a part of it
         estimate = self._tvl1 if self.name == "tvl1" else self._raft
         with torch.autocast(self.device.type, enabled=False):
-            for part in video.split(max(1, some // (T - 1))):                                 # whole clips or, if they
-                pieces = [part[:, t:t + some + 1] for t in range(0, T - 1, some)]             # are longer, parts
+            for part in video.split(even if 2 * even > clips_at_once else clips_at_once):     # even: one graph for all
+                pieces = [part[:, t:t + some + 1] for t in range(0, T - 1, some)]
                 flow.append(torch.cat([estimate(piece).unflatten(0, (len(part), -1)) for piece in pieces], 1))
         self._marks.append((began, self._now()))
         return torch.cat(flow)
 
     def chunk(self, h, w):
-        """Pairs at a time: on a GPU for its memory, on a CPU so that they stay in its cache; of RAFT so few that cuDNN
-        samples their correlation maps, one per point of the (h / 8, w / 8) grid: it takes 65,535 at once."""
-        some = 512 if self.device.type == "cuda" else 2**19 // (h * w)
-        return max(1, some if self.name == "tvl1" else min(some, 65535 // (h // 8 * (w // 8))))
+        """Pairs at a time: on a GPU so that RAFT's correlations take 1.4 GB at most, on a CPU to stay in its cache."""
+        some = min(512, 2**28 // (h * w // 64) ** 2) if self.device.type == "cuda" else 2**19 // (h * w)
+        return max(1, some)
 
     def _tvl1(self, video):
         return tvl1(video[:, :-1].flatten(0, 1), video[:, 1:].flatten(0, 1), inner=self.inner)
@@ -1196,19 +1195,18 @@ class FlowEstimator:
         the last flow is upsampled, and nothing is made on the CPU for a GPU that would have to wait for it.
         """
         raft, video = self.raft, video * 2 - 1
-        maps = raft.feature_encoder(video.flatten(0, 1)).unflatten(0, video.shape[:2])        # (n, T, C, h / 8, w / 8)
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            maps = raft.feature_encoder(video.flatten(0, 1)).float()                          # (n T, C, h / 8, w / 8)
+            context = raft.context_encoder(video[:, :-1].flatten(0, 1)).float()               # (n (T-1), ...)
+        maps = maps.unflatten(0, video.shape[:2])
         raft.corr_block.build_pyramid(maps[:, :-1].flatten(0, 1), maps[:, 1:].flatten(0, 1))
-        context = raft.context_encoder(video[:, :-1].flatten(0, 1))                           # (n (T-1), ...)
         size = raft.update_block.hidden_state_size
         hidden, context = context[:, :size].tanh(), context[:, size:].relu()
         y, x = (torch.arange(side, device=self.device) for side in context.shape[-2:])
         here = torch.stack(torch.meshgrid(x, y, indexing="xy")).float().expand(len(context), -1, -1, -1)
         there = here                                                                          # (n (T-1), 2, ...)
         for _ in range(self.updates):
-            with self.device:                                    # on which index_pyramid makes its windows
-                correlation = raft.corr_block.index_pyramid(there)
-            hidden, change = raft.update_block(hidden, context, correlation, there - here)
-            there = there + change
+            hidden, there = self.refine(raft, hidden, context, here, there, self.amp)
         return upsample_flow(there - here, raft.mask_predictor and raft.mask_predictor(hidden))
 
     def _now(self):
@@ -1227,13 +1225,32 @@ class FlowEstimator:
         return spent
 
 
-def _in_autocast(forward, device_type, dtype):
-    """`forward` computing in `dtype`, its results handed back in fp32."""
-    def run(*args):
-        with torch.autocast(device_type, dtype):
-            out = forward(*args)
-        return tuple(o.float() for o in out) if isinstance(out, tuple) else out.float()
-    return run
+def _refine(raft, hidden, context, here, there, amp):
+    """One update of RAFT: its hidden state and where each point `here` (n, 2, h, w) goes -> both, new."""
+    correlation = _look_up(raft.corr_block.corr_pyramid, there, raft.corr_block.radius)
+    with torch.autocast(there.device.type, amp, enabled=amp is not None):
+        hidden, change = raft.update_block(hidden, context, correlation, there - here)
+    return hidden.float(), there + change.float()
+
+
+def _look_up(pyramid, there, radius):
+    """Correlations around points there (n, 2, h, w): pyramid, of each level maps (n h w, 1, H, W) -> (n, C, h, w).
+
+    torchvision samples each place of a window by itself, bilinearly, 0 outside.  All lie between the same pixels, so
+    we read one patch per point and mix neighbours: half the time, and cuDNN's limit of 65,535 maps does not matter.
+    """
+    found, reach = [], torch.arange(-radius, radius + 2, device=there.device)
+    for level, maps in enumerate(pyramid):
+        H, W = maps.shape[-2:]
+        place = (there / 2**level).permute(0, 2, 3, 1).reshape(-1, 2, 1).nan_to_num()
+        (x, y), (right, down) = place.floor().long().unbind(1), (place - place.floor()).unbind(1)       # (n h w, 1)
+        x, y = x + reach, y + reach                                                             # (n h w, 2 radius + 2)
+        inside = ((y >= 0) & (y < H))[:, :, None] & ((x >= 0) & (x < W))[:, None]
+        index = y.clamp(0, H - 1)[:, :, None] * W + x.clamp(0, W - 1)[:, None]
+        patch = maps.flatten(1).gather(1, index.flatten(1)).view(index.shape) * inside
+        patch = patch[:, :-1].lerp(patch[:, 1:], down[..., None])
+        found.append(patch[:, :, :-1].lerp(patch[:, :, 1:], right[..., None]).mT.flatten(1))   # x slowest
+    return torch.cat(found, 1).unflatten(0, there[:, 0].shape).permute(0, 3, 1, 2)
 
 
 def spatial_gradient(x, middle=1):
@@ -1269,7 +1286,7 @@ def tvl1(first, second, smoothness=0.1, theta=0.15, warps=3, iterations=10, coar
     """
     inner = inner or _tvl1_inner
     H, W = first.shape[-2:]
-    grey = [x.mul(x.new_tensor([76.2, 149.7, 29.1])[:, None, None]).sum(1, keepdim=True) for x in (first, second)]
+    grey = [x.mul(constant((76.2, 149.7, 29.1), x.device)[:, None, None]).sum(1, keepdim=True) for x in (first, second)]
     sides = [(H // 2**k, W // 2**k) for k in range(1, 8) if min(H, W) // 2**k >= coarsest] or [(H, W)]
     flow = first.new_zeros(len(first), 2, *sides[-1])
     for h, w in reversed(sides):
@@ -1305,7 +1322,7 @@ def resize_flow(flow, h, w):
     """Flow (B, 2, H, W) in pixels of its grid -> (B, 2, h, w) in pixels of the new one."""
     if flow.shape[-2:] == (h, w):
         return flow
-    scale = flow.new_tensor([w / flow.shape[-1], h / flow.shape[-2]]).view(2, 1, 1)
+    scale = constant((w / flow.shape[-1], h / flow.shape[-2]), flow.device).view(2, 1, 1)
     return F.interpolate(flow, (h, w), mode="bilinear", align_corners=False) * scale
 
 
@@ -1370,14 +1387,28 @@ class Mlp(nn.Sequential):
         self.fc1, self.gelu, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block; drop_path drops a residual branch for whole samples."""
+class DropPath(nn.Module):
+    """Set whole samples to 0 with probability p, in training; a tensor, so that one graph serves all blocks."""
 
-    def __init__(self, dim, heads, drop_path=0.0):
+    def __init__(self, p):
+        super().__init__()
+        self.register_buffer("p", torch.tensor(float(p)), persistent=False)
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.p
+        return x * kept / (1 - self.p)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; drop_path, if not None, drops a residual branch for whole samples."""
+
+    def __init__(self, dim, heads, drop_path=None):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn, self.mlp = Attention(dim, heads), Mlp(dim, 4 * dim)
-        self.drop_path = torchvision.ops.StochasticDepth(drop_path, "row")
+        self.drop_path = DropPath(drop_path) if drop_path is not None else nn.Identity()
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
@@ -1416,7 +1447,8 @@ class ViT(nn.Module):
         self.grid = (frames // tubelet_size, image_size // patch_size, image_size // patch_size)   # (T', H', W')
         self.patch_embed = PatchEmbed(dim, patch_size, tubelet_size)
         self.register_buffer("positions", sincos_positions(math.prod(self.grid), dim), persistent=False)
-        self.blocks = nn.Sequential(*(Block(dim, heads, drop_path * i / max(1, depth - 1)) for i in range(depth)))
+        rates = [drop_path * i / max(1, depth - 1) if drop_path else None for i in range(depth)]
+        self.blocks = nn.Sequential(*(Block(dim, heads, rate) for rate in rates))
         self.norm, self.fc_norm = (nn.LayerNorm(dim, eps=1e-6) if name in norms else nn.Identity()
                                    for name in ("norm", "fc_norm"))
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
@@ -1601,7 +1633,7 @@ class MomentumContrast(nn.Module):
 
     def __init__(self, momentum):
         super().__init__()
-        self.momentum = momentum
+        self.momentum, self.from_scratch = momentum, False                         # without weights to start from
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))         # of the keys
 
     @torch.no_grad()
@@ -1609,7 +1641,6 @@ class MomentumContrast(nn.Module):
         """keys <- momentum * keys + (1 - momentum) * queries' networks, after every step of the optimiser.
 
         Running statistics are averaged over the first updates instead, so that what they start with does not linger.
-        Ends what `resume_or_init` began: batch norms that start from their first batch.
         """
         momentum = self.momentum if momentum is None else momentum
         self.updates += 1
@@ -1617,18 +1648,54 @@ class MomentumContrast(nn.Module):
         for name, key in self.keys.items():
             query = getattr(self, name)
             torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
-            for k, q in zip(key.buffers(), query.buffers()):
-                if k.is_floating_point():
-                    q.copy_(torch.where(q.isfinite(), q, k))         # a step that was skipped may have left NaN there
-                    k.lerp_(q, weight.to(k))
-            set_batch_norm(query, 0.1)
+            for norm in batch_norms(query) if self.from_scratch else ():
+                start = (1 - norm.momentum) ** norm.num_batches_tracked              # what is left of it, 0 and 1
+                norm.running_mean.div_(1 - start)
+                norm.running_var.sub_(start).div_(1 - start)
+            keys, queries = ([b for b in net.buffers() if b.is_floating_point()] for net in (key, query))
+            if keys:                                                 # as two vectors: single ones are 2,600 kernels
+                k, q = (torch.cat([b.flatten() for b in buffers]) for buffers in (keys, queries))
+                q = torch.where(q.isfinite(), q, k)                  # a step that was skipped may have left NaN there
+                for buffers, new in ((keys, k.lerp(q, weight)), (queries, q)):
+                    parts = new.split([b.numel() for b in buffers])
+                    torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers)])
+        self.from_scratch = False
 
 
-def set_batch_norm(model, momentum):
-    """Set how far the running statistics of batch norms move towards those of each batch."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = momentum
+def batch_norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
+
+
+class MeanOfProcesses(torch.autograd.Function):
+    """`all_reduce_mean` with a gradient, which has one itself."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return all_reduce_mean(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return MeanOfProcesses.apply(gradient)
+
+
+class SyncBatchNorm(nn.BatchNorm3d):
+    """Batch norm over the batches of all processes, which must be of one size.  nn.SyncBatchNorm allows others, so it
+    waits for the GPU three times; it needs GPUs, is not compiled and cannot be differentiated twice, as MCL must."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        var, mean = torch.var_mean(x.float(), (0, 2, 3, 4), correction=0)                    # (C,)
+        mean, square = MeanOfProcesses.apply(torch.stack([mean, var + mean**2]))
+        var = square - mean**2
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            count = x.numel() // x.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        scale, shift = (v.view(-1, 1, 1, 1) for v in (scale, self.bias - mean * scale))
+        return (x.float() * scale + shift).to(x.dtype)
 
 
 # ---- 10. Public checkpoints ----------------------------------------------------------------------------------------
@@ -1957,23 +2024,30 @@ def wrap_model(model, env, compile):
     """The model as the loop calls it: compiled, and with several processes in DistributedDataParallel.
 
     Compiled block by block, in place: one graph per width and token count, and no `_orig_mod.` in the state dict.
-    Convolutional networks get channels last.  On several GPUs their batch norm is synchronised and stages are not
-    compiled; all processes then have the same buffers.  On CPUs those of the first go to all at every forward pass.
+    Convolutional networks get channels last, and batch norms that all processes share: their buffers are the same.
     """
-    cuda = env.device.type == "cuda"
     parts = [module for module in model.modules() if isinstance(module, Block)]
     for network in [module for module in model.modules() if isinstance(module, ConvNet)]:
         network.to(memory_format=torch.channels_last_3d)
-        parts += [getattr(network, name) for name in network.stages if env.world == 1]
-    if compile and can_compile():
-        for part in parts:
-            part.compile(dynamic=False)
-    if cuda and env.world > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        parts += [getattr(network, name) for name in network.stages]
+    for norm in batch_norms(model) if env.world > 1 else ():
+        norm.__class__ = SyncBatchNorm
+    for part in parts if compile and can_compile() else ():
+        part.compile(dynamic=False)
     if env.world == 1:
         return model
-    where = dict(device_ids=[env.device.index], broadcast_buffers=False) if cuda else {}
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, **where)
+    gpu, parallel = [env.device.index] if env.device.type == "cuda" else None, nn.parallel.DistributedDataParallel
+    new = "forward_sync_buffers" in inspect.signature(parallel).parameters           # the name since torch 2.14
+    unsynced = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return parallel(model, device_ids=gpu, gradient_as_bucket_view=True, **unsynced)
+
+
+@contextlib.contextmanager
+def eagerly():
+    """For what runs now and then at a size of its own, previews and tests: neither compiled nor with a search for the
+    fastest convolutions, either of which takes longer than it saves."""
+    with torch.compiler.set_stance("force_eager"), torch.backends.cudnn.flags(enabled=True, benchmark=False):
+        yield
 
 
 def check_finite(model, what):
@@ -1998,8 +2072,8 @@ def resume_or_init(checkpoint, init, model, optimizer, scaler):
                f"{len(report.unexpected)} unexpected {report.unexpected[:3]}")
         if any(name.startswith("keys.") for name in report.missing):
             model.update_keys(momentum=0)                        # the key encoder starts where the query encoder does
-    elif hasattr(model, "keys"):                                 # which are encoded with running statistics: from the
-        set_batch_norm(model, 1.0)                               # first batch on, else they are of use after 30 steps
+    elif hasattr(model, "keys"):                                 # which are encoded with running statistics: else
+        model.from_scratch = True                                # these are of use after 30 steps
     return 0
 
 

@@ -21,7 +21,7 @@ Differs from the paper and its released code, and why
  4. Keys are encoded with running instead of batch statistics, averaged over steps as the key encoder's weights are
     (Cai et al. 2021, https://arxiv.org/abs/2101.08482).  Batch statistics would tell which key was computed together
     with the query; MoCo shuffles clips across GPUs against that, which one GPU cannot.  This costs nothing, the
-    released shuffling gathers all clips.  On several GPUs the query encoder's batch norm is synchronised.
+    released shuffling gathers all clips.  Batch norm of the queries is over all processes.
  5. The blur's width is drawn per clip (released: once per process).  Colour jitter is one affine map per clip,
     colours are normalised with ImageNet's mean and deviation (released: Kinetics'), or those of --init.  Both views
     go through the query encoder together.
@@ -48,10 +48,10 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, Log, MomentumContrast, Queue, StopSignal, UserError, all_reduce_mean, blur, clip_indices,
-                    colour_jitter, cosine_lr, example_clips, find_videos, flip, loader, make_backbone, make_optimizer,
-                    map_to_rgb, normalize, open_run, parse_config, plan_run, rand, random_resized_crop, read_views,
-                    resume_or_init, save_checkpoint, save_sheet, setup, shutdown, step_batches, to_device, to_float01,
-                    wrap_model)
+                    colour_jitter, cosine_lr, eagerly, example_clips, find_videos, flip, loader, make_backbone,
+                    make_optimizer, map_to_rgb, normalize, open_run, parse_config, plan_run, rand, random_resized_crop,
+                    read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown, step_batches, to_device,
+                    to_float01, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -311,7 +311,8 @@ def main(cfg):
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
             save_checkpoint(out / "last.pt", cfg, listing, step + 1, model, model.encoder, optimizer, scaler)
         if env.rank == 0 and (last or step == 0 or (step + 1) % cfg.preview_every == 0):
-            preview(model, to_device(examples, env.device), out / "preview.png")
+            with eagerly():
+                preview(model, to_device(examples, env.device), out / "preview.png")
         if stopping:
             break
     log.close(stopping)

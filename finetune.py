@@ -55,9 +55,9 @@ from tqdm import tqdm
 
 from common import (BACKBONES, Clips, DATA_SETS, FlowEstimator, Log, Mlp, ResNet3D, SPLIT_DIRS, StopSignal, UserError,
                     VIDEO_FILES, ViT, VideoError, all_reduce_mean, clip_indices, colour_jitter, cosine_lr, data_root,
-                    export_huggingface, find_videos, flip, hold_out, init_linear, item_frames, list_files, load_file,
-                    load_weights, loader, make_backbone, make_listing, normalize, open_run, parse_config, plan_run,
-                    print0, random_resized_crop, read_lines, read_views, resume_or_init, run_directory,
+                    eagerly, export_huggingface, find_videos, flip, hold_out, init_linear, item_frames, list_files,
+                    load_file, load_weights, loader, make_backbone, make_listing, normalize, open_run, parse_config,
+                    plan_run, print0, random_resized_crop, read_lines, read_views, resume_or_init, run_directory,
                     save_checkpoint, setup, shutdown, split_dir, step_batches, to_device, to_float01, wrap_model)
 from mofo import find_motion
 
@@ -500,7 +500,7 @@ class Classifier(nn.Module):
         self.network, self.sizes, self.cfg, self.flow = network, sizes, cfg, flow
         ops, magnitude, p = RANDAUGMENTS[cfg.randaugment]
         self.randaugment = [transforms.RandomApply([transforms.RandAugment(
-            1, magnitude, interpolation="bilinear", fill=128)], p) for _ in range(ops)]
+            1, magnitude, interpolation=transforms.InterpolationMode.BILINEAR, fill=128)], p) for _ in range(ops)]
         self.erasing = transforms.RandomErasing(cfg.erasing, (0.02, 1 / 3), (0.3, 3.3), value="random")
         self.mixing = [kind(alpha=alpha) for kind, alpha in ((transforms.MixUp, cfg.mixup),
                                                              (transforms.CutMix, cfg.cutmix)) if alpha]
@@ -860,7 +860,7 @@ def run_inference(compute, items, sample, cfg, env, what):
         errors += batch["errors"]
         if batch["clips"] is None:
             continue
-        with env.autocast():
+        with env.autocast(), eagerly():
             out = compute(to_device(batch["clips"], env.device), int(batch["read"].sum()))
         found = [key for key, read in zip(keys, batch["read"]) if read]
         results |= zip(found, (x.clone() for x in out))                        # views would be sent with their batch

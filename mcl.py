@@ -20,8 +20,8 @@ Differs from the paper and its released code, and why
  3. The target is flipped with its clip (released: 37.5 % of all targets are mirrored in one component or both).
  4. The spatio-temporal term weights time steps by their share of the motion.  The published softmax over raw sums
     picks one step and depends on units: --attention softmax, for flow over --stride frames.
- 5. Keys are encoded with running statistics instead of shuffling clips across GPUs, as in fame.py.  Queries: batch
-    norm is synchronised on several GPUs, except for the last one, which is differentiated twice.
+ 5. Keys are encoded with running statistics instead of shuffling clips across GPUs, as in fame.py.  Batch
+    norm of the queries is over all processes.
  6. Of a frame, the largest part of 4:3 is used (--frame-height, --frame-width), at a random place per sample.
     Colour jitter is one affine map per clip.  If a crop's size never fits, the largest that does is taken.
  7. The weight of the order loss grows per step, not per epoch.
@@ -46,10 +46,11 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Bottleneck, Clips, FlowEstimator, Log, MomentumContrast, Queue, StopSignal, UserError, ViT,
-                    all_reduce_mean, blur, colour_jitter, constant, cosine_lr, crop_resize, draw_box, example_clips,
-                    find_videos, item_frames, loader, make_backbone, make_optimizer, map_to_rgb, normalize, open_run,
-                    parse_config, patchify, plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet,
-                    setup, shutdown, spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
+                    all_reduce_mean, blur, colour_jitter, constant, cosine_lr, crop_resize, draw_box, eagerly,
+                    example_clips, find_videos, item_frames, loader, make_backbone, make_optimizer, map_to_rgb,
+                    normalize, open_run, parse_config, patchify, plan_run, rand, read_views, resume_or_init,
+                    save_checkpoint, save_sheet, setup, shutdown, spatial_gradient, step_batches, to_device,
+                    to_float01, unnormalize, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def split(encoder, clips):
     """Run a network on normalised clips up to its last linear map before a non-linearity and the mean over positions
     -> that map's output X (B, C, t, h, w), and the rest of the network as a function from X to features (B, dim).
 
-    The rest can be differentiated twice: it has no compiled code, no fused attention, no synchronised statistics.
+    The rest can be differentiated twice: it has no compiled code and no fused attention.
     Call it in fp32, because gradients with respect to X underflow in fp16.
     """
     if isinstance(encoder, ViT):
@@ -233,8 +234,7 @@ def split(encoder, clips):
         y, (conv, norm) = last.conv1(x), last.conv2
 
     def rest(X):
-        X = nn.BatchNorm3d.forward(norm, X)                                     # not synchronised
-        return F.relu(X + x.float()).mean((2, 3, 4))
+        return F.relu(norm(X) + x.float()).mean((2, 3, 4))
     return conv(y), rest
 
 
@@ -488,7 +488,8 @@ def main(cfg):
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
             save_checkpoint(out / "last.pt", cfg, listing, step + 1, model, model.encoder, optimizer, scaler)
         if env.rank == 0 and (last or step == 0 or (step + 1) % cfg.preview_every == 0):
-            preview(model, to_device(examples, env.device), out / "preview.png")
+            with eagerly():
+                preview(model, to_device(examples, env.device), out / "preview.png")
         if stopping:
             break
     log.close(stopping)

@@ -43,10 +43,10 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, FlowEstimator, Log, StopSignal, UserError, VITS, all_reduce_mean, can_compile, clip_indices,
-                    constant, cosine_lr, draw_lines, example_clips, find_videos, loader, make_optimizer, map_to_rgb,
-                    multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand, read_views,
-                    resize_flow, resume_or_init, save_checkpoint, save_sheet, setup, shutdown, step_batches, to_device,
-                    to_float01, unpatchify, wrap_model)
+                    constant, cosine_lr, draw_lines, eagerly, example_clips, find_videos, loader, make_optimizer,
+                    map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand,
+                    read_views, resize_flow, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
+                    step_batches, to_device, to_float01, unpatchify, wrap_model)
 from mofo import MaskedAutoencoder, pixel_target
 
 
@@ -461,7 +461,8 @@ def main(cfg):
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
             save_checkpoint(out / "last.pt", cfg, listing, step + 1, model, model.encoder, optimizer, scaler)
         if env.rank == 0 and (last or step == 0 or (step + 1) % cfg.preview_every == 0):
-            preview(model, to_device(examples, env.device), out / "preview.png")
+            with eagerly():
+                preview(model, to_device(examples, env.device), out / "preview.png")
         if stopping:
             break
     log.close(stopping)

@@ -19,8 +19,8 @@ from those is used; these are our choices, or differ from them, and why
  2. Flow is computed in the training step, on the crop that the RGB network sees: both modalities of a moment share
     crop and flip.  Only RGB gets colour jitter and blur.
  3. Each query is compared with the queue of its key's modality; the two cross-modal directions are summed.
- 4. Keys are encoded with running statistics instead of shuffling clips across GPUs, as in fame.py.  On several GPUs
-    the queries' batch norm is synchronised.
+ 4. Keys are encoded with running statistics instead of shuffling clips across GPUs, as in fame.py.  Batch
+    norm of the queries is over all processes.
  5. Optimiser, schedule and crops are those that Feichtenhofer et al. (2021, https://arxiv.org/abs/2104.14558) use for
     MoCo on the same network; the momentum of the keys is constant.  Colour jitter is one affine map per clip.
  6. RGB is normalised with ImageNet's mean and deviation or those of --init (released: .45 and .225).
@@ -43,9 +43,9 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, FlowEstimator, Log, MomentumContrast, Queue, ResNet3D, StopSignal, UserError,
-                    all_reduce_mean, blur, colour_jitter, cosine_lr, draw_box, example_clips, find_videos, flip,
-                    flow_picture, init_linear, item_frames, loader, make_backbone, make_optimizer, normalize, open_run,
-                    parse_config, plan_run, random_resized_crop, read_views, resume_or_init, save_checkpoint,
+                    all_reduce_mean, blur, colour_jitter, cosine_lr, draw_box, eagerly, example_clips, find_videos,
+                    flip, flow_picture, init_linear, item_frames, loader, make_backbone, make_optimizer, normalize,
+                    open_run, parse_config, plan_run, random_resized_crop, read_views, resume_or_init, save_checkpoint,
                     save_sheet, setup, shutdown, spatial_gradient, step_batches, to_device, to_float01, wrap_model)
 
 
@@ -362,7 +362,8 @@ def main(cfg):
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
             save_checkpoint(out / "last.pt", cfg, listing, step + 1, model, model.encoder, optimizer, scaler)
         if env.rank == 0 and (last or step == 0 or (step + 1) % cfg.preview_every == 0):
-            preview(model, to_device(examples, env.device), out / "preview.png")
+            with eagerly():
+                preview(model, to_device(examples, env.device), out / "preview.png")
         if stopping:
             break
     log.close(stopping)

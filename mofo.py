@@ -45,8 +45,8 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, Decoder, FlowEstimator, Log, StopSignal, UserError, VITS, ViT, all_reduce_mean,
-                    clip_indices, cosine_lr, draw_box, example_clips, find_videos, flow_picture, init_linear, loader,
-                    make_optimizer, map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify,
+                    clip_indices, cosine_lr, draw_box, eagerly, example_clips, find_videos, flow_picture, init_linear,
+                    loader, make_optimizer, map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify,
                     plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
                     sincos_positions, spatial_gradient, step_batches, to_device, to_float01, unnormalize, unpatchify,
                     wrap_model)
@@ -367,7 +367,8 @@ def main(cfg):
         if env.rank == 0 and (last or (step + 1) % cfg.save_every == 0):
             save_checkpoint(out / "last.pt", cfg, listing, step + 1, model, model.encoder, optimizer, scaler)
         if env.rank == 0 and (last or step == 0 or (step + 1) % cfg.preview_every == 0):
-            preview(model, to_device(examples, env.device), out / "preview.png")
+            with eagerly():
+                preview(model, to_device(examples, env.device), out / "preview.png")
         if stopping:
             break
     log.close(stopping)

@@ -4,10 +4,12 @@
     python tests/bench.py --quick          # fewer repetitions: a first look
     python tests/bench.py --videos DIR     # read these files too
     python tests/bench.py --compile        # compiled steps on a CPU too; on a GPU this is the default
+    python tests/bench.py --part steps     # or reading, flow
 
 Prints the machine, then Markdown tables: reading a clip, against decord and torchcodec where they are installed; what the
-DataLoader delivers; what video length, clips per opened file and clip length cost; the pre-training step of each script, the
-first step and memory; optical flow.  The DataLoader is also compared with as many plain processes, which tell what the machine
+DataLoader delivers; what video length, clips per opened file and clip length cost; the pre-training step of each script, with
+its share of what a large matrix product reaches on the same device (operations of flow not counted), the first step and
+memory; optical flow.  The DataLoader is also compared with as many plain processes, which tell what the machine
 gives at that moment: where they reach much less than workers x one process, others use the cores.  Values are medians; what a row compares ran in turns, in random order (memory and first
 steps: once).  Reading is CPU time of all threads, which busy neighbours disturb less than wall time; all else is wall time.
 Test videos are made on the spot.  RAFT gets random weights, which cost what trained ones cost.
@@ -35,6 +37,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fame
@@ -246,12 +249,23 @@ class Step:
                 cfg, sizes["decoder_depth"] = mme.Config(), 1
                 self.model = mme.MME(self.flow, cfg.target, cfg.length, cfg.stride, cfg.mask_ratio, **sizes)
                 frames = mme.frames_to_read(cfg.target, frames, cfg.tubelet_size, cfg.stride, cfg.length)[0]
+                if compile:
+                    self.model.hog = partial(self.model.hog, of_frame=torch.compile(mme.frame_hog, dynamic=False))
             self.model.to(env.device)
         self.optimizer = make_optimizer("adamw", self.model, 1e-4, CONFIG.weight_decay, env.device)
         self.net = wrap_model(self.model, env, compile)
         self.batch = to_device(torch.randint(256, (views * clips, frames, image_size, image_size, 3), dtype=torch.uint8), env.device)
         if script == "mcl":
             self.batch = dict(clips=self.batch, order=torch.zeros(clips, dtype=torch.long, device=env.device))
+
+    def flop(self):
+        """Operations of a step, without those of flow; for a step that is not compiled."""
+        if self.flow:
+            self.model.flow = lambda clips: clips.new_zeros(len(clips), clips.shape[2] - 1, 2, *clips.shape[-2:], dtype=torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            self()
+        self.model.flow = self.flow
+        return counter.get_total_flops()
 
     def __call__(self):
         with self.env.autocast():
@@ -287,13 +301,21 @@ def first_step(env, case):
     print(json.dumps([seconds, memory and memory / 1e9]))
 
 
+def product_rate(env, reps=9):
+    """Operations per second of a large matrix product in the type in which networks compute."""
+    n = 8192 if env.device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=env.device, dtype=env.amp or torch.float32)
+    return 2 * n**3 / medians({"product": lambda k: a @ b}, reps, partial(clock, env))["product"]
+
+
 def bench_steps(env, modes, cases, reps):
-    """Rows of speed, rows of the first step and memory."""
-    speed, start = [], []
+    """Rows of speed, rows of the first step and memory (not on a GPU: compiling twice would take half an hour)."""
+    speed, start, most = [], [], product_rate(env)
     for case in cases:
         text = f"{case['script']}, {case['model']}, {case['clips']} x {case['image_size']}^2, {case['flow'] or 'no flow'}"
         inner = 10 if env.device.type == "cuda" else 1
         steps, shares = {mode: Step(env, **case, compile=mode) for mode in modes}, {mode: [] for mode in modes}
+        flop = steps[False].flop()
 
         def run(mode, k):
             began = clock(env)
@@ -304,8 +326,13 @@ def bench_steps(env, modes, cases, reps):
         times = medians({mode: partial(run, mode) for mode in modes}, reps, partial(clock, env))
         rates, flow = [[f(m) if m in modes else None for m in (False, True)] for f in (
             lambda m: case["clips"] * inner / times[m], lambda m: median(shares[m][1:]))]
-        speed.append((text, *rates, over(*rates[::-1]), *flow))
+        speed.append((text, *rates, over(*rates[::-1]), *flow, flop / case["clips"] / 1e9, 100 * flop / (times[modes[-1]] / inner) / most))
         steps.clear()                                              # free the models before the fresh processes
+        if env.device.type == "cuda":
+            speed[-1] += (torch.cuda.max_memory_allocated() / 1e9,)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            continue
         found = [(None, None)] * 2
         for mode in modes:
             with tempfile.TemporaryDirectory() as cache:           # of compiled code: empty, as on a fresh machine
@@ -330,6 +357,39 @@ def bench_flow(env, modes, weights, pairs, reps):
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
+def read(root, args, env, few):
+    made = make_videos(root)
+    own = [p for p in sorted(Path(args.videos).rglob("*")) if p.suffix.lower() in VIDEO_FILES] if args.videos else []
+    table("A random clip of 16 frames: open, decode, crop, scale to 224^2; ms of CPU time", "video | stride | against | ours, ms | "
+          "other, ms | other / ours | mean difference of pixel values (of 255)", bench_clips(made | {p.name: (str(p), 4) for p in own}, 5 if few else 25))
+    table("What the DataLoader delivers, clips/s of wall time", "video | workers | one process | as many plain processes | DataLoader | "
+          "DataLoader / (workers x one process) | DataLoader / plain processes", bench_delivery(dict(list(made.items())[::2]), 3 if few else 9, args.workers, env.device))
+    table("What length and number of clips cost, ms of CPU time", "b against a | a, ms | b, ms | b / a", bench_costs(made, 4 if few else 20))
+
+
+def train(args, env, few, modes, weights):
+    cuda = args.device == "cuda"
+    flows = ("raft_small",) if cuda else ("tvl1", "raft_small")      # on a GPU compiling each takes minutes
+    sizes = [("vit_base", 224, 16, 64)] if cuda else [("vit_tiny", 64, 8, 8), ("vit_small", 224, 16, 2)]
+    cases = [dict(script=script, model=m, image_size=side, patch_size=patch, clips=clips, flow=flow, weights=weights)
+             for m, side, patch, clips in sizes for flow in flows for script in ("mofo", "mme")]
+    pairs = [("r2plus1d_18", 112, 32)] if cuda else [("vit_tiny", 64, 8), ("r2plus1d_18", 112, 2)]
+    cases += [dict(script="fame", model=m, image_size=side, patch_size=16, clips=clips, flow=None, weights={}) for m, side, clips in pairs]
+    pairs = [("mcl", "r2plus1d_50", 224, 8), ("modist", "slow_r50", 224, 64)] if cuda else [
+        ("mcl", "vit_tiny", 64, 8), ("modist", "vit_tiny", 64, 8)]
+    cases += [dict(script=script, model=m, image_size=side, patch_size=16, clips=clips, flow=flow, weights=weights)
+              for script, m, side, clips in pairs for flow in flows]
+    speed, start = bench_steps(env, modes, cases, 3 if few else 15)
+    what = f"{args.device}, {str(env.amp or torch.float32)[6:]}"
+    table(f"Pre-training step with clips of 16 frames (fame, modist: pairs of clips; mcl: videos), clips/s ({what})", "script, model, clips, flow | eager | compiled | "
+          "compiled / eager | flow, % of eager | flow, % of compiled | GFLOP per clip without flow's | % of a matrix product's rate"
+          + " | peak memory, GB" * cuda, speed)
+    if not cuda:
+        table("In a fresh process: building the model and the first step, s; peak memory, GB: "
+              "VmHWM of the process less VmRSS before the model is built",
+              "script, model, clips, flow | eager, s | compiled, s | compiled / eager | eager, GB | compiled, GB | compiled / eager", start)
+
+
 def print_machine(args):
     cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     cpu = re.search(r"model name\s*:\s*(.*)", cpuinfo)
@@ -344,6 +404,7 @@ def print_machine(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--part", choices=("reading", "steps", "flow"), help="this alone")
     parser.add_argument("--videos", help="directory of videos to read too, at stride 4")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compiled steps too; default on a GPU")
@@ -362,39 +423,20 @@ def main():
     print_machine(args)
 
     with tempfile.TemporaryDirectory() as root:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)                                   # as in a worker of the DataLoader
-        made = make_videos(Path(root))
-        own = [p for p in sorted(Path(args.videos).rglob("*")) if p.suffix.lower() in VIDEO_FILES] if args.videos else []
-        table("A random clip of 16 frames: open, decode, crop, scale to 224^2; ms of CPU time", "video | stride | against | ours, ms | "
-              "other, ms | other / ours | mean difference of pixel values (of 255)", bench_clips(made | {p.name: (str(p), 4) for p in own}, 5 if few else 25))
-        table("What the DataLoader delivers, clips/s of wall time", "video | workers | one process | as many plain processes | DataLoader | "
-              "DataLoader / (workers x one process) | DataLoader / plain processes", bench_delivery(dict(list(made.items())[::2]), 3 if few else 9, args.workers, env.device))
-        table("What length and number of clips cost, ms of CPU time", "b against a | a, ms | b, ms | b / a", bench_costs(made, 4 if few else 20))
-
-        torch.set_num_threads(threads)
+        threads, parts = torch.get_num_threads(), [args.part] if args.part else ["reading", "steps", "flow"]
         weights = {name: f"{root}/{name}.pt" for name in ("raft_small", "raft_large")}
         for name, path in weights.items():
             torch.save(getattr(torchvision.models.optical_flow, name)().state_dict(), path)
-        sizes = [("vit_base", 224, 16, 64)] if cuda else [("vit_tiny", 64, 8, 8), ("vit_small", 224, 16, 2)]
-        cases = [dict(script=script, model=m, image_size=side, patch_size=patch, clips=clips, flow=flow, weights=weights)
-                 for m, side, patch, clips in sizes for flow in ("tvl1", "raft_small") for script in ("mofo", "mme")]
-        pairs = [("r2plus1d_18", 112, 32)] if cuda else [("vit_tiny", 64, 8), ("r2plus1d_18", 112, 2)]
-        cases += [dict(script="fame", model=m, image_size=side, patch_size=16, clips=clips, flow=None, weights={}) for m, side, clips in pairs]
-        pairs = [("mcl", "r2plus1d_50", 224, 8), ("modist", "slow_r50", 224, 64)] if cuda else [
-            ("mcl", "vit_tiny", 64, 8), ("modist", "vit_tiny", 64, 8)]
-        cases += [dict(script=script, model=m, image_size=side, patch_size=16, clips=clips, flow=flow, weights=weights)
-                  for script, m, side, clips in pairs for flow in ("tvl1", "raft_small")]
-        speed, start = bench_steps(env, modes, cases, 3 if few else 15)
-        what = f"{args.device}, {str(env.amp or torch.float32)[6:]}"
-        table(f"Pre-training step with clips of 16 frames (fame, modist: pairs of clips; mcl: videos), clips/s ({what})", "script, model, clips, flow | eager | compiled | "
-              "compiled / eager | flow, % of eager | flow, % of compiled", speed)
-        table(f"In a fresh process: building the model and the first step, s; peak memory, GB: "
-              f"{'torch.cuda.max_memory_allocated' if cuda else 'VmHWM of the process less VmRSS before the model is built'}",
-              "script, model, clips, flow | eager, s | compiled, s | compiled / eager | eager, GB | compiled, GB | compiled / eager", start)
-        pairs = 256 if cuda else 4
-        table(f"Optical flow of 224^2 frames, {pairs} pairs at once, ms per pair ({what})", "estimator | eager | compiled | eager / compiled | "
-              "raft_small with 6 updates / this", bench_flow(env, modes, weights, pairs, 3 if few else 9))
+        if "reading" in parts:
+            torch.set_num_threads(1)                               # as in a worker of the DataLoader
+            read(Path(root), args, env, few)
+            torch.set_num_threads(threads)
+        if "steps" in parts:
+            train(args, env, few, modes, weights)
+        if "flow" in parts:
+            pairs, what = 256 if cuda else 4, f"{args.device}, {str(env.amp or torch.float32)[6:]}"
+            table(f"Optical flow of 224^2 frames, {pairs} pairs at once, ms per pair ({what})", "estimator | eager | compiled | eager / compiled | "
+                  "raft_small with 6 updates / this", bench_flow(env, modes, weights, pairs, 3 if few else 9))
 
 
 if __name__ == "__main__":

@@ -558,6 +558,7 @@ def test_init_from_an_encoder_alone_is_copied_into_the_keys(method, prefix, tmp_
 def test_without_weights_running_statistics_begin_with_those_of_the_first_batch():
     model = tiny("fame", "r2plus1d_50")
     norm, seen = model.encoder.stem.bn1, []
+    norm.reset_running_stats()
     norm.register_forward_hook(lambda module, args, out: seen.append(args[0].mean((0, 2, 3, 4))))
     assert resume_or_init(None, "", model, None, None) == 0
     for step in range(2):
