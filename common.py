@@ -802,7 +802,7 @@ def loader(dataset, batches, workers, device):
     """DataLoader over batches of keys; its workers stay alive, use one thread each and leave signals to us."""
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=_worker_init,
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0)              # each is two batches ahead
 
 
 def _worker_init(_):

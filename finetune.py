@@ -97,7 +97,7 @@ class Config:
     test_short: int = 0                # what the short side is scaled to before a test crop; 0: the crop holds it
     raw_crop: bool = False             # test crops are 224 pixels of the frame as it is
     average: Literal["softmax", "logits"] = "softmax"  # what is averaged over views
-    test_batch: int = 8                # videos per GPU and forward pass, at test time
+    test_batch: int = 64               # clips per GPU and forward pass, at test time; at least the views of a video
     epochs: int = 50                   # passes over the training videos
     steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 512                   # videos per step, over all GPUs and accumulation; --repeats of each
@@ -212,8 +212,7 @@ RECIPES = {
     "custom finetune": dict(epochs=50, views="2x3", flip=True, warmup_epochs=2.0, drops=""),
     **{f"custom {paper} finetune": dict(lr=8e-3) for paper in ("videomae", "mofo", "mme")},      # 5e-4 at a batch of 16
     "toy": dict(PLAIN, frames=0, sampling="dense", stride=2, fps=0.0, views="1x1", train_views="1x1", test_size=0,
-                test_short=0, raw_crop=False, test_batch=32, epochs=16, batch=32, device_batch=32, min_lr=0.0,
-                warmup_epochs=2.0, drops="", dropout=0.0, min_crop=1.0, flip=False, jitter=0.0, grey=0.0,
+                test_short=0, raw_crop=False, epochs=16, batch=32, device_batch=32, min_lr=0.0, warmup_epochs=2.0, drops="", dropout=0.0, min_crop=1.0, flip=False, jitter=0.0, grey=0.0,
                 flow="tvl1", workers=2, log_every=16),
     "toy finetune": dict(lr=8e-3),
     "toy linear": dict(optimizer="adamw", lr=8e-2, weight_decay=0.0),
@@ -846,14 +845,15 @@ def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
 # ---- 8. Evaluation --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def run_inference(compute, items, sample, cfg, env, what):
-    """Apply compute(clips on the device, n) -> n results, CPU tensors, to all items, sampled by `sample` -> dict from
-    index to result, without those that could not be read, and what went wrong with them, which is printed, too.
+def run_inference(compute, items, sample, cfg, env, what, views=1):
+    """Apply compute(clips on the device, n) -> n results, CPU tensors, to all items, sampled by `sample`, so many views
+    of each -> dict from index to result, without those that could not be read, and what went wrong with them, which is
+    printed, too.
     Every process takes its share of the batches.  A batch holds key frames of one video, which have one size."""
-    dataset, batches = Clips(items, sample, cfg.seed, replace=False), []
+    dataset, batches, size = Clips(items, sample, cfg.seed, replace=False), [], max(1, cfg.test_batch // views)
     for _, group in itertools.groupby(range(len(items)), key=lambda i: items[i].path if cfg.data == "ava" else 0):
         group = list(group)
-        batches += [group[i:i + cfg.test_batch] for i in range(0, len(group), cfg.test_batch)]
+        batches += [group[i:i + size] for i in range(0, len(group), size)]
     mine, results, errors = batches[env.rank::env.world], {}, []
     progress = tqdm(loader(dataset, mine, cfg.workers, env.device), what, disable=True if env.rank else None)
     for keys, batch in zip(mine, progress):
@@ -878,9 +878,9 @@ def run_inference(compute, items, sample, cfg, env, what):
 def run_views(compute, items, cfg, env, views, what):
     """run_inference on clips (n V, 3, T, H, W), the V views, such as "2x3", of n videos in turn -> results (N, ...),
     0 where there is none, read (N,) bool: where there is one, errors."""
-    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or cfg.image_size, frames=cfg.frames,
-                     views=tuple(map(int, views.split("x"))))
-    results, errors = run_inference(compute, items, sample, cfg, env, what)
+    views = tuple(map(int, views.split("x")))
+    sample = partial(test_clips, cfg=cfg, size=cfg.test_size or cfg.image_size, frames=cfg.frames, views=views)
+    results, errors = run_inference(compute, items, sample, cfg, env, what, math.prod(views))
     out = torch.zeros(len(items), *next(iter(results.values())).shape)
     for i, value in results.items():
         out[i] = value

@@ -86,7 +86,7 @@ class Config:
     epochs: int = 400                  # passes over the videos
     steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 32                    # videos per step, over all GPUs and accumulation; --repeats of each
-    device_batch: int = 8              # videos per GPU and forward pass: as many as fit
+    device_batch: int = 32             # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # samples (of a clip and two others) from each video that is opened
     optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd (momentum 0.9), adamw (betas 0.9 and 0.95)
     lr: float = 0.16                   # per 256 videos of the batch
@@ -121,7 +121,7 @@ RECIPES = {
     # under three minutes on two CPU cores
     "toy": dict(backbone="vit_tiny", image_size=64, frame_height=64, frame_width=64, frames=8, flow="tvl1",
                 min_crop=0.5, colour=0.3, queue=256, momentum=0.99, order_weight=1.0, epochs=4, batch=32,
-                device_batch=32, lr=8e-3, min_lr=0.0, warmup_epochs=1, weight_decay=0.05, workers=2, log_every=8,
+                lr=8e-3, min_lr=0.0, warmup_epochs=1, weight_decay=0.05, workers=2, log_every=8,
                 save_every=100, preview_every=100),
 }
 GRID = (4, 7, 7)                                     # of motion maps in time and space, at most

@@ -186,6 +186,32 @@ def test_keys_that_are_not_finite_become_zero_and_statistics_do_not_reach_the_ke
     assert source.running_mean.tolist() == [0, 3, 3, 3] and target.running_mean.tolist() == [0, 1.5, 1.5, 1.5]
 
 
+def normed(rank, world, path):
+    """Two layers of batch norm and a gradient that is differentiated again -> outputs, gradients, statistics."""
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"file://{path}/meet", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv3d(3, 6, 1), nn.BatchNorm3d(6), nn.ReLU(), nn.Conv3d(6, 5, 1), nn.BatchNorm3d(5))
+    for norm in common.batch_norms(net) if world > 1 else ():
+        norm.__class__ = common.SyncBatchNorm
+    x = torch.randn(4, 3, 2, 4, 4).chunk(world)[rank].requires_grad_()
+    y = net(x)
+    gradient, = torch.autograd.grad((y**3).mean() / world, x, create_graph=True)
+    ((y**3).mean() + world * gradient.square().sum()).backward()
+    found = [common.all_gather(y.detach()), common.all_gather(gradient.detach()), *net.buffers(),
+             *(common.all_reduce_mean(p.grad) for p in net.parameters())]
+    torch.save(found, f"{path}/{world}-{rank}")
+    common.shutdown()
+
+
+def test_batch_norm_of_two_processes_is_that_of_one(tmp_path):
+    normed(0, 1, tmp_path)
+    torch.multiprocessing.spawn(normed, (2, tmp_path), 2)
+    for one, first, second in zip(*(torch.load(tmp_path / name) for name in ("1-0", "2-0", "2-1")), strict=True):
+        torch.testing.assert_close(first, one, atol=1e-5, rtol=1e-4)
+        assert torch.equal(first, second)
+
+
 # ---- views -----------------------------------------------------------------------------------------------------------
 
 @each_method
