@@ -14,6 +14,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -28,10 +29,9 @@ import time
 import typing
 import zipfile
 from bisect import bisect_right
-from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from functools import partial
-from itertools import count, dropwhile, islice, pairwise
+from itertools import chain, count, dropwhile, islice, pairwise, tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,8 +68,8 @@ def parse_config(Config, recipes, argv=None):
     Every field is a flag (`mask_ratio` -> `--mask-ratio`, bools also `--no-...`), its comment is the help text.  A
     recipe applies if all words of its key are among the values of data, recipe and mode; later ones override earlier
     ones.  Data of the user's own is the word "custom", a ViT as `backbone` the word "vit".
-    A number must be in the interval that the comment of its field names, e.g. `in (0, 1]`.  Without one it must be
-    finite and not negative, and at least 1 if it is a whole number whose default is not 0.
+    A number must be in the interval that the comment of its field names, e.g. `in (0, 1]`, else in [0, 1e9] or, if it
+    is whole and its default is not 0, in [1, 1e9].  A text may be empty if its default is.
     The names of flags that were given are in `.given`.  Raises UserError on an unknown flag or a wrong value.
     """
     types = typing.get_type_hints(Config)
@@ -80,7 +80,7 @@ def parse_config(Config, recipes, argv=None):
         name, kind, text = "--" + field.name.replace("_", "-"), types[field.name], comments.get(field.name, "")
         interval = ""
         if {int, float} & {kind, *typing.get_args(kind)}:
-            usual = "[1, inf)" if kind is int and field.default else "[0, inf)"
+            usual = "[1, 1e9]" if kind is int and field.default else "[0, 1e9]"
             interval = re.search(r"[\[(][\d.]+, [\w.]+[\])]", text + usual)[0]
         text = f"{text}{f', in {interval}' * (interval not in text)} (default: {field.default})".replace("%", "%%")
         if kind is bool:
@@ -88,7 +88,7 @@ def parse_config(Config, recipes, argv=None):
         elif typing.get_origin(kind) is typing.Literal:
             parser.add_argument(name, choices=typing.get_args(kind), help=text)
         else:
-            parser.add_argument(name, type=_value(kind, interval), help=text, metavar=field.name.upper())
+            parser.add_argument(name, type=_value(kind, interval, field.default), help=text, metavar=field.name.upper())
 
     def complain(message):
         if message.startswith("unrecognized"):
@@ -116,7 +116,7 @@ def parse_config(Config, recipes, argv=None):
     return config
 
 
-def _value(kind, interval):
+def _value(kind, interval, default):
     """A parser for one field type; numbers must be in the interval; `float | None` also accepts the word none."""
     convert, *others = typing.get_args(kind) or (kind,)
 
@@ -124,6 +124,8 @@ def _value(kind, interval):
         if others and text.lower() == "none":
             return None
         value = convert(text)
+        if value == "" != default:
+            raise argparse.ArgumentTypeError("must not be empty")
         if interval:
             low, high = map(float, interval[1:-1].split(", "))
             open_end = value == low and interval[0] == "(" or value == high and interval[-1] == ")"
@@ -132,6 +134,18 @@ def _value(kind, interval):
         return value
     parse.__name__ = convert.__name__                                   # argparse names it in its message
     return parse
+
+
+def run(main, Config, recipes, argv=None):
+    """main(its configuration).  What the system refuses (a full disk, a place not ours) or ends is a UserError, too."""
+    sys.stdout.reconfigure(errors="backslashreplace")                   # a name of a file need not be text
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main(parse_config(Config, recipes, argv))
+    except KeyboardInterrupt:
+        raise UserError("stopped by a signal") from None
+    except OSError as error:
+        raise UserError(f"{error}. Is the disk full, or are --out and --root not for you to write to?") from None
 
 
 # ---- 2. Processes and devices --------------------------------------------------------------------------------------
@@ -267,6 +281,8 @@ class Video(contextlib.AbstractContextManager):
 
     def _open(self):
         self.__exit__()
+        if not os.path.isfile(self.path):                                       # a pipe would be waited for
+            raise VideoError("no such file")
         self.file = av.open(f"file:{self.path}", metadata_errors="ignore")      # "a:b.mp4" alone names a protocol a
         cover = av.stream.Disposition.attached_pic
         self.stream = next((s for s in self.file.streams.video if s.codec_context and not s.disposition & cover), None)
@@ -500,6 +516,7 @@ class Listing(NamedTuple):
     summary: str
 
 
+FILE_NAMES = dict(encoding="utf-8", errors="surrogateescape")            # in text files: names of files as they are
 VIDEO_FILES = set(".mp4 .m4v .mov .avi .webm .mkv .mpg .mpeg .vob .ts .mts .m2ts .flv .wmv .3gp .ogv".split())
 SPLIT_DIRS = {"train": ("train", "videos_train", "train_video", "training"),
               "test": ("val", "test", "validation", "valid", "videos_val", "val_video", "testing")}
@@ -559,7 +576,7 @@ def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
             return _own_videos(root, None, split)
         raise UserError(f"--data {data}: {root} (--root DIR or VIDEO_ROOT name another) is not as published, "
                         f"{type(error).__name__}: {error}. Expected there, in any depth: {LAYOUTS[data]}") from None
-    return make_listing(f"{data} {split}", [(key, videos.get(key), *rest) for key, *rest in rows], classes)
+    return make_listing(data, split, [(key, videos.get(key), *rest) for key, *rest in rows], classes)
 
 
 def data_root(data, root):
@@ -581,14 +598,17 @@ def _size(path):
     return path.stat().st_size if path and path.is_file() else None
 
 
-def make_listing(what, rows, classes):
-    """Rows (name, path or None, label[, start, stop]) -> Listing of the files with content; prints the counts."""
+def make_listing(data, split, rows, classes):
+    """Rows (name, path or None, label[, start, stop]) -> Listing; prints the counts.  Files that are not there or empty
+    are left out of training; in other splits they stay, so that they count as wrong: they cannot be read."""
     size_of = functools.cache(_size)                                       # many segments of a video
     sizes = [size_of(path) for _, path, *_ in rows]
-    items = [Item(str(path), *rest) for (_, path, *rest), size in zip(rows, sizes) if size]
+    items = [Item(str(path or name), *rest) for (name, path, *rest), size in zip(rows, sizes)
+             if size or not split.startswith("train")]
     missing = list(dict.fromkeys(str(path or name) for (name, path, *_), size in zip(rows, sizes) if not size))
-    summary = f"{what}: {len(rows)} listed, {len(items)} found, {sizes.count(None)} missing, {sizes.count(0)} empty"
-    if not items:
+    found = len(rows) - sizes.count(None) - sizes.count(0)
+    summary = f"{data} {split}: {len(rows)} listed, {found} found, {sizes.count(None)} missing, {sizes.count(0)} empty"
+    if not found:
         raise UserError(f"{summary}: nothing to read {missing[:1]}")
     summary += f", {len(classes)} classes" if classes else ""
     print0(summary)
@@ -675,19 +695,19 @@ def _toy(root, split, label, train=1024, test=256, size=64):
     once_per_disk(lambda: make_toy(root, split, test if split == "test" else train, size))
     column, classes = ("label", TOY_CLASSES) if label == "motion" else ("scene", TOY_SCENES)
     table = csv.DictReader(read_lines(root / f"{split}.csv"))
-    rows = [(row["path"], root / row["path"], int(row[column])) for row in table]
-    return make_listing(f"toy {split}", rows, list(classes))
+    rows = [(row["path"], root / split / Path(row["path"]).name, int(row[column])) for row in table]
+    return make_listing("toy", split, rows, list(classes))
 
 
 def _own_videos(path, root, split):
     """A directory ({train,val}/<class>/*, <class>/*, or any videos in any depth), a list file or a single video of
     the user's own; split "all" is everything below a directory."""
     if path.is_file() and path.suffix.lower() in VIDEO_FILES:
-        return make_listing(str(path), [(path, path, -1)], [])
+        return make_listing(path, split, [(path, path, -1)], [])
     if path.is_file():
         rows, classes = _list_rows(path)
         rows = [(video, Path(root or path.parent, video), label) for video, label in rows]
-        return make_listing(f"{path} {split}", rows, classes)
+        return make_listing(path, split, rows, classes)
     if not path.is_dir():
         raise UserError(f"--data {path}: neither one of {', '.join(DATA_SETS)} nor an existing directory or list file")
     base, divided = split_dir(path, split) or path, any(split_dir(path, s) for s in SPLIT_DIRS)
@@ -700,7 +720,7 @@ def _own_videos(path, root, split):
     items = [Item(f, classes.index(c) if classes else -1) for f, c in zip(files, folders)]
     if classes and base == path and split != "all":                        # it comes without a split: make one
         items = hold_out(items, split)
-    return make_listing(f"{path} {split}", [(item.path, item.path, item.label) for item in items], classes)
+    return make_listing(path, split, [(item.path, item.path, item.label) for item in items], classes)
 
 
 def split_dir(path, split):
@@ -769,7 +789,7 @@ class Clips(torch.utils.data.Dataset):
                 with Video(item.path) as video:
                     return self.sample(video, item, rng), item.path, item.label, errors
             except VideoError as error:
-                errors.append(str(error))
+                errors.append(" ".join(str(error).splitlines()))       # a file's name may hold several
                 index = int(rng.integers(len(self.items)))
         return None, item.path, item.label, errors
 
@@ -799,16 +819,26 @@ def example_clips(dataset, count=8):
 
 
 def loader(dataset, batches, workers, device):
-    """DataLoader over batches of keys; its workers stay alive, use one thread each and leave signals to us."""
-    return torch.utils.data.DataLoader(
+    """Yields batches of keys as `collate` makes them, read ahead by worker processes with one thread each, which leave
+    signals to us.  If one is killed the rest is read here, and batches say so: they hold `killed`."""
+    batches, again = tee(batches)
+    found = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=_worker_init,
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
+        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)              # else torch raises at once, in the middle of a step
+    for keys in again:
+        try:
+            yield next(found)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            print(f"warning: {error}: out of memory?", flush=True)
+            yield from (dict(collate([dataset[key] for key in keys]), killed=True) for keys in chain([keys], again))
 
 
 def _worker_init(_):
     torch.set_num_threads(1)
-    if hasattr(os, "setsid"):
-        os.setsid()                                            # what stops the process group lets the step end
+    os.setsid()                                                # what stops the process group lets the step end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))      # how the parent ends its workers: quietly
 
@@ -830,7 +860,9 @@ def clip_indices(video, item, frames, stride, rng):
 
 
 def item_frames(video, item):
-    """First and last frame number of an item."""
+    """First and last frame number of an item; a VideoError if the video ends before it begins."""
+    if item.start > video.info.seconds:
+        raise VideoError(f"{video.path}: lasts {video.info.seconds:.1f} s, without the segment from {item.start:.1f} s")
     first = video.index_at(item.start) if item.start else 0
     last = video.index_at(item.stop) if item.stop < math.inf else video.info.frames - 1
     return first, max(first, last)
@@ -973,9 +1005,8 @@ def make_toy(root, split, count, size=64, frames=36, seed=0):
         return
     (root / split).mkdir(parents=True, exist_ok=True)
     write = partial(_write_toy, root, split, size, frames, seed)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        jobs = pool.map(write, range(count), chunksize=8)
-        rows = list(tqdm(jobs, f"writing toy videos, {split}", count, unit="video", disable=None))
+    jobs = torch.utils.data.DataLoader(range(count), batch_size=None, collate_fn=write, num_workers=os.cpu_count())
+    rows = list(tqdm(jobs, f"writing toy videos, {split}", count, unit="video", disable=None))
     temporary = Path(f"{listing}.{os.getpid()}.tmp")
     temporary.write_text("\n".join(["path,label,scene", *rows]))
     temporary.replace(listing)
@@ -1562,20 +1593,6 @@ def make_backbone(name="", image_size=224, frames=16, num_classes=0, patch_size=
     return net
 
 
-class Decoder(nn.Module):
-    """VideoMAE's decoder: blocks, norm, linear head; (B, N, dim) -> (B, last, outputs) for the last tokens.  With
-    outputs = 0 there is no head: (B, last, dim)."""
-
-    def __init__(self, dim, depth, heads, outputs=0):
-        super().__init__()
-        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, outputs) if outputs else nn.Identity()
-
-    def forward(self, x, last):
-        return self.head(self.norm(self.blocks(x)[:, -last:]))
-
-
 # ---- 9. Momentum contrast ------------------------------------------------------------------------------------------
 
 class Queue(nn.Module):
@@ -1670,11 +1687,7 @@ HINTS = {r"(^|\.)fc_norm\.weight$": dict(norms=("fc_norm",)),
 
 class Unknown:
     """Stands for what is not torch's in a checkpoint, e.g. paths, Namespaces, numpy's numbers; keeps nothing of it."""
-
-    def __init__(self, *_):
-        pass
-
-    __setstate__ = __init__
+    __init__ = __setstate__ = lambda *_: None
 
 
 def weights_file(path):
@@ -1814,7 +1827,7 @@ def load_weights(model, path, strict_backbone=True, new=()):
                         f"{left}; heads {heads} there, {config.get('heads')} here. Choose the file's network with "
                         "--model or --backbone; sizes of a ViT that have no name get one in VITS in common.py")
     model.load_state_dict({k: state[name] for k, name in fits.items()}, strict=False)
-    check_finite(model, f"{path}: cannot be used")
+    check_finite(model.state_dict().items(), f"{path}: cannot be used")
     config.update({k: there[k] for k in ("mean", "std")})
     return LoadReport(list(fits), missing, unexpected)
 
@@ -1857,9 +1870,8 @@ def export_huggingface(network, classes, folder):
         (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, dict(format="pt")))
         for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except (ImportError, OSError) as error:
-        missing = "; pip install safetensors" * isinstance(error, ImportError)
-        raise UserError(f"{folder}: the export could not be written ({error}{missing})") from None
+    except ImportError as error:
+        raise UserError(f"{folder}: the export could not be written ({error}; pip install safetensors)") from None
 
 
 # ---- 11. Run -------------------------------------------------------------------------------------------------------
@@ -1927,9 +1939,7 @@ def make_optimizer(name, model, lr, weight_decay, device, nesterov=False):
               dict(params=vectors, weight_decay=0.0 if spared else weight_decay)]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
-    raise ValueError(f"optimizer {name}: adamw or sgd")
+    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
 
 
 def cosine_lr(step, steps, warmup, peak, floor, start=0.0, whole=False):
@@ -1976,9 +1986,9 @@ def wrap_model(model, env, compile):
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, **where)
 
 
-def check_finite(model, what):
-    """Raise UserError if a weight is nan or infinite."""
-    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+def check_finite(tensors, what):
+    """Raise UserError if one of the tensors, pairs of name and tensor, is nan or infinite."""
+    broken = [name for name, x in tensors if not x.isfinite().all()]
     if broken:
         raise UserError(f"{what}, weights are not finite: {', '.join(broken[:3])}")
 
@@ -2022,6 +2032,8 @@ def last_checkpoint(out):
     for i, file in enumerate(files):
         try:
             content = load_file(file)
+            weights = [(name, x) for name, x in content["model"].items() if "running" not in name]    # see update_keys
+            check_finite(weights, f"{file}: cannot be used")
             if {"optimizer", "scaler", "step", "classes"} <= content.keys() and isinstance(content.get("config"), dict):
                 return content
             raise UserError(f"{file}: is not the checkpoint of a run. Move it away, or --fresh starts over")
@@ -2065,11 +2077,17 @@ def open_run(name, cfg, env, listing, plan):
                         "disk must hold the same file: copy it")
     out.mkdir(parents=True, exist_ok=True)                       # on every node
     if env.rank == 0:
+        file = os.open(out / "config.json", os.O_RDWR | os.O_CREAT, 0o666)      # locked as long as the process lives
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another run is writing there; --out names another directory") from None
         about = dict(cfg.settings, method=name, accumulation=plan.accum, steps_planned=plan.steps,
                      peak_lr=plan.lr, torch=str(torch.__version__))
-        (out / "config.json").write_text(json.dumps(about, indent=1))
+        os.truncate(file, 0)
+        os.pwrite(file, json.dumps(about, indent=1).encode(), 0)
         if listing.missing:
-            (out / "missing_videos.txt").write_text("\n".join(listing.missing) + "\n")
+            (out / "missing_videos.txt").write_text("\n".join([*listing.missing, ""]), **FILE_NAMES)
     precision = str(env.amp or torch.float32).removeprefix("torch.")
     print0(f"{plan.steps} steps of {plan.batch} videos = {env.world} x {plan.micro} x {plan.accum} accumulated, "
            f"{plan.repeats} of each, peak lr {plan.lr:.2g}, {env.device.type} {precision} -> {out}")
@@ -2082,7 +2100,7 @@ def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler
     It goes to a temporary file that then takes the name, and the one before stays as previous.pt, so an interrupted
     write loses nothing.  Raises UserError if it cannot be written, or if the weights are not finite.
     """
-    check_finite(model, f"{path}: not written")
+    check_finite(model.named_parameters(), f"{path}: not written")
     content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
                    backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__),
                    config=cfg.settings)
@@ -2101,8 +2119,9 @@ def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler
 class StopSignal:
     """Turns SIGTERM and SIGINT into a flag: the loop finishes its step and saves.  A second one ends at once."""
 
+    received = False
+
     def __init__(self):
-        self.received = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
@@ -2117,7 +2136,7 @@ class Log:
 
     def __init__(self, out, env, plan, start, every):
         self.out, self.env, self.plan, self.every = out, env, plan, every
-        self.tried = self.bad = self.not_finite = 0
+        self.tried = self.bad = self.not_finite = self.killed = 0
         self.waited, self.began, self.logged = 0.0, time.perf_counter(), start
         if env.rank == 0:
             path = out / "log.jsonl"                            # forget what was logged after the checkpoint
@@ -2137,11 +2156,14 @@ class Log:
         self.waited += time.perf_counter() - began
         self.tried += len(batch["names"]) + len(batch["errors"])
         self.bad += len(batch["errors"])
+        if "killed" in batch and not self.killed:               # a loader worker: end this step, save
+            self.killed = True
+            signal.raise_signal(signal.SIGTERM)
         path = self.out / "bad_videos.txt"                      # of earlier runs and of other processes, too
-        listed = path.read_text().splitlines() if batch["errors"] and path.exists() else []
+        listed = path.read_text(**FILE_NAMES).splitlines() if batch["errors"] and path.exists() else []
         for error in sorted({*batch["errors"]} - {*listed}):
             tqdm.write(f"skipped {error}")
-            with open(path, "a") as file:
+            with open(path, "a", **FILE_NAMES) as file:
                 file.write(error + "\n")
         chance = 3 * math.sqrt(0.2 * 0.8 * self.tried)          # of 10 % a few tries may hold more than a fifth
         if not batch["read"].all() or self.tried >= 20 and self.bad > 0.2 * self.tried + chance:
@@ -2190,7 +2212,10 @@ class Log:
         """Say how the run ended and, if it was stopped, how to go on."""
         self.bar.close()
         files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
-        print0(f"stopped and saved; the same command goes on from {files[0]}" if stopped else
+        text = f"saved; the same command goes on from {files[0]}"
+        if self.killed:
+            raise UserError(f"a loader worker was killed (out of memory? --workers sets their number). {text}")
+        print0(f"stopped and {text}" if stopped else
                f"trained: {', '.join(str(file) for file in files if file.exists())}")
 
 
@@ -2218,14 +2243,3 @@ def draw_box(images, box, colour="red"):
     box, width = box[None].cpu(), max(1, images.shape[-1] // 75)
     images = (images * 255).byte().cpu()
     return torch.stack([draw_bounding_boxes(x, box, colors=colour, width=width) for x in images]).float() / 255
-
-
-def draw_lines(images, lines, colour):
-    """Draw m lines through K points each, (n, m, K, 2) in pixels, x before y, on images (n, 3, h, w) in [0, 1]."""
-    images, lines = images.clone().cpu(), lines.cpu()
-    weight = torch.linspace(0, 1, 64)[:, None]
-    points = lines[..., :-1, None, :] * (1 - weight) + lines[..., 1:, None, :] * weight        # (n, m, K - 1, 64, 2)
-    x, y = points.flatten(1, -2).floor().long().unbind(-1)                                     # each (n, points)
-    n, k = ((x >= 0) & (y >= 0) & (x < images.shape[-1]) & (y < images.shape[-2])).nonzero(as_tuple=True)
-    images[n, :, y[n, k], x[n, k]] = torch.tensor(colour, dtype=images.dtype)
-    return images

@@ -45,8 +45,8 @@ from torch.nn.utils import clip_grad_norm_
 from common import (Clips, FlowEstimator, Log, MomentumContrast, Queue, ResNet3D, StopSignal, UserError,
                     all_reduce_mean, blur, colour_jitter, cosine_lr, draw_box, example_clips, find_videos, flip,
                     flow_picture, init_linear, item_frames, loader, make_backbone, make_optimizer, normalize, open_run,
-                    parse_config, plan_run, random_resized_crop, read_views, resume_or_init, save_checkpoint,
-                    save_sheet, setup, shutdown, spatial_gradient, step_batches, to_device, to_float01, wrap_model)
+                    plan_run, random_resized_crop, read_views, resume_or_init, run, save_checkpoint, save_sheet, setup,
+                    shutdown, spatial_gradient, step_batches, to_device, to_float01, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -371,4 +371,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, RECIPES))
+    run(main, Config, RECIPES)

@@ -44,12 +44,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, Decoder, FlowEstimator, Log, StopSignal, UserError, VITS, ViT, all_reduce_mean,
-                    clip_indices, cosine_lr, draw_box, example_clips, find_videos, flow_picture, init_linear, loader,
-                    make_optimizer, map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify,
-                    plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
-                    sincos_positions, spatial_gradient, step_batches, to_device, to_float01, unnormalize, unpatchify,
-                    wrap_model)
+from common import (Block, Clips, FlowEstimator, Log, StopSignal, UserError, VITS, ViT, all_reduce_mean, clip_indices,
+                    cosine_lr, draw_box, example_clips, find_videos, flow_picture, init_linear, loader, make_optimizer,
+                    map_to_rgb, multi_scale_crop, normalize, open_run, patchify, plan_run, rand, read_views,
+                    resume_or_init, run, save_checkpoint, save_sheet, setup, shutdown, sincos_positions,
+                    spatial_gradient, step_batches, to_device, to_float01, unnormalize, unpatchify, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -207,6 +206,20 @@ def pixel_target(clips01, patch_size, tubelet_size):
     patches = patchify(clips01, patch_size, tubelet_size).unflatten(-1, (3, -1))            # (B, N, 3, D / 3)
     var, mean = torch.var_mean(patches, -1, keepdim=True)
     return ((patches - mean) / (var.sqrt() + 1e-6)).transpose(-1, -2).flatten(2)
+
+
+class Decoder(nn.Module):
+    """VideoMAE's decoder: blocks, norm, linear head; (B, N, dim) -> (B, last, outputs) for the last tokens.  With
+    outputs = 0 there is no head: (B, last, dim)."""
+
+    def __init__(self, dim, depth, heads, outputs=0):
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, outputs) if outputs else nn.Identity()
+
+    def forward(self, x, last):
+        return self.head(self.norm(self.blocks(x)[:, -last:]))
 
 
 class MaskedAutoencoder(nn.Module):
@@ -376,4 +389,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, RECIPES))
+    run(main, Config, RECIPES)

@@ -18,7 +18,7 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 import common
-from common import RowGenerator, UserError, parse_config, to_float01, toy_video
+from common import RowGenerator, UserError, to_float01, toy_video
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                                    # fp32 of the CPU is compared with loops
 torch.set_num_threads(1)                                                   # as `start` does: the same numbers
@@ -137,9 +137,9 @@ def here(workplace, monkeypatch):
 def run(script, *argv):
     """The script's main in this process."""
     module = importlib.import_module(script)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
     try:
-        module.main(parse_config(module.Config, module.RECIPES, [str(a) for a in argv]))
+        common.run(module.main, module.Config, module.RECIPES, [str(a) for a in argv])
     finally:
         for number, handler in handlers.items():                            # the loop has put its own there
             signal.signal(number, handler)

@@ -51,13 +51,16 @@ LOCKS = defaultdict(threading.Lock)                                             
 
 # ---- starting, watching, judging -------------------------------------------------------------------------------------
 
-def start(script, *flags, out="", inside="", processes=1, restarts=0, short=True, **variables):
-    """A script with short settings in a session of its own, `inside` a fault or as several processes of torchrun."""
+def start(script, *flags, out="", inside="", processes=1, restarts=0, permissions=False, **variables):
+    """A script with short settings in a session of its own, `inside` a fault or as several processes of torchrun;
+    with `permissions` those of files hold, even for root."""
     launch = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
         f"--max-restarts={restarts}"]
     program = [Path(__file__).resolve(), "--inside", inside, script] if inside else [REPO / f"{script}.py"]
-    flags = [*(SMALL + OWN[script] if short else ()), *flags, *(("--out", out) if out else ())]
+    if permissions and os.geteuid() == 0:
+        launch = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *launch]
+    flags = [*SMALL, *OWN[script], *flags, *(("--out", out) if out else ())]
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TORTURE=str(PLACE)) | variables
     return subprocess.Popen([*map(str, launch + program), *map(os.fsencode, map(str, flags))], cwd=PLACE, env=env,
                             text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -228,19 +231,13 @@ def dies_once(module):
     common.Log.step = broken
 
 
-def unprivileged(module):
-    """Permissions hold for root, too."""
-    if os.geteuid() == 0:
-        os.seteuid(65534)
-
-
 def small_files(module):
     """No file can grow beyond 100 kB: a full disk where none can be mounted."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 INSIDE = dict(half=half_a_checkpoint, names=between_names, clock=clock_goes_back, restart=dies_once,
-              nobody=unprivileged, full=small_files,
+              full=small_files,
               nan=lambda module: bad_loss(module, math.nan, {1}), inf=lambda module: bad_loss(module, math.inf, {1}),
               always=lambda module: bad_loss(module, math.nan, range(2, 1000)))
 
@@ -396,13 +393,11 @@ def names_in(out, *files):
 
 def broken_training(script):
     """training videos, 10 % of them broken in every way: each named once"""
-    (PLACE / f"broken-{script}").mkdir()
-    (PLACE / f"broken-{script}").chmod(0o777)
     flags = [*(["--mask-ratio", 0.5] if script in ("mofo", "mme") else ()), "--data", "videos", "--min-lr", 0,
              *(["--flow", "tvl1"] if script not in ("fame", "finetune") else ())]
     flags += ["--model", "vit_tiny"] if script in ("mofo", "mme") else []
     flags += ["--backbone", "vit_tiny"] if script in ("fame", "mcl", "modist") else []
-    code, text = end(start(script, *flags, "--steps", 80, out=f"broken-{script}", inside="nobody"), 400)
+    code, text = end(start(script, *flags, "--steps", 80, out=f"broken-{script}", permissions=True), 400)
     named = [Path(name) for name in names_in(f"broken-{script}", "bad_videos.txt", "missing_videos.txt")]
     named = [str(name) for name in named if "val" not in name.parts]
     for name in [f"videos/train/{c}/{name}" for c in "ab" for name in BAD]:
@@ -413,10 +408,8 @@ def broken_training(script):
 def broken_testing(mode, *flags):
     """test videos, 10 % of them broken in every way: each counts as wrong, each is named"""
     out = "broken-" + "-".join(map(str, [mode, *flags]))
-    (PLACE / out).mkdir()
-    (PLACE / out).chmod(0o777)
     code, text = end(start("finetune", "--data", "videos", "--mode", mode, "--views", "1x1", "--steps", 1, *flags,
-                           out=out, inside="nobody"), 300)
+                           out=out, permissions=True), 300)
     result = json.loads((PLACE / out / "results.json").read_text()) if (PLACE / out / "results.json").exists() else {}
     read = np.load(PLACE / out / "scores.npz")["read"] if (PLACE / out / "scores.npz").exists() else []
     named = [line.split(": ")[0] for line in result.get("unreadable", ())]
@@ -525,7 +518,7 @@ def unusable_output(script, kind):
     elif kind == "directory":
         (PLACE / out / "last.pt").mkdir(parents=True)
     flags = ["--root", out] if kind == "toy" else ["--out", out]
-    yield one_line(*end(start(script, "--steps", 2, *flags, inside="nobody")), Path(out).parts[0])
+    yield one_line(*end(start(script, "--steps", 2, *flags, permissions=True)), Path(out).parts[0])
 
 
 # ---- clocks, numbers, checkpoints ------------------------------------------------------------------------------------
@@ -579,6 +572,7 @@ def bad_weights(script):
     shutil.copytree(PLACE / whole, PLACE / out)
     change(out, poison_statistics if flags else poison)
     shutil.copy(PLACE / out / "last.pt", PLACE / f"{out}.pt")
+    change(out, poison)
     if script != "finetune":
         yield one_line(*end(start(script, *flags, "--init", f"{out}.pt", out=f"{out}-init")), "finite")
     yield (went_well(*end(start(script, "--steps", 8, *flags, out=out)), "previous.pt") or not_finite(out) or
@@ -705,7 +699,8 @@ def faults(few):
              ["linear", "--recipe", "mme"]])]
     jobs += [(segments_beyond_the_end,), (odd_names,), (outside_root,)]
     jobs += [(full_disk, script, leave) for script in some for leave in ((4, 40_000) if few else (0, 4, 1000, 40_000))]
-    jobs += [(full_disk, "finetune", 2, "--mode", mode) for mode in ("extract", "export", "predict", "knn")[few:][:2 if few else 4]]
+    jobs += [(full_disk, "finetune", 2, "--mode", mode) for mode in (("extract",) if few else ("extract", "knn", "linear"))]
+    jobs += [(full_disk, "finetune", 2, "--mode", mode, "--init", "tuned/last.pt") for mode in ("predict", "export")]
     jobs += [(full_toy_disk,)]
     jobs += [(unusable_output, script, kind) for script in (("mofo", "finetune") if few else SCRIPTS)
              for kind in ("read-only", "file", "below", "directory", "toy")]
@@ -722,7 +717,6 @@ def faults(few):
 def prepare():
     """What many faults need: toy data, a checkpoint to begin from, videos of which a tenth is broken."""
     global BAD
-    PLACE.chmod(0o755)
     for script, out in (("mofo", "init"), ("finetune", "tuned")):
         problem = went_well(*end(start(script, "--steps", 1, out=out)))
         if problem:
@@ -758,7 +752,7 @@ def main():
         script, *flags = flags
         module = importlib.import_module(script)
         INSIDE[args.inside](module)
-        return module.main(common.parse_config(module.Config, module.RECIPES, flags))
+        return common.run(module.main, module.Config, module.RECIPES, flags)
     began = time.time()
     try:
         prepare()
