@@ -18,6 +18,7 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -145,7 +146,8 @@ def run(main, Config, recipes, argv=None):
     except KeyboardInterrupt:
         raise UserError("stopped by a signal") from None
     except OSError as error:
-        raise UserError(f"{error}. Is the disk full, or are --out and --root not for you to write to?") from None
+        text = [type(error).__name__, *str(error).splitlines()][-1]     # a worker's error holds its traceback
+        raise UserError(f"{text}. Is the disk full, or are --out and --root not for you to write to?") from None
 
 
 # ---- 2. Processes and devices --------------------------------------------------------------------------------------
@@ -1021,12 +1023,14 @@ def _write_toy(root, split, size, frames, seed, index):
     else:                                                                    # x264 may write other bytes another time
         video, truth = toy_video(seed, split, index, size, frames)
         np.savez(path.with_suffix(".npz"), **truth)
-        with av.open(temporary, "w", format="mp4") as file:
+        content = io.BytesIO()                                               # a full disk is then Python's OSError
+        with av.open(content, "w", format="mp4") as file:
             stream = file.add_stream("libx264", 16, width=size, height=size, pix_fmt="yuv420p", options=dict(
                 preset="veryfast", crf="18", threads="1"))
             for frame in video:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
             file.mux(stream.encode())
+        Path(temporary).write_bytes(content.getvalue())
         os.replace(temporary, path)
     return f"{split}/{path.name},{truth['label']},{truth['scene']}"
 
@@ -1057,24 +1061,6 @@ def unnormalize(clips, config={}):
     """Inverse of `normalize`, up to the factor 255: (..., 3, T, H, W) -> colours in [0, 1]."""
     mean, std = (constant(config.get(k, v), clips.device).view(3, 1, 1, 1) for k, v in (("mean", MEAN), ("std", STD)))
     return clips * std + mean
-
-
-def multi_scale_crop(height, width, rng, smallest=0.66, snap=0):
-    """A random box (x1, y1, x2, y2) inside a (height, width) frame: VideoMAE's multi-scale crop.
-
-    Both sides are drawn from 1, .875, .75, ... and `smallest` x the short side, at most one scale apart; the place is
-    one of 13 fixed anchors.  A side within 2 px of `snap` becomes `snap` (no resampling).  Source: VideoMAE,
-    pre-training transform, for its 1, .875, .75, .66; on from there in eighths (our choice).
-    """
-    short, ladder = min(height, width), (1.0, 0.875, 0.75, 0.66, 0.5, 0.375, 0.25, 0.125)
-    sides = [int(short * scale) for scale in (*(s for s in ladder if s > smallest), smallest)]
-    sides = [max(1, snap if abs(side - snap) < 3 and snap <= short else side) for side in sides]
-    pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
-    h, w = pairs[rng.integers(len(pairs))]
-    anchors = (0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (1, 3), (3, 1), (3, 3)
-    ax, ay = anchors[rng.integers(len(anchors))]
-    x, y = ax * ((width - w) // 4), ay * ((height - h) // 4)
-    return x, y, x + w, y + h
 
 
 def random_resized_crop(height, width, rng, area, ratio=(3 / 4, 4 / 3)):
