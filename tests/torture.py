@@ -465,7 +465,7 @@ def outside_root():
         shutil.copy(outside, PLACE / name)
     root, there = PLACE / "inside/data", "../../"
     for data, text, videos in (
-            ("ucf101", {"classInd.txt": "1 A\n", "trainlist01.txt": f"{there}v_secret.avi 1\nA/v_a.avi 1\n"}, ["v_a.avi"]),
+            ("ucf101", {"classInd.txt": "1 A\n", "trainlist01.txt": f"{there}A/v_secret.avi 1\nA/v_a.avi 1\n"}, ["v_a.avi"]),
             ("hmdb51", {"a_test_split1.txt": f"{there}v_secret.avi 1\na.avi 1\n"}, ["a.avi"]),
             ("k400", {"train.csv": f"{there}secretsecr_000001_000002.mp4 0\naaaaaaaaaaa_000001_000002.mp4 0\n"},
              ["aaaaaaaaaaa_000001_000002.mp4"]),
@@ -556,7 +556,7 @@ def change(out, how, name="last.pt"):
 
 
 def poison(content):
-    key = next(k for k, x in content["model"].items() if x.is_floating_point() and "running" not in k)
+    key = next(k for k, x in content["model"].items() if x.ndim > 1 and "mask_token" not in k)
     content["model"][key] += math.nan
 
 
@@ -733,7 +733,7 @@ def attempt(job):
     try:
         for problem in function(*args):
             tries.append(problem)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         tries.append(f"{type(error).__name__}: {error}")
     label = " ".join([function.__name__, *map(str, args)])
     for problem in sorted({problem for problem in tries if problem}):
