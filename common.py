@@ -69,9 +69,8 @@ def parse_config(Config, recipes, argv=None):
     Every field is a flag (`mask_ratio` -> `--mask-ratio`, bools also `--no-...`), its comment is the help text.  A
     recipe applies if all words of its key are among the values of data, recipe and mode; later ones override earlier
     ones.  Data of the user's own is the word "custom", a ViT as `backbone` the word "vit".
-    A number must be in the interval that the comment of its field names, e.g. `in (0, 1]`, else in [0, 1e9] or, if it
-    is whole and its default is not 0, in [1, 1e9].  A text may be empty if its default is.
-    The names of flags that were given are in `.given`.  Raises UserError on an unknown flag or a wrong value.
+    A number must be in the interval that its comment names, e.g. `in (0, 1]`, else in [0, 1e9], or [1, 1e9] if it is
+    whole and its default is not 0.  Flags that were given are in `.given`.  Raises UserError otherwise.
     """
     types = typing.get_type_hints(Config)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
@@ -89,7 +88,7 @@ def parse_config(Config, recipes, argv=None):
         elif typing.get_origin(kind) is typing.Literal:
             parser.add_argument(name, choices=typing.get_args(kind), help=text)
         else:
-            parser.add_argument(name, type=_value(kind, interval, field.default), help=text, metavar=field.name.upper())
+            parser.add_argument(name, type=_value(kind, interval), help=text, metavar=field.name.upper())
 
     def complain(message):
         if message.startswith("unrecognized"):
@@ -117,7 +116,7 @@ def parse_config(Config, recipes, argv=None):
     return config
 
 
-def _value(kind, interval, default):
+def _value(kind, interval):
     """A parser for one field type; numbers must be in the interval; `float | None` also accepts the word none."""
     convert, *others = typing.get_args(kind) or (kind,)
 
@@ -125,8 +124,6 @@ def _value(kind, interval, default):
         if others and text.lower() == "none":
             return None
         value = convert(text)
-        if value == "" != default:
-            raise argparse.ArgumentTypeError("must not be empty")
         if interval:
             low, high = map(float, interval[1:-1].split(", "))
             open_end = value == low and interval[0] == "(" or value == high and interval[-1] == ")"
@@ -140,9 +137,10 @@ def _value(kind, interval, default):
 def run(main, Config, recipes, argv=None):
     """main(its configuration).  What the system refuses (a full disk, a place not ours) or ends is a UserError, too."""
     sys.stdout.reconfigure(errors="backslashreplace")                   # a name of a file need not be text
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(parse_config(Config, recipes, argv))
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         raise UserError("stopped by a signal") from None
     except OSError as error:
@@ -178,15 +176,14 @@ def setup(seed=0):
         torch.backends.cudnn.benchmark = True
         amp = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        # torchrun keeps its store when it starts processes again: they must not read what those before wrote there.
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)              # nodes may count differently
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_node else ""
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+                                device_id=device if cuda else None)
     torch.manual_seed(seed)
     return Env(device, rank, world, amp)
-
-
-def shutdown():
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def print0(*words):
@@ -554,7 +551,7 @@ def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
         if value not in choices:
             raise UserError(f"{flag} {value}: {data} has {', '.join(map(str, choices)) or 'no choice'}")
     if data not in DATA_SETS:
-        return _own_videos(Path(data), root, split)
+        return _own_videos(Path(data or "''"), root, split)                # "" would be the working directory
     if data == "ava":
         raise UserError("--data ava is for finetune.py; pre-training takes its videos as --data DIR")
     root = data_root(data, root)
@@ -841,7 +838,6 @@ def loader(dataset, batches, workers, device):
 def _worker_init(_):
     torch.set_num_threads(1)
     os.setsid()                                                # what stops the process group lets the step end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))      # how the parent ends its workers: quietly
 
 
@@ -1720,17 +1716,21 @@ def load_file(path):
         weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
         if path.suffix in (".safetensors", ".bin") and path.with_name("config.json").exists():
             content |= huggingface_config(path.parent)
+        state = {k: x for k, x in weights.items() if isinstance(x, torch.Tensor)}
+        backbone, told = dict(norms=(), mean=MEAN, std=STD), content.get("backbone")
+        for pattern, values in HINTS.items():
+            if any(re.search(pattern, k) for k in state):
+                backbone |= values
+        if isinstance(told, dict) and told.keys() <= {*backbone, *SIZES, "name", "width"}:     # else not ours
+            backbone |= told
+        if not all(0 < backbone.get(key, 1) < 1e4 for key in SIZES):
+            raise ValueError
     except ImportError as error:
         raise UserError(f"{path}: {error}: pip install safetensors") from None
     except Exception as error:                                                     # torch's advice is to run its code
         raise UserError(f"{path}: cannot be read as a checkpoint; is it damaged, or a config.json or "
                         f"preprocessor_config.json beside it? ({type(error).__name__})") from None
-    state = {k: x for k, x in weights.items() if isinstance(x, torch.Tensor)}
-    backbone = dict(norms=(), mean=MEAN, std=STD)
-    for pattern, values in HINTS.items():
-        if any(re.search(pattern, k) for k in state):
-            backbone |= values
-    return content | dict(model=state, backbone=backbone | content.get("backbone", {}))
+    return content | dict(model=state, backbone=backbone)
 
 
 def replace_parts(name, pairs):
@@ -1849,7 +1849,6 @@ def export_huggingface(network, classes, folder):
         config |= dict(id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)})
     processor = dict(image_processor_type="VideoMAEImageProcessor", size=dict(shortest_edge=size),
                      crop_size=dict(height=size, width=size), image_mean=c["mean"], image_std=c["std"])
-    folder = Path(folder)
     try:
         import safetensors.torch
         folder.mkdir(parents=True, exist_ok=True)
@@ -1982,10 +1981,13 @@ def check_finite(tensors, what):
 def resume_or_init(checkpoint, init, model, optimizer, scaler):
     """Continue from a checkpoint of this run or, without one, start from the weights of `init` -> first step."""
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        getattr(model, "encoder", model).config.update({k: checkpoint["backbone"][k] for k in ("mean", "std")})
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+            getattr(model, "encoder", model).config.update({k: checkpoint["backbone"][k] for k in ("mean", "std")})
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint["scaler"])
+        except (KeyError, RuntimeError, ValueError) as error:    # e.g. of an older version of this script
+            raise UserError(f"last.pt does not fit this script ({_first_line(error)}); --fresh starts over") from None
         print0(f"continuing at step {checkpoint['step']}")
         return checkpoint["step"]
     if init:
@@ -2022,10 +2024,10 @@ def last_checkpoint(out):
             check_finite(weights, f"{file}: cannot be used")
             if {"optimizer", "scaler", "step", "classes"} <= content.keys() and isinstance(content.get("config"), dict):
                 return content
-            raise UserError(f"{file}: is not the checkpoint of a run. Move it away, or --fresh starts over")
+            raise UserError(f"{file}: is not the checkpoint of a run")
         except UserError as error:
             if i + 1 == len(files):
-                raise
+                raise UserError(f"{error}. Move it away, or --fresh starts over".removeprefix("error: ")) from None
             print0(f"{error}. Going on from previous.pt")
 
 
@@ -2088,8 +2090,7 @@ def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler
     """
     check_finite(model.named_parameters(), f"{path}: not written")
     content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                   backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__),
-                   config=cfg.settings)
+                   backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__), config=cfg.settings)
     unfinished = path.with_name(path.name + ".partial")
     try:
         torch.save(content, unfinished)
@@ -2098,8 +2099,7 @@ def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({error}). The previous checkpoint is as it was. Is the disk "
-                        "full?") from None
+        raise UserError(f"{path}: could not be written, is the disk full? Its predecessor stays ({error})") from None
 
 
 class StopSignal:

@@ -50,7 +50,7 @@ from torch.nn.utils import clip_grad_norm_
 from common import (Clips, Log, MomentumContrast, Queue, StopSignal, UserError, all_reduce_mean, blur, clip_indices,
                     colour_jitter, cosine_lr, example_clips, find_videos, flip, loader, make_backbone, make_optimizer,
                     map_to_rgb, normalize, open_run, plan_run, rand, random_resized_crop, read_views, resume_or_init,
-                    run, save_checkpoint, save_sheet, setup, shutdown, step_batches, to_device, to_float01, wrap_model)
+                    run, save_checkpoint, save_sheet, setup, step_batches, to_device, to_float01, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -314,7 +314,6 @@ def main(cfg):
         if stopping:
             break
     log.close(stopping)
-    shutdown()
     # <<< same
 
 

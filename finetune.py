@@ -59,7 +59,7 @@ from common import (BACKBONES, Clips, DATA_SETS, FILE_NAMES, FlowEstimator, Log,
                     data_root, export_huggingface, find_videos, flip, hold_out, init_linear, item_frames, list_files,
                     load_file, load_weights, loader, make_backbone, make_listing, normalize, open_run, plan_run,
                     print0, random_resized_crop, read_lines, read_views, resume_or_init, run, run_directory,
-                    save_checkpoint, setup, shutdown, split_dir, step_batches, to_device, to_float01, wrap_model)
+                    save_checkpoint, setup, split_dir, step_batches, to_device, to_float01, wrap_model)
 from mofo import find_motion
 
 
@@ -1118,7 +1118,6 @@ def main(cfg):
         classification(cfg, env, content)
     else:
         fixed_features(cfg, env, content)
-    shutdown()
 
 
 def classification(cfg, env, content):
@@ -1257,7 +1256,7 @@ def export(cfg, content):
     head = re.compile(r"((module|backbone)\.)*(head|classifier)\.weight")
     outputs = next((len(x) for name, x in content["model"].items() if head.fullmatch(name)), 0)
     classes = named_classes(cfg, content) or [str(i) for i in range(outputs)]
-    export_huggingface(build_network(cfg, content, outputs), classes, cfg.out)
+    export_huggingface(build_network(cfg, content, outputs), classes, Path(cfg.out))
     print0(f"{cfg.out}: config.json, preprocessor_config.json, model.safetensors")
 
 

@@ -49,7 +49,7 @@ from common import (Bottleneck, Clips, FlowEstimator, Log, MomentumContrast, Que
                     all_reduce_mean, blur, colour_jitter, constant, cosine_lr, crop_resize, draw_box, example_clips,
                     find_videos, item_frames, loader, make_backbone, make_optimizer, map_to_rgb, normalize, open_run,
                     patchify, plan_run, rand, read_views, resume_or_init, run, save_checkpoint, save_sheet, setup,
-                    shutdown, spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
+                    spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -492,7 +492,6 @@ def main(cfg):
         if stopping:
             break
     log.close(stopping)
-    shutdown()
     # <<< same
 
 

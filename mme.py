@@ -45,7 +45,7 @@ from torch.nn.utils import clip_grad_norm_
 from common import (Clips, FlowEstimator, Log, StopSignal, UserError, VITS, all_reduce_mean, can_compile, clip_indices,
                     constant, cosine_lr, example_clips, find_videos, loader, make_optimizer, map_to_rgb, normalize,
                     open_run, patchify, plan_run, rand, read_views, resize_flow, resume_or_init, run, save_checkpoint,
-                    save_sheet, setup, shutdown, step_batches, to_device, to_float01, unpatchify, wrap_model)
+                    save_sheet, setup, step_batches, to_device, to_float01, unpatchify, wrap_model)
 from mofo import MaskedAutoencoder, multi_scale_crop, pixel_target
 
 
@@ -475,7 +475,6 @@ def main(cfg):
         if stopping:
             break
     log.close(stopping)
-    shutdown()
     # <<< same
 
 

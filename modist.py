@@ -46,7 +46,7 @@ from common import (Clips, FlowEstimator, Log, MomentumContrast, Queue, ResNet3D
                     all_reduce_mean, blur, colour_jitter, cosine_lr, draw_box, example_clips, find_videos, flip,
                     flow_picture, init_linear, item_frames, loader, make_backbone, make_optimizer, normalize, open_run,
                     plan_run, random_resized_crop, read_views, resume_or_init, run, save_checkpoint, save_sheet, setup,
-                    shutdown, spatial_gradient, step_batches, to_device, to_float01, wrap_model)
+                    spatial_gradient, step_batches, to_device, to_float01, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -366,7 +366,6 @@ def main(cfg):
         if stopping:
             break
     log.close(stopping)
-    shutdown()
     # <<< same
 
 

@@ -47,8 +47,8 @@ from torch.nn.utils import clip_grad_norm_
 from common import (Block, Clips, FlowEstimator, Log, StopSignal, UserError, VITS, ViT, all_reduce_mean, clip_indices,
                     cosine_lr, draw_box, example_clips, find_videos, flow_picture, init_linear, loader, make_optimizer,
                     map_to_rgb, normalize, open_run, patchify, plan_run, rand, read_views, resume_or_init, run,
-                    save_checkpoint, save_sheet, setup, shutdown, sincos_positions, spatial_gradient, step_batches,
-                    to_device, to_float01, unnormalize, unpatchify, wrap_model)
+                    save_checkpoint, save_sheet, setup, sincos_positions, spatial_gradient, step_batches, to_device,
+                    to_float01, unnormalize, unpatchify, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -402,7 +402,6 @@ def main(cfg):
         if stopping:
             break
     log.close(stopping)
-    shutdown()
     # <<< same
 
 

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
@@ -197,7 +198,7 @@ def miniature(data, root):
 
 
 if __name__ == "__main__":                                                  # [[script, flags ...], ...] in turn,
-    shutdown, common.shutdown = common.shutdown, lambda: None               # in the same processes
+    leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None            # in the same processes
     for script, *argv in json.loads(sys.argv[1]):
         run(script, *argv)
-    shutdown()
+    leave()
