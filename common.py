@@ -2039,6 +2039,13 @@ def open_run(name, cfg, env, listing, plan):
     """
     out = run_directory(name, cfg)
     last = out / "last.pt"
+    out.mkdir(parents=True, exist_ok=True)                       # on every node
+    if env.rank == 0:
+        file = os.open(out / "config.json", os.O_RDWR | os.O_CREAT, 0o666)      # locked as long as the process lives
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another run is writing there; --out names another directory") from None
     if cfg.fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:        # torchrun's, after a crash
         old = [out / name for name in ("last.pt", "previous.pt", "log.jsonl")]
         once_per_disk(lambda: [os.replace(file, f"{file}.old") for file in old if file.exists()])
@@ -2063,13 +2070,7 @@ def open_run(name, cfg, env, listing, plan):
     if len(set(steps)) > 1:
         raise UserError(f"{last} is at steps {steps} for processes 0, 1, ... (0: not there). Nodes without a shared "
                         "disk must hold the same file: copy it")
-    out.mkdir(parents=True, exist_ok=True)                       # on every node
     if env.rank == 0:
-        file = os.open(out / "config.json", os.O_RDWR | os.O_CREAT, 0o666)      # locked as long as the process lives
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another run is writing there; --out names another directory") from None
         about = dict(cfg.settings, method=name, accumulation=plan.accum, steps_planned=plan.steps,
                      peak_lr=plan.lr, torch=str(torch.__version__))
         os.truncate(file, 0)
@@ -2201,8 +2202,7 @@ class Log:
         text = f"saved; the same command goes on from {files[0]}"
         if self.killed:
             raise UserError(f"a loader worker was killed (out of memory? --workers sets their number). {text}")
-        print0(f"stopped and {text}" if stopped else
-               f"trained: {', '.join(str(file) for file in files if file.exists())}")
+        print0(f"stopped and {text}" if stopped else f"trained: {', '.join(str(f) for f in files if f.exists())}")
 
 
 # ---- 12. Images ----------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@
 flags override it.  --init takes checkpoints of this project, public VideoMAE, MOFO, MME, MoCo-style and torchvision
 files, and Hugging Face VideoMAE folders (where the file does not say it, name the network with --model).
 
-A video that cannot be read counts as wrong and is reported.  Results go to the terminal and to results.json in the
-run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops in space; what every video got goes to
-scores.npz, who is taken for whom to confusion.png.
+A video that is missing, empty or broken counts as wrong and is reported.  Results go to the terminal and to
+results.json in the run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops in space; what
+every video got goes to scores.npz, who is taken for whom to confusion.png.
 
 Differs from the published protocols, and why
  1. RandAugment, random erasing, mixup and cutmix are torchvision's, and work on the crop, on the device (published:

@@ -18,15 +18,13 @@ from conftest import REPO, error_of, losses, put, run, start
 SMALL = "--toy-train 24 --toy-test 16 --batch 8 --log-every 1 --save-every 1 --workers 0".split()
 VIT = "--model vit_tiny --flow tvl1 --image-size 32 --frames 8 --mask-ratio 0.5".split()
 
-
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def spoil(path, new):
-    """Write a checkpoint anew, with one weight that is nan."""
+def spoiled(path):                                                          # a checkpoint of which one weight is nan
     content = torch.load(path, weights_only=True)
     content["model"]["mask_token"][..., 0] = float("nan")
-    torch.save(content, new)
+    return content
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK", "half", "list", "other", "nan"])
@@ -40,10 +38,9 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(damage, tmp_path, ca
         last.write_bytes(content[:len(content) // 2])
     elif isinstance(damage, bytes):
         last.write_bytes(damage)
-    elif damage == "nan":
-        spoil(last, last)
     else:
-        torch.save([1, 2] if damage == "list" else dict(model=weights, step=4), last)
+        other = dict(list=[1, 2], other=dict(model=weights, step=4), nan=spoiled(last))
+        torch.save(other[damage], last)
     run("mofo", *flags)
     assert "previous.pt" in capsys.readouterr().out and losses(tmp_path) == whole
     again = torch.load(last, weights_only=True)["model"]
@@ -57,7 +54,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(damage, tmp_path, ca
 def test_weights_that_are_not_finite_are_neither_saved_nor_used(tmp_path):
     flags = [*SMALL, "--steps", 2, "--out", tmp_path / "run"]
     run("mofo", *flags)
-    spoil(tmp_path / "run/last.pt", tmp_path / "nan.pt")
+    torch.save(spoiled(tmp_path / "run/last.pt"), tmp_path / "nan.pt")
     assert "mask_token" in error_of(run, "mofo", *SMALL, "--init", tmp_path / "nan.pt", "--out", tmp_path / "other")
     before = (tmp_path / "run/last.pt").read_bytes()
     model = mofo.MaskedAutoencoder(32, 4, 16, 2, *common.VITS["vit_tiny"].values())
@@ -90,15 +87,13 @@ def test_a_signal_to_the_process_group_saves(tmp_path):
 def test_a_killed_loader_worker_ends_the_step_and_saves(tmp_path, monkeypatch):
     flags, log_step = [*SMALL, "--workers", 1, "--steps", 8, "--device-batch", 4], common.Log.step
     run("mofo", *flags, "--out", tmp_path / "whole")
-
     def killing(log, step, *args, **kwargs):
         log_step(log, step, *args, **kwargs)
         [os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children()]
     with monkeypatch.context() as patched:
         patched.setattr(common.Log, "step", killing)
         assert "worker was killed" in error_of(run, "mofo", *flags, "--save-every", 1000, "--out", tmp_path / "run")
-    steps = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
-    assert steps == len(losses(tmp_path / "run")) < 8
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == len(losses(tmp_path / "run")) < 8
     run("mofo", *flags, "--out", tmp_path / "run")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
@@ -113,29 +108,29 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
     code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    put(tmp_path, {"log.jsonl": ""})
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "config.json"], stdin=-1, stdout=-1) as other:
         other.stdout.readline()
-        assert f"{tmp_path}: another run" in error_of(run, "mofo", *SMALL, "--steps", 1, "--out", tmp_path)
+        assert f"{tmp_path}: another run" in error_of(run, "mofo", *SMALL, "--steps", 1, "--fresh", "--out", tmp_path)
+        assert (tmp_path / "log.jsonl").exists()
         other.communicate(b"\n")
     run("mofo", *SMALL, "--steps", 1, "--out", tmp_path)
 
 
 def test_what_cannot_be_read_is_named_and_counts_as_wrong_and_a_signal_ends_the_test(tmp_path, monkeypatch):
-    good, odd = Path("data/toy/64px/test/000000.mp4").resolve(), os.fsdecode(b"\xff.mp4")
+    good, odd = Path("data/toy/64px/test/000000.mp4").read_bytes(), os.fsdecode(b"\xff.mp4")
     for part in ("train", "val"):
-        for name in ("0/good.mp4", "1/good.mp4", *(f"{i % 2}/more-{i}.mp4" for i in range(6))):
-            put(tmp_path / part, videos=[name])
-            (tmp_path / part / name).write_bytes(good.read_bytes())
-        put(tmp_path / part, {"0/empty.mp4": ""}, [f"0/{odd}"])
+        put(tmp_path / part, {"0/empty.mp4": ""}, [f"0/{odd}", *(f"{i % 2}/{i}.mp4" for i in range(8))])
+        for i in range(8):
+            (tmp_path / part / f"{i % 2}/{i}.mp4").write_bytes(good)
         os.mkfifo(tmp_path / part / "1/pipe.mp4")
-        (tmp_path / part / "1/link.mp4").symlink_to("nowhere")
     run("mofo", *SMALL, "--data", tmp_path, *VIT, "--steps", 4, "--out", tmp_path / "run")
     assert (tmp_path / "run/bad_videos.txt").read_bytes().count(b"/\xff.mp4: ") == 1
     probe = ["--data", tmp_path, "--mode", "knn", "--workers", 0, "--init", tmp_path / "run/last.pt"]
     run("finetune", *probe, "--out", tmp_path / "knn")
     result = json.loads((tmp_path / "knn/results.json").read_text())
-    assert result["videos"] == 12 and len(result["unreadable"]) == 4 + 1    # the last one is for training
-    assert len((tmp_path / "knn/missing_videos.txt").read_text().splitlines()) == len(result["missing"]) == 6
+    assert result["videos"] == 11 and len(result["unreadable"]) == 3 + 1 and len(result["missing"]) == 4
+    assert len((tmp_path / "knn/missing_videos.txt").read_text().splitlines()) == 4
     monkeypatch.setattr(finetune, "test_clips", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     assert "signal" in error_of(run, "finetune", *probe, "--out", tmp_path / "stopped")
 
