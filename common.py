@@ -2041,9 +2041,9 @@ def open_run(name, cfg, env, listing, plan):
     last = out / "last.pt"
     out.mkdir(parents=True, exist_ok=True)                       # on every node
     if env.rank == 0:
-        file = os.open(out / "config.json", os.O_RDWR | os.O_CREAT, 0o666)      # locked as long as the process lives
+        lock = os.open(out / "config.json", os.O_RDWR | os.O_CREAT, 0o666)      # kept as long as the process lives
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out}: another run is writing there; --out names another directory") from None
     if cfg.fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:        # torchrun's, after a crash
@@ -2073,8 +2073,8 @@ def open_run(name, cfg, env, listing, plan):
     if env.rank == 0:
         about = dict(cfg.settings, method=name, accumulation=plan.accum, steps_planned=plan.steps,
                      peak_lr=plan.lr, torch=str(torch.__version__))
-        os.truncate(file, 0)
-        os.pwrite(file, json.dumps(about, indent=1).encode(), 0)
+        os.truncate(lock, 0)
+        os.pwrite(lock, json.dumps(about, indent=1).encode(), 0)
         if listing.missing:
             (out / "missing_videos.txt").write_text("\n".join([*listing.missing, ""]), **FILE_NAMES)
     precision = str(env.amp or torch.float32).removeprefix("torch.")
