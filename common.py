@@ -828,10 +828,10 @@ def loader(dataset, batches, workers, device):
     for keys in again:
         try:
             yield next(found)
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:     # the last two: while it handed a batch over
+            if "in DataLoader worker process" in str(error):           # of our own
                 raise
-            print(f"warning: {error}: out of memory?", flush=True)
+            print(f"warning: a loader worker is gone ({error}): out of memory?", flush=True)
             yield from (dict(collate([dataset[key] for key in keys]), killed=True) for keys in chain([keys], again))
 
 
