@@ -14,9 +14,11 @@ import copy
 import csv
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -28,10 +30,9 @@ import time
 import typing
 import zipfile
 from bisect import bisect_right
-from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from functools import partial
-from itertools import count, dropwhile, islice, pairwise
+from itertools import chain, count, dropwhile, islice, pairwise, tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,9 +69,8 @@ def parse_config(Config, recipes, argv=None):
     Every field is a flag (`mask_ratio` -> `--mask-ratio`, bools also `--no-...`), its comment is the help text.  A
     recipe applies if all words of its key are among the values of data, recipe and mode; later ones override earlier
     ones.  Data of the user's own is the word "custom", a ViT as `backbone` the word "vit".
-    A number must be in the interval that the comment of its field names, e.g. `in (0, 1]`.  Without one it must be
-    finite and not negative, and at least 1 if it is a whole number whose default is not 0.
-    The names of flags that were given are in `.given`.  Raises UserError on an unknown flag or a wrong value.
+    A number must be in the interval that its comment names, e.g. `in (0, 1]`, else in [0, 1e9], or [1, 1e9] if it is
+    whole and its default is not 0.  Flags that were given are in `.given`.  Raises UserError otherwise.
     """
     types = typing.get_type_hints(Config)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
@@ -80,7 +80,7 @@ def parse_config(Config, recipes, argv=None):
         name, kind, text = "--" + field.name.replace("_", "-"), types[field.name], comments.get(field.name, "")
         interval = ""
         if {int, float} & {kind, *typing.get_args(kind)}:
-            usual = "[1, inf)" if kind is int and field.default else "[0, inf)"
+            usual = "[1, 1e9]" if kind is int and field.default else "[0, 1e9]"
             interval = re.search(r"[\[(][\d.]+, [\w.]+[\])]", text + usual)[0]
         text = f"{text}{f', in {interval}' * (interval not in text)} (default: {field.default})".replace("%", "%%")
         if kind is bool:
@@ -134,6 +134,20 @@ def _value(kind, interval):
     return parse
 
 
+def run(main, Config, recipes, argv=None):
+    """main(its configuration).  What the system refuses (a full disk, a place not ours) or ends is a UserError, too."""
+    sys.stdout.reconfigure(errors="backslashreplace")                   # a name of a file need not be text
+    try:
+        main(parse_config(Config, recipes, argv))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        raise UserError("stopped by a signal") from None
+    except OSError as error:
+        text = [type(error).__name__, *str(error).splitlines()][-1]     # a worker's error holds its traceback
+        raise UserError(f"{text}. Is the disk full, or are --out and --root not for you to write to?") from None
+
+
 # ---- 2. Processes and devices --------------------------------------------------------------------------------------
 
 class Env(NamedTuple):
@@ -162,15 +176,14 @@ def setup(seed=0):
         torch.backends.cudnn.benchmark = True
         amp = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        # torchrun keeps its store when it starts processes again: they must not read what those before wrote there.
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)              # nodes may count differently
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_node else ""
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+                                device_id=device if cuda else None)
     torch.manual_seed(seed)
     return Env(device, rank, world, amp)
-
-
-def shutdown():
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def print0(*words):
@@ -267,6 +280,8 @@ class Video(contextlib.AbstractContextManager):
 
     def _open(self):
         self.__exit__()
+        if not os.path.isfile(self.path):                                       # a pipe would be waited for
+            raise VideoError("no such file")
         self.file = av.open(f"file:{self.path}", metadata_errors="ignore")      # "a:b.mp4" alone names a protocol a
         cover = av.stream.Disposition.attached_pic
         self.stream = next((s for s in self.file.streams.video if s.codec_context and not s.disposition & cover), None)
@@ -500,6 +515,7 @@ class Listing(NamedTuple):
     summary: str
 
 
+FILE_NAMES = dict(encoding="utf-8", errors="surrogateescape")            # in text files: names of files as they are
 VIDEO_FILES = set(".mp4 .m4v .mov .avi .webm .mkv .mpg .mpeg .vob .ts .mts .m2ts .flv .wmv .3gp .ogv".split())
 SPLIT_DIRS = {"train": ("train", "videos_train", "train_video", "training"),
               "test": ("val", "test", "validation", "valid", "videos_val", "val_video", "testing")}
@@ -535,7 +551,7 @@ def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
         if value not in choices:
             raise UserError(f"{flag} {value}: {data} has {', '.join(map(str, choices)) or 'no choice'}")
     if data not in DATA_SETS:
-        return _own_videos(Path(data), root, split)
+        return _own_videos(Path(data or "''"), root, split)                # "" would be the working directory
     if data == "ava":
         raise UserError("--data ava is for finetune.py; pre-training takes its videos as --data DIR")
     root = data_root(data, root)
@@ -559,7 +575,7 @@ def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
             return _own_videos(root, None, split)
         raise UserError(f"--data {data}: {root} (--root DIR or VIDEO_ROOT name another) is not as published, "
                         f"{type(error).__name__}: {error}. Expected there, in any depth: {LAYOUTS[data]}") from None
-    return make_listing(f"{data} {split}", [(key, videos.get(key), *rest) for key, *rest in rows], classes)
+    return make_listing(data, split, [(key, videos.get(key), *rest) for key, *rest in rows], classes)
 
 
 def data_root(data, root):
@@ -581,14 +597,17 @@ def _size(path):
     return path.stat().st_size if path and path.is_file() else None
 
 
-def make_listing(what, rows, classes):
-    """Rows (name, path or None, label[, start, stop]) -> Listing of the files with content; prints the counts."""
+def make_listing(data, split, rows, classes):
+    """Rows (name, path or None, label[, start, stop]) -> Listing; prints the counts.  Files that are not there or empty
+    are left out of training; in other splits they stay, so that they count as wrong: they cannot be read."""
     size_of = functools.cache(_size)                                       # many segments of a video
     sizes = [size_of(path) for _, path, *_ in rows]
-    items = [Item(str(path), *rest) for (_, path, *rest), size in zip(rows, sizes) if size]
+    items = [Item(str(path or name), *rest) for (name, path, *rest), size in zip(rows, sizes)
+             if size or not split.startswith("train")]
     missing = list(dict.fromkeys(str(path or name) for (name, path, *_), size in zip(rows, sizes) if not size))
-    summary = f"{what}: {len(rows)} listed, {len(items)} found, {sizes.count(None)} missing, {sizes.count(0)} empty"
-    if not items:
+    found = len(rows) - sizes.count(None) - sizes.count(0)
+    summary = f"{data} {split}: {len(rows)} listed, {found} found, {sizes.count(None)} missing, {sizes.count(0)} empty"
+    if not found:
         raise UserError(f"{summary}: nothing to read {missing[:1]}")
     summary += f", {len(classes)} classes" if classes else ""
     print0(summary)
@@ -675,19 +694,19 @@ def _toy(root, split, label, train=1024, test=256, size=64):
     once_per_disk(lambda: make_toy(root, split, test if split == "test" else train, size))
     column, classes = ("label", TOY_CLASSES) if label == "motion" else ("scene", TOY_SCENES)
     table = csv.DictReader(read_lines(root / f"{split}.csv"))
-    rows = [(row["path"], root / row["path"], int(row[column])) for row in table]
-    return make_listing(f"toy {split}", rows, list(classes))
+    rows = [(row["path"], root / split / Path(row["path"]).name, int(row[column])) for row in table]
+    return make_listing("toy", split, rows, list(classes))
 
 
 def _own_videos(path, root, split):
     """A directory ({train,val}/<class>/*, <class>/*, or any videos in any depth), a list file or a single video of
     the user's own; split "all" is everything below a directory."""
     if path.is_file() and path.suffix.lower() in VIDEO_FILES:
-        return make_listing(str(path), [(path, path, -1)], [])
+        return make_listing(path, split, [(path, path, -1)], [])
     if path.is_file():
         rows, classes = _list_rows(path)
         rows = [(video, Path(root or path.parent, video), label) for video, label in rows]
-        return make_listing(f"{path} {split}", rows, classes)
+        return make_listing(path, split, rows, classes)
     if not path.is_dir():
         raise UserError(f"--data {path}: neither one of {', '.join(DATA_SETS)} nor an existing directory or list file")
     base, divided = split_dir(path, split) or path, any(split_dir(path, s) for s in SPLIT_DIRS)
@@ -700,7 +719,7 @@ def _own_videos(path, root, split):
     items = [Item(f, classes.index(c) if classes else -1) for f, c in zip(files, folders)]
     if classes and base == path and split != "all":                        # it comes without a split: make one
         items = hold_out(items, split)
-    return make_listing(f"{path} {split}", [(item.path, item.path, item.label) for item in items], classes)
+    return make_listing(path, split, [(item.path, item.path, item.label) for item in items], classes)
 
 
 def split_dir(path, split):
@@ -769,7 +788,7 @@ class Clips(torch.utils.data.Dataset):
                 with Video(item.path) as video:
                     return self.sample(video, item, rng), item.path, item.label, errors
             except VideoError as error:
-                errors.append(str(error))
+                errors.append(" ".join(str(error).splitlines()))       # a file's name may hold several
                 index = int(rng.integers(len(self.items)))
         return None, item.path, item.label, errors
 
@@ -799,17 +818,26 @@ def example_clips(dataset, count=8):
 
 
 def loader(dataset, batches, workers, device):
-    """DataLoader over batches of keys; its workers stay alive, use one thread each and leave signals to us."""
-    return torch.utils.data.DataLoader(
+    """Yields batches of keys as `collate` makes them, read ahead by worker processes with one thread each, which leave
+    signals to us.  If one is killed the rest is read here, and batches say so: they hold `killed`."""
+    batches, again = tee(batches)
+    found = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=_worker_init,
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0)              # each is two batches ahead
+        pin_memory=device.type == "cuda"))                   # each is two batches ahead
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)              # else torch raises at once, in the middle of a step
+    for keys in again:
+        try:
+            yield next(found)
+        except (RuntimeError, ConnectionError, EOFError) as error:     # the last two: while it handed a batch over
+            if "in DataLoader worker process" in str(error):           # of our own
+                raise
+            print(f"warning: a loader worker is gone ({error}): out of memory?", flush=True)
+            yield from (dict(collate([dataset[key] for key in keys]), killed=True) for keys in chain([keys], again))
 
 
 def _worker_init(_):
     torch.set_num_threads(1)
-    if hasattr(os, "setsid"):
-        os.setsid()                                            # what stops the process group lets the step end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()                                                # what stops the process group lets the step end
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))      # how the parent ends its workers: quietly
 
 
@@ -830,7 +858,9 @@ def clip_indices(video, item, frames, stride, rng):
 
 
 def item_frames(video, item):
-    """First and last frame number of an item."""
+    """First and last frame number of an item; a VideoError if the video ends before it begins."""
+    if item.start > video.info.seconds:
+        raise VideoError(f"{video.path}: lasts {video.info.seconds:.1f} s, without the segment from {item.start:.1f} s")
     first = video.index_at(item.start) if item.start else 0
     last = video.index_at(item.stop) if item.stop < math.inf else video.info.frames - 1
     return first, max(first, last)
@@ -973,9 +1003,8 @@ def make_toy(root, split, count, size=64, frames=36, seed=0):
         return
     (root / split).mkdir(parents=True, exist_ok=True)
     write = partial(_write_toy, root, split, size, frames, seed)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        jobs = pool.map(write, range(count), chunksize=8)
-        rows = list(tqdm(jobs, f"writing toy videos, {split}", count, unit="video", disable=None))
+    jobs = torch.utils.data.DataLoader(range(count), batch_size=None, collate_fn=write, num_workers=os.cpu_count())
+    rows = list(tqdm(jobs, f"writing toy videos, {split}", count, unit="video", disable=None))
     temporary = Path(f"{listing}.{os.getpid()}.tmp")
     temporary.write_text("\n".join(["path,label,scene", *rows]))
     temporary.replace(listing)
@@ -990,12 +1019,14 @@ def _write_toy(root, split, size, frames, seed, index):
     else:                                                                    # x264 may write other bytes another time
         video, truth = toy_video(seed, split, index, size, frames)
         np.savez(path.with_suffix(".npz"), **truth)
-        with av.open(temporary, "w", format="mp4") as file:
+        content = io.BytesIO()                                               # a full disk is then Python's OSError
+        with av.open(content, "w", format="mp4") as file:
             stream = file.add_stream("libx264", 16, width=size, height=size, pix_fmt="yuv420p", options=dict(
                 preset="veryfast", crf="18", threads="1"))
             for frame in video:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
             file.mux(stream.encode())
+        Path(temporary).write_bytes(content.getvalue())
         os.replace(temporary, path)
     return f"{split}/{path.name},{truth['label']},{truth['scene']}"
 
@@ -1026,24 +1057,6 @@ def unnormalize(clips, config={}):
     """Inverse of `normalize`, up to the factor 255: (..., 3, T, H, W) -> colours in [0, 1]."""
     mean, std = (constant(config.get(k, v), clips.device).view(3, 1, 1, 1) for k, v in (("mean", MEAN), ("std", STD)))
     return clips * std + mean
-
-
-def multi_scale_crop(height, width, rng, smallest=0.66, snap=0):
-    """A random box (x1, y1, x2, y2) inside a (height, width) frame: VideoMAE's multi-scale crop.
-
-    Both sides are drawn from 1, .875, .75, ... and `smallest` x the short side, at most one scale apart; the place is
-    one of 13 fixed anchors.  A side within 2 px of `snap` becomes `snap` (no resampling).  Source: VideoMAE,
-    pre-training transform, for its 1, .875, .75, .66; on from there in eighths (our choice).
-    """
-    short, ladder = min(height, width), (1.0, 0.875, 0.75, 0.66, 0.5, 0.375, 0.25, 0.125)
-    sides = [int(short * scale) for scale in (*(s for s in ladder if s > smallest), smallest)]
-    sides = [max(1, snap if abs(side - snap) < 3 and snap <= short else side) for side in sides]
-    pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
-    h, w = pairs[rng.integers(len(pairs))]
-    anchors = (0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (1, 3), (3, 1), (3, 3)
-    ax, ay = anchors[rng.integers(len(anchors))]
-    x, y = ax * ((width - w) // 4), ay * ((height - h) // 4)
-    return x, y, x + w, y + h
 
 
 def random_resized_crop(height, width, rng, area, ratio=(3 / 4, 4 / 3)):
@@ -1594,20 +1607,6 @@ def make_backbone(name="", image_size=224, frames=16, num_classes=0, patch_size=
     return net
 
 
-class Decoder(nn.Module):
-    """VideoMAE's decoder: blocks, norm, linear head; (B, N, dim) -> (B, last, outputs) for the last tokens.  With
-    outputs = 0 there is no head: (B, last, dim)."""
-
-    def __init__(self, dim, depth, heads, outputs=0):
-        super().__init__()
-        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, outputs) if outputs else nn.Identity()
-
-    def forward(self, x, last):
-        return self.head(self.norm(self.blocks(x)[:, -last:]))
-
-
 # ---- 9. Momentum contrast ------------------------------------------------------------------------------------------
 
 class Queue(nn.Module):
@@ -1737,11 +1736,7 @@ HINTS = {r"(^|\.)fc_norm\.weight$": dict(norms=("fc_norm",)),
 
 class Unknown:
     """Stands for what is not torch's in a checkpoint, e.g. paths, Namespaces, numpy's numbers; keeps nothing of it."""
-
-    def __init__(self, *_):
-        pass
-
-    __setstate__ = __init__
+    __init__ = __setstate__ = lambda *_: None
 
 
 def weights_file(path):
@@ -1788,17 +1783,21 @@ def load_file(path):
         weights = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
         if path.suffix in (".safetensors", ".bin") and path.with_name("config.json").exists():
             content |= huggingface_config(path.parent)
+        state = {k: x for k, x in weights.items() if isinstance(x, torch.Tensor)}
+        backbone, told = dict(norms=(), mean=MEAN, std=STD), content.get("backbone")
+        for pattern, values in HINTS.items():
+            if any(re.search(pattern, k) for k in state):
+                backbone |= values
+        if isinstance(told, dict) and told.keys() <= {*backbone, *SIZES, "name", "width"}:     # else not ours
+            backbone |= told
+        if not all(0 < backbone.get(key, 1) < 1e4 for key in SIZES):
+            raise ValueError
     except ImportError as error:
         raise UserError(f"{path}: {error}: pip install safetensors") from None
     except Exception as error:                                                     # torch's advice is to run its code
         raise UserError(f"{path}: cannot be read as a checkpoint; is it damaged, or a config.json or "
                         f"preprocessor_config.json beside it? ({type(error).__name__})") from None
-    state = {k: x for k, x in weights.items() if isinstance(x, torch.Tensor)}
-    backbone = dict(norms=(), mean=MEAN, std=STD)
-    for pattern, values in HINTS.items():
-        if any(re.search(pattern, k) for k in state):
-            backbone |= values
-    return content | dict(model=state, backbone=backbone | content.get("backbone", {}))
+    return content | dict(model=state, backbone=backbone)
 
 
 def replace_parts(name, pairs):
@@ -1881,7 +1880,7 @@ def load_weights(model, path, strict_backbone=True, new=()):
                         f"{left}; heads {heads} there, {config.get('heads')} here. Choose the file's network with "
                         "--model or --backbone; sizes of a ViT that have no name get one in VITS in common.py")
     model.load_state_dict({k: state[name] for k, name in fits.items()}, strict=False)
-    check_finite(model, f"{path}: cannot be used")
+    check_finite(model.state_dict().items(), f"{path}: cannot be used")
     config.update({k: there[k] for k in ("mean", "std")})
     return LoadReport(list(fits), missing, unexpected)
 
@@ -1917,16 +1916,14 @@ def export_huggingface(network, classes, folder):
         config |= dict(id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)})
     processor = dict(image_processor_type="VideoMAEImageProcessor", size=dict(shortest_edge=size),
                      crop_size=dict(height=size, width=size), image_mean=c["mean"], image_std=c["std"])
-    folder = Path(folder)
     try:
         import safetensors.torch
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, dict(format="pt")))
         for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except (ImportError, OSError) as error:
-        missing = "; pip install safetensors" * isinstance(error, ImportError)
-        raise UserError(f"{folder}: the export could not be written ({error}{missing})") from None
+    except ImportError as error:
+        raise UserError(f"{folder}: the export could not be written ({error}; pip install safetensors)") from None
 
 
 # ---- 11. Run -------------------------------------------------------------------------------------------------------
@@ -1994,9 +1991,7 @@ def make_optimizer(name, model, lr, weight_decay, device, nesterov=False):
               dict(params=vectors, weight_decay=0.0 if spared else weight_decay)]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
-    raise ValueError(f"optimizer {name}: adamw or sgd")
+    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
 
 
 def cosine_lr(step, steps, warmup, peak, floor, start=0.0, whole=False):
@@ -2050,9 +2045,9 @@ def eagerly():
         yield
 
 
-def check_finite(model, what):
-    """Raise UserError if a weight is nan or infinite."""
-    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+def check_finite(tensors, what):
+    """Raise UserError if one of the tensors, pairs of name and tensor, is nan or infinite."""
+    broken = [name for name, x in tensors if not x.isfinite().all()]
     if broken:
         raise UserError(f"{what}, weights are not finite: {', '.join(broken[:3])}")
 
@@ -2060,10 +2055,13 @@ def check_finite(model, what):
 def resume_or_init(checkpoint, init, model, optimizer, scaler):
     """Continue from a checkpoint of this run or, without one, start from the weights of `init` -> first step."""
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        getattr(model, "encoder", model).config.update({k: checkpoint["backbone"][k] for k in ("mean", "std")})
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+            getattr(model, "encoder", model).config.update({k: checkpoint["backbone"][k] for k in ("mean", "std")})
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint["scaler"])
+        except (KeyError, RuntimeError, ValueError) as error:    # e.g. of an older version of this script
+            raise UserError(f"last.pt does not fit this script ({_first_line(error)}); --fresh starts over") from None
         print0(f"continuing at step {checkpoint['step']}")
         return checkpoint["step"]
     if init:
@@ -2096,12 +2094,14 @@ def last_checkpoint(out):
     for i, file in enumerate(files):
         try:
             content = load_file(file)
+            weights = [(name, x) for name, x in content["model"].items() if "running" not in name]    # see update_keys
+            check_finite(weights, f"{file}: cannot be used")
             if {"optimizer", "scaler", "step", "classes"} <= content.keys() and isinstance(content.get("config"), dict):
                 return content
-            raise UserError(f"{file}: is not the checkpoint of a run. Move it away, or --fresh starts over")
+            raise UserError(f"{file}: is not the checkpoint of a run")
         except UserError as error:
             if i + 1 == len(files):
-                raise
+                raise UserError(f"{error}. Move it away, or --fresh starts over".removeprefix("error: ")) from None
             print0(f"{error}. Going on from previous.pt")
 
 
@@ -2113,6 +2113,13 @@ def open_run(name, cfg, env, listing, plan):
     """
     out = run_directory(name, cfg)
     last = out / "last.pt"
+    out.mkdir(parents=True, exist_ok=True)                       # on every node
+    if env.rank == 0:
+        lock = os.open(out / "config.json", os.O_RDWR | os.O_CREAT, 0o666)      # kept as long as the process lives
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another run is writing there; --out names another directory") from None
     if cfg.fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:        # torchrun's, after a crash
         old = [out / name for name in ("last.pt", "previous.pt", "log.jsonl")]
         once_per_disk(lambda: [os.replace(file, f"{file}.old") for file in old if file.exists()])
@@ -2137,13 +2144,13 @@ def open_run(name, cfg, env, listing, plan):
     if len(set(steps)) > 1:
         raise UserError(f"{last} is at steps {steps} for processes 0, 1, ... (0: not there). Nodes without a shared "
                         "disk must hold the same file: copy it")
-    out.mkdir(parents=True, exist_ok=True)                       # on every node
     if env.rank == 0:
         about = dict(cfg.settings, method=name, accumulation=plan.accum, steps_planned=plan.steps,
                      peak_lr=plan.lr, torch=str(torch.__version__))
-        (out / "config.json").write_text(json.dumps(about, indent=1))
+        os.truncate(lock, 0)
+        os.pwrite(lock, json.dumps(about, indent=1).encode(), 0)
         if listing.missing:
-            (out / "missing_videos.txt").write_text("\n".join(listing.missing) + "\n")
+            (out / "missing_videos.txt").write_text("\n".join([*listing.missing, ""]), **FILE_NAMES)
     precision = str(env.amp or torch.float32).removeprefix("torch.")
     print0(f"{plan.steps} steps of {plan.batch} videos = {env.world} x {plan.micro} x {plan.accum} accumulated, "
            f"{plan.repeats} of each, peak lr {plan.lr:.2g}, {env.device.type} {precision} -> {out}")
@@ -2156,10 +2163,9 @@ def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler
     It goes to a temporary file that then takes the name, and the one before stays as previous.pt, so an interrupted
     write loses nothing.  Raises UserError if it cannot be written, or if the weights are not finite.
     """
-    check_finite(model, f"{path}: not written")
+    check_finite(model.named_parameters(), f"{path}: not written")
     content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                   backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__),
-                   config=cfg.settings)
+                   backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__), config=cfg.settings)
     unfinished = path.with_name(path.name + ".partial")
     try:
         torch.save(content, unfinished)
@@ -2168,15 +2174,15 @@ def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({error}). The previous checkpoint is as it was. Is the disk "
-                        "full?") from None
+        raise UserError(f"{path}: could not be written, is the disk full? Its predecessor stays ({error})") from None
 
 
 class StopSignal:
     """Turns SIGTERM and SIGINT into a flag: the loop finishes its step and saves.  A second one ends at once."""
 
+    received = False
+
     def __init__(self):
-        self.received = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
@@ -2191,7 +2197,7 @@ class Log:
 
     def __init__(self, out, env, plan, start, every):
         self.out, self.env, self.plan, self.every = out, env, plan, every
-        self.tried = self.bad = self.not_finite = 0
+        self.tried = self.bad = self.not_finite = self.killed = 0
         self.waited, self.began, self.logged = 0.0, time.perf_counter(), start
         if env.rank == 0:
             path = out / "log.jsonl"                            # forget what was logged after the checkpoint
@@ -2211,11 +2217,14 @@ class Log:
         self.waited += time.perf_counter() - began
         self.tried += len(batch["names"]) + len(batch["errors"])
         self.bad += len(batch["errors"])
+        if "killed" in batch and not self.killed:               # a loader worker: end this step, save
+            self.killed = True
+            signal.raise_signal(signal.SIGTERM)
         path = self.out / "bad_videos.txt"                      # of earlier runs and of other processes, too
-        listed = path.read_text().splitlines() if batch["errors"] and path.exists() else []
+        listed = path.read_text(**FILE_NAMES).splitlines() if batch["errors"] and path.exists() else []
         for error in sorted({*batch["errors"]} - {*listed}):
             tqdm.write(f"skipped {error}")
-            with open(path, "a") as file:
+            with open(path, "a", **FILE_NAMES) as file:
                 file.write(error + "\n")
         chance = 3 * math.sqrt(0.2 * 0.8 * self.tried)          # of 10 % a few tries may hold more than a fifth
         if not batch["read"].all() or self.tried >= 20 and self.bad > 0.2 * self.tried + chance:
@@ -2264,8 +2273,10 @@ class Log:
         """Say how the run ended and, if it was stopped, how to go on."""
         self.bar.close()
         files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
-        print0(f"stopped and saved; the same command goes on from {files[0]}" if stopped else
-               f"trained: {', '.join(str(file) for file in files if file.exists())}")
+        text = f"saved; the same command goes on from {files[0]}"
+        if self.killed:
+            raise UserError(f"a loader worker was killed (out of memory? --workers sets their number). {text}")
+        print0(f"stopped and {text}" if stopped else f"trained: {', '.join(str(f) for f in files if f.exists())}")
 
 
 # ---- 12. Images ----------------------------------------------------------------------------------------------------
@@ -2292,14 +2303,3 @@ def draw_box(images, box, colour="red"):
     box, width = box[None].cpu(), max(1, images.shape[-1] // 75)
     images = (images * 255).byte().cpu()
     return torch.stack([draw_bounding_boxes(x, box, colors=colour, width=width) for x in images]).float() / 255
-
-
-def draw_lines(images, lines, colour):
-    """Draw m lines through K points each, (n, m, K, 2) in pixels, x before y, on images (n, 3, h, w) in [0, 1]."""
-    images, lines = images.clone().cpu(), lines.cpu()
-    weight = torch.linspace(0, 1, 64)[:, None]
-    points = lines[..., :-1, None, :] * (1 - weight) + lines[..., 1:, None, :] * weight        # (n, m, K - 1, 64, 2)
-    x, y = points.flatten(1, -2).floor().long().unbind(-1)                                     # each (n, points)
-    n, k = ((x >= 0) & (y >= 0) & (x < images.shape[-1]) & (y < images.shape[-2])).nonzero(as_tuple=True)
-    images[n, :, y[n, k], x[n, k]] = torch.tensor(colour, dtype=images.dtype)
-    return images

@@ -49,9 +49,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, Log, MomentumContrast, Queue, StopSignal, UserError, all_reduce_mean, blur, clip_indices,
                     colour_jitter, cosine_lr, eagerly, example_clips, find_videos, flip, loader, make_backbone,
-                    make_optimizer, map_to_rgb, normalize, open_run, parse_config, plan_run, rand, random_resized_crop,
-                    read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown, step_batches, to_device,
-                    to_float01, wrap_model)
+                    make_optimizer, map_to_rgb, normalize, open_run, plan_run, rand, random_resized_crop, read_views,
+                    resume_or_init, run, save_checkpoint, save_sheet, setup, step_batches, to_device, to_float01,
+                    wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -316,9 +316,8 @@ def main(cfg):
         if stopping:
             break
     log.close(stopping)
-    shutdown()
     # <<< same
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, RECIPES))
+    run(main, Config, RECIPES)

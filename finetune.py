@@ -14,9 +14,9 @@
 flags override it.  --init takes checkpoints of this project, public VideoMAE, MOFO, MME, MoCo-style and torchvision
 files, and Hugging Face VideoMAE folders (where the file does not say it, name the network with --model).
 
-A video that cannot be read counts as wrong and is reported.  Results go to the terminal and to results.json in the
-run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops in space; what every video got goes to
-scores.npz, who is taken for whom to confusion.png.
+A video that is missing, empty or broken counts as wrong and is reported.  Results go to the terminal and to
+results.json in the run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops in space; what
+every video got goes to scores.npz, who is taken for whom to confusion.png.
 
 Differs from the published protocols, and why
  1. RandAugment, random erasing, mixup and cutmix are torchvision's, and work on the crop, on the device (published:
@@ -37,6 +37,7 @@ import json
 import math
 import os
 import re
+import signal
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -53,12 +54,12 @@ from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import (BACKBONES, Clips, DATA_SETS, FlowEstimator, Log, Mlp, ResNet3D, SPLIT_DIRS, StopSignal, UserError,
-                    VIDEO_FILES, ViT, VideoError, all_reduce_mean, clip_indices, colour_jitter, cosine_lr, data_root,
-                    eagerly, export_huggingface, find_videos, flip, hold_out, init_linear, item_frames, list_files,
-                    load_file, load_weights, loader, make_backbone, make_listing, normalize, open_run, parse_config,
-                    plan_run, print0, random_resized_crop, read_lines, read_views, resume_or_init, run_directory,
-                    save_checkpoint, setup, shutdown, split_dir, step_batches, to_device, to_float01, wrap_model)
+from common import (BACKBONES, Clips, DATA_SETS, FILE_NAMES, FlowEstimator, Log, Mlp, ResNet3D, SPLIT_DIRS, StopSignal,
+                    UserError, VIDEO_FILES, ViT, VideoError, all_reduce_mean, clip_indices, colour_jitter, cosine_lr,
+                    data_root, eagerly, export_huggingface, find_videos, flip, hold_out, init_linear, item_frames,
+                    list_files, load_file, load_weights, loader, make_backbone, make_listing, normalize, open_run,
+                    plan_run, print0, random_resized_crop, read_lines, read_views, resume_or_init, run, run_directory,
+                    save_checkpoint, setup, split_dir, step_batches, to_device, to_float01, wrap_model)
 from mofo import find_motion
 
 
@@ -212,7 +213,8 @@ RECIPES = {
     "custom finetune": dict(epochs=50, views="2x3", flip=True, warmup_epochs=2.0, drops=""),
     **{f"custom {paper} finetune": dict(lr=8e-3) for paper in ("videomae", "mofo", "mme")},      # 5e-4 at a batch of 16
     "toy": dict(PLAIN, frames=0, sampling="dense", stride=2, fps=0.0, views="1x1", train_views="1x1", test_size=0,
-                test_short=0, raw_crop=False, epochs=16, batch=32, device_batch=32, min_lr=0.0, warmup_epochs=2.0, drops="", dropout=0.0, min_crop=1.0, flip=False, jitter=0.0, grey=0.0,
+                test_short=0, raw_crop=False, epochs=16, batch=32, device_batch=32, min_lr=0.0,
+                warmup_epochs=2.0, drops="", dropout=0.0, min_crop=1.0, flip=False, jitter=0.0, grey=0.0,
                 flow="tvl1", workers=2, log_every=16),
     "toy finetune": dict(lr=8e-3),
     "toy linear": dict(optimizer="adamw", lr=8e-2, weight_decay=0.0),
@@ -287,13 +289,13 @@ def ava_listing(root, split, boxes="", min_score=0.8):
                                    label=np.array([action for _, _, action, _ in rows])))
 
     listed = dict.fromkeys(frame[:-5] for frame, *_ in rows)               # videos of "video,0902", each once
-    listing = make_listing(f"ava {split}", [(name, videos.get(name), name) for name in listed],
+    listing = make_listing("ava", split, [(name, videos.get(name), name) for name in listed],
                            [names.get(i, f"action {i}") for i in range(1, 81)])
     source = "the ground truth"
     if split == "test" and boxes != "gt":
         source = Path(boxes) if Path(boxes).is_file() else find(*[boxes] if boxes else AVA_BOXES)
         rows = [row for row in read_ava(source, "video,second,x1,y1,x2,y2,label,score") if row[3] >= min_score]
-    there = {item.label: item.path for item in listing.items}
+    there = {item.label: item.path for item in listing.items if item.path not in listing.missing}
     items = key_frames([row for row in rows if row[0][:-5] in there and row[0] not in excluded], there)
     note = f"ava {split}: {len(items)} key frames, boxes of {source}"
     if not items:
@@ -855,7 +857,10 @@ def run_inference(compute, items, sample, cfg, env, what, views=1):
         group = list(group)
         batches += [group[i:i + size] for i in range(0, len(group), size)]
     mine, results, errors = batches[env.rank::env.world], {}, []
-    progress = tqdm(loader(dataset, mine, cfg.workers, env.device), what, disable=True if env.rank else None)
+    for number in (signal.SIGTERM, signal.SIGINT):                             # nothing is left to save
+        signal.signal(number, signal.default_int_handler)
+    found = loader(dataset, mine, cfg.workers, env.device)
+    progress = tqdm(found, what, len(mine), disable=True if env.rank else None)
     for keys, batch in zip(mine, progress):
         errors += batch["errors"]
         if batch["clips"] is None:
@@ -1059,10 +1064,13 @@ def find_splits(cfg, content):
     seen = os.path.abspath(made.get("data", "")) == os.path.abspath(cfg.data) and not made.get("test_data")
     if whole(cfg.data) and not cfg.test_data and (listing or seen):
         test = test._replace(items=hold_out(test.items, "test"))
-        listing = listing and listing._replace(items=hold_out(listing.items, "train"))
+        listing = listing and listing._replace(items=[item for item in hold_out(listing.items, "train")
+                                                      if item.path not in listing.missing])
         print0(f"{cfg.data}: has no split, {len(test.items)} of its videos are held out to test")
     if not test.items:
         raise UserError(f"--data {cfg.data}: has no split, and no class has two videos, of which to test on one")
+    missing = list(dict.fromkeys([*(listing.missing if listing else ()), *test.missing]))
+    test = test._replace(missing=missing)                                      # for the report
     known = {(item.path, item.start) for item in listing.items} if listing else set()
     if shared := [item.path for item in test.items if (item.path, item.start) in known]:
         raise UserError(f"{len(shared)} of the {len(test.items)} test videos are training videos, too; the first: "
@@ -1111,7 +1119,6 @@ def main(cfg):
         classification(cfg, env, content)
     else:
         fixed_features(cfg, env, content)
-    shutdown()
 
 
 def classification(cfg, env, content):
@@ -1129,7 +1136,7 @@ def classification(cfg, env, content):
     if cfg.mode == "test" or train(cfg, env, listing, model, sample):          # else a signal stopped it
         scores, read, errors = classify(model.eval(), test.items, cfg, env)
         result = compute_metrics(scores, read, labels, classes, test, cfg)
-        report(cfg, env, result, errors, len(test.items))
+        report(cfg, env, result, errors, test)
         save_scores(cfg, env, test.items, scores, read, labels, classes)
 
 
@@ -1140,7 +1147,7 @@ def detection(cfg, env, content):
     model = Detector(build_network(cfg, content, classes=test.classes).to(env.device), cfg)
     sample = partial(person_clip, cfg=cfg, size=cfg.image_size, frames=cfg.frames, train=True)
     if cfg.mode == "test" or train(cfg, env, listing, model, sample):
-        report(cfg, env, *detect(model.eval(), test, truth, cfg, env), len(test.items))
+        report(cfg, env, *detect(model.eval(), test, truth, cfg, env), test)
 
 
 def fixed_features(cfg, env, content):
@@ -1170,23 +1177,26 @@ def fixed_features(cfg, env, content):
             scores = fit_linear(gallery.mean(1), labels, len(classes), cfg.l2)(query).softmax(-1).mean(1)
         result = accuracy(scores.cpu(), read, test_labels, classes)
         save_scores(cfg, env, test.items, scores.cpu(), read, test_labels, classes)
-    report(cfg, env, result, train_errors + errors, len(test.items))
+    report(cfg, env, result, train_errors + errors, test)
 
 
-def report(cfg, env, result, errors, videos):
+def report(cfg, env, result, errors, test):
     """Print the result and write it to results.json, its numbers named by the views that they were made with."""
     if env.rank:
         return
+    if test.missing:
+        Path(cfg.out, "missing_videos.txt").write_text("\n".join([*test.missing, ""]), **FILE_NAMES)
     named = {f"{name}_{cfg.views}": value for name, value in result.items() if name != "per_class"}
     per_class = result.get("per_class", {})
     settings = ("mode", "recipe", "init", "random_init", "data", "label", "train_split")
     results = named | dict(per_class=per_class) | {name: getattr(cfg, name) for name in settings}
     path = Path(cfg.out, "results.json")
-    path.write_text(json.dumps(results | dict(videos=videos, unreadable=errors), indent=1))
+    results |= dict(videos=len(test.items), missing=test.missing, unreadable=errors)
+    path.write_text(json.dumps(results, indent=1))
     for name, value in sorted(per_class.items(), key=lambda pair: pair[1]):
         print0(f"  {value:6.2f}  {name}")
     numbers = "  ".join(f"{name} {value:.2f}" for name, value in named.items())
-    print0(f"{numbers}  on {videos} videos -> {path}")
+    print0(f"{numbers}  on {len(test.items)} videos -> {path}")
 
 
 def save_scores(cfg, env, items, scores, read, labels, classes):
@@ -1221,7 +1231,7 @@ def predict(cfg, env, content):
             top, shares = ";".join(names[i] for i in places), ";".join(f"{value:.4f}" for value in values)
             rows.append((item.path, names[places[0]], top, shares) if ok else (item.path, "", "", ""))
     if env.rank == 0:
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", **FILE_NAMES) as file:
             csv.writer(file).writerows([("path", "label", "top5", "scores"), *rows])
     for row in rows[:20]:
         print0(*row)
@@ -1247,9 +1257,9 @@ def export(cfg, content):
     head = re.compile(r"((module|backbone)\.)*(head|classifier)\.weight")
     outputs = next((len(x) for name, x in content["model"].items() if head.fullmatch(name)), 0)
     classes = named_classes(cfg, content) or [str(i) for i in range(outputs)]
-    export_huggingface(build_network(cfg, content, outputs), classes, cfg.out)
+    export_huggingface(build_network(cfg, content, outputs), classes, Path(cfg.out))
     print0(f"{cfg.out}: config.json, preprocessor_config.json, model.safetensors")
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, RECIPES))
+    run(main, Config, RECIPES)

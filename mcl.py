@@ -48,9 +48,8 @@ from torch.nn.utils import clip_grad_norm_
 from common import (Bottleneck, Clips, FlowEstimator, Log, MomentumContrast, Queue, StopSignal, UserError, ViT,
                     all_reduce_mean, blur, colour_jitter, constant, cosine_lr, crop_resize, draw_box, eagerly,
                     example_clips, find_videos, item_frames, loader, make_backbone, make_optimizer, map_to_rgb,
-                    normalize, open_run, parse_config, patchify, plan_run, rand, read_views, resume_or_init,
-                    save_checkpoint, save_sheet, setup, shutdown, spatial_gradient, step_batches, to_device,
-                    to_float01, unnormalize, wrap_model)
+                    normalize, open_run, patchify, plan_run, rand, read_views, resume_or_init, run, save_checkpoint,
+                    save_sheet, setup, spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -493,9 +492,8 @@ def main(cfg):
         if stopping:
             break
     log.close(stopping)
-    shutdown()
     # <<< same
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, RECIPES))
+    run(main, Config, RECIPES)

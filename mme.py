@@ -43,11 +43,10 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Clips, FlowEstimator, Log, StopSignal, UserError, VITS, all_reduce_mean, can_compile, clip_indices,
-                    constant, cosine_lr, draw_lines, eagerly, example_clips, find_videos, loader, make_optimizer,
-                    map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify, plan_run, rand,
-                    read_views, resize_flow, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
-                    step_batches, to_device, to_float01, unpatchify, wrap_model)
-from mofo import MaskedAutoencoder, pixel_target
+                    constant, cosine_lr, eagerly, example_clips, find_videos, loader, make_optimizer, map_to_rgb,
+                    normalize, open_run, patchify, plan_run, rand, read_views, resize_flow, resume_or_init, run,
+                    save_checkpoint, save_sheet, setup, step_batches, to_device, to_float01, unpatchify, wrap_model)
+from mofo import MaskedAutoencoder, multi_scale_crop, pixel_target
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -357,6 +356,17 @@ def hog_to_rgb(shape, grid, side=14):
     return map_to_rgb(F.conv_transpose2d(maps, lines[:, None], stride=side)[:, 0]).unflatten(0, (len(shape), -1))
 
 
+def draw_lines(images, lines, colour):
+    """Draw m lines through K points each, (n, m, K, 2) in pixels, x before y, on images (n, 3, h, w) in [0, 1]."""
+    images, lines = images.clone().cpu(), lines.cpu()
+    weight = torch.linspace(0, 1, 64)[:, None]
+    points = lines[..., :-1, None, :] * (1 - weight) + lines[..., 1:, None, :] * weight        # (n, m, K - 1, 64, 2)
+    x, y = points.flatten(1, -2).floor().long().unbind(-1)                                     # each (n, points)
+    n, k = ((x >= 0) & (y >= 0) & (x < images.shape[-1]) & (y < images.shape[-2])).nonzero(as_tuple=True)
+    images[n, :, y[n, k], x[n, k]] = torch.tensor(colour, dtype=images.dtype)
+    return images
+
+
 @torch.no_grad()
 def preview(model, clips, path):
     """Write what the method sees in an even number of clips (B, 3, F, H, W) uint8, two side by side, up to five rows.
@@ -466,9 +476,8 @@ def main(cfg):
         if stopping:
             break
     log.close(stopping)
-    shutdown()
     # <<< same
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, RECIPES))
+    run(main, Config, RECIPES)

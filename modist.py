@@ -45,8 +45,8 @@ from torch.nn.utils import clip_grad_norm_
 from common import (Clips, FlowEstimator, Log, MomentumContrast, Queue, ResNet3D, StopSignal, UserError,
                     all_reduce_mean, blur, colour_jitter, cosine_lr, draw_box, eagerly, example_clips, find_videos,
                     flip, flow_picture, init_linear, item_frames, loader, make_backbone, make_optimizer, normalize,
-                    open_run, parse_config, plan_run, random_resized_crop, read_views, resume_or_init, save_checkpoint,
-                    save_sheet, setup, shutdown, spatial_gradient, step_batches, to_device, to_float01, wrap_model)
+                    open_run, plan_run, random_resized_crop, read_views, resume_or_init, run, save_checkpoint,
+                    save_sheet, setup, spatial_gradient, step_batches, to_device, to_float01, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -367,9 +367,8 @@ def main(cfg):
         if stopping:
             break
     log.close(stopping)
-    shutdown()
     # <<< same
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, RECIPES))
+    run(main, Config, RECIPES)

@@ -44,12 +44,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, Decoder, FlowEstimator, Log, StopSignal, UserError, VITS, ViT, all_reduce_mean,
-                    clip_indices, cosine_lr, draw_box, eagerly, example_clips, find_videos, flow_picture, init_linear,
-                    loader, make_optimizer, map_to_rgb, multi_scale_crop, normalize, open_run, parse_config, patchify,
-                    plan_run, rand, read_views, resume_or_init, save_checkpoint, save_sheet, setup, shutdown,
-                    sincos_positions, spatial_gradient, step_batches, to_device, to_float01, unnormalize, unpatchify,
-                    wrap_model)
+from common import (Block, Clips, FlowEstimator, Log, StopSignal, UserError, VITS, ViT, all_reduce_mean, clip_indices,
+                    cosine_lr, draw_box, eagerly, example_clips, find_videos, flow_picture, init_linear, loader,
+                    make_optimizer, map_to_rgb, normalize, open_run, patchify, plan_run, rand, read_views,
+                    resume_or_init, run, save_checkpoint, save_sheet, setup, sincos_positions, spatial_gradient,
+                    step_batches, to_device, to_float01, unnormalize, unpatchify, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -209,6 +208,20 @@ def pixel_target(clips01, patch_size, tubelet_size):
     return ((patches - mean) / (var.sqrt() + 1e-6)).transpose(-1, -2).flatten(2)
 
 
+class Decoder(nn.Module):
+    """VideoMAE's decoder: blocks, norm, linear head; (B, N, dim) -> (B, last, outputs) for the last tokens.  With
+    outputs = 0 there is no head: (B, last, dim)."""
+
+    def __init__(self, dim, depth, heads, outputs=0):
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, outputs) if outputs else nn.Identity()
+
+    def forward(self, x, last):
+        return self.head(self.norm(self.blocks(x)[:, -last:]))
+
+
 class MaskedAutoencoder(nn.Module):
     """VideoMAE: encode the visible tokens, decode all of them, compare the hidden ones with the pixels.
 
@@ -314,6 +327,24 @@ def preview(model, clips, path):
 
 # ---- 6. Train ------------------------------------------------------------------------------------------------------
 
+def multi_scale_crop(height, width, rng, smallest=0.66, snap=0):
+    """A random box (x1, y1, x2, y2) inside a (height, width) frame: VideoMAE's multi-scale crop.
+
+    Both sides are drawn from 1, .875, .75, ... and `smallest` x the short side, at most one scale apart; the place is
+    one of 13 fixed anchors.  A side within 2 px of `snap` becomes `snap` (no resampling).  Source: VideoMAE,
+    pre-training transform, for its 1, .875, .75, .66; on from there in eighths (our choice).
+    """
+    short, ladder = min(height, width), (1.0, 0.875, 0.75, 0.66, 0.5, 0.375, 0.25, 0.125)
+    sides = [int(short * scale) for scale in (*(s for s in ladder if s > smallest), smallest)]
+    sides = [max(1, snap if abs(side - snap) < 3 and snap <= short else side) for side in sides]
+    pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
+    h, w = pairs[rng.integers(len(pairs))]
+    anchors = (0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (1, 3), (3, 1), (3, 3)
+    ax, ay = anchors[rng.integers(len(anchors))]
+    x, y = ax * ((width - w) // 4), ay * ((height - h) // 4)
+    return x, y, x + w, y + h
+
+
 def sample_clips(video, item, rng, cfg):
     """cfg.repeats random clips of a video, each with a crop of its own -> uint8 (repeats, frames, side, side, 3)."""
     indices = [clip_indices(video, item, cfg.frames, cfg.stride, rng) for _ in range(cfg.repeats)]
@@ -372,9 +403,8 @@ def main(cfg):
         if stopping:
             break
     log.close(stopping)
-    shutdown()
     # <<< same
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, RECIPES))
+    run(main, Config, RECIPES)

@@ -14,11 +14,12 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 import common
-from common import RowGenerator, UserError, parse_config, to_float01, toy_video
+from common import RowGenerator, UserError, to_float01, toy_video
 
 if not any("test_cuda" in word for word in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""                                # fp32 of the CPU is compared with loops
@@ -138,9 +139,9 @@ def here(workplace, monkeypatch):
 def run(script, *argv):
     """The script's main in this process."""
     module = importlib.import_module(script)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
     try:
-        module.main(parse_config(module.Config, module.RECIPES, [str(a) for a in argv]))
+        common.run(module.main, module.Config, module.RECIPES, [str(a) for a in argv])
     finally:
         for number, handler in handlers.items():                            # the loop has put its own there
             signal.signal(number, handler)
@@ -198,7 +199,7 @@ def miniature(data, root):
 
 
 if __name__ == "__main__":                                                  # [[script, flags ...], ...] in turn,
-    shutdown, common.shutdown = common.shutdown, lambda: None               # in the same processes
+    leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None            # in the same processes
     for script, *argv in json.loads(sys.argv[1]):
         run(script, *argv)
-    shutdown()
+    leave()

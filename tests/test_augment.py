@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import multi_scale_crop, normalize, unnormalize
+from common import normalize, unnormalize
+from mofo import multi_scale_crop
 
 
 @pytest.mark.parametrize("height, width", [(240, 320), (320, 240), (224, 224), (222, 300), (300, 223), (1, 1)])

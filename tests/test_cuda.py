@@ -1,5 +1,5 @@
-"""On a GPU: with one `python -m pytest tests/test_cuda.py` takes real steps.  Without one its tensors are fake: they have a
-shape, a type and a device, but no data, so whatever would make the host wait for numbers raises an error."""
+"""On a GPU: with one `python -m pytest tests/test_cuda.py` takes real steps.  Without one its tensors are fake: they
+have a shape, a type and a device, but no data, so whatever would make the host wait for numbers raises an error."""
 import copy
 import functools
 import time
@@ -76,7 +76,8 @@ def people():
 
 def an_mme(target):
     def model():
-        return mme.MME(estimator() if target in ("trajectory", "position") else None, target, 6, 4, 0.7, **VIT, **DECODER)
+        flow = estimator() if target in ("trajectory", "position") else None
+        return mme.MME(flow, target, 6, 4, 0.7, **VIT, **DECODER)
     return model, lambda: (clips(4, mme.frames_to_read(target, 8, 2, 4, 6)[0]),)
 
 
@@ -104,7 +105,7 @@ CASES = {   # what makes the model, what makes its arguments
     "linear": (lambda: downstream("--data", "k400", "--mode", "linear"), labelled),
     "focused": (lambda: downstream("--data", "ssv2", "--recipe", "mofo"), labelled),
     "detect": (lambda: downstream("--data", "ava", detect=True), people)}
-NEED_BACKWARD = {"mcl", "mcl vit"}                                          # in their forward pass, and that needs a driver
+NEED_BACKWARD = {"mcl", "mcl vit"}                                          # in the forward pass: a driver, too
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +213,7 @@ def test_flow_is_that_of_a_cpu():
                                            ("modist", "--backbone slow_r50 --width 0.0625 --image-size 32"),
                                            ("finetune", "--image-size 64 --views 1x2 --test-batch 3")])
 def test_no_graph_is_added_after_the_first_step(script, flags, here, tmp_path, monkeypatch):
-    """Neither by previews and tests, which have sizes of their own, nor when batch norms go on from their first batch."""
+    """Neither by previews and tests, which have sizes of their own, nor once batch norms have seen a batch."""
     counts, log, init = [], common.Log.step, tmp_path / "init"
     if script == "finetune":
         run("mofo", "--steps", 1, "--no-compile", "--workers", 0, "--batch", 8, "--out", init)
@@ -224,6 +225,7 @@ def test_no_graph_is_added_after_the_first_step(script, flags, here, tmp_path, m
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    flags = [*flags.split(), "--compile", "--toy-train", 24, "--toy-test", 16, "--workers", 0, "--batch", 8, "--out", tmp_path]
-    run(script, *flags, *(["--epochs", 1, "--init", init / "last.pt"] if script == "finetune" else ["--steps", 3, "--preview-every", 2]))
+    flags = [*flags.split(), "--compile", "--workers", 0, "--batch", 8, "--out", tmp_path]
+    more = ["--epochs", 1, "--init", init / "last.pt"] if script == "finetune" else ["--steps", 3, "--preview-every", 2]
+    run(script, *flags, *more, "--toy-train", 24, "--toy-test", 16)
     assert 0 < counts[0] == counts[-1] == torch._dynamo.utils.counters["stats"]["unique_graphs"], counts

@@ -23,9 +23,9 @@ CPU = torch.device("cpu")
 
 
 def labels(listing):
-    """{file name: class name, or its number where classes have no names}"""
-    classes = listing.classes
-    return {Path(item.path).name: classes[item.label] if classes else item.label for item in listing.items}
+    """{file name: class name, or its number where classes have no names} of what is there"""
+    classes, there = listing.classes, [item for item in listing.items if item.path not in listing.missing]
+    return {Path(item.path).name: classes[item.label] if classes else item.label for item in there}
 
 
 def counts(listing):
@@ -520,7 +520,7 @@ def test_help_is_the_comments(capsys):
         parse_config(Config, TOY_RECIPES, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert info.value.code == 0 and "{" not in shown
-    help_text = "clips, of which 50 % are mirrored, in [1, inf) (default: 8)"
+    help_text = "clips, of which 50 % are mirrored, in [1, 1e9] (default: 8)"
     for words in (help_text, "per 256 # clips", "--no-compile", *TOY_RECIPES):
         assert words in shown
 

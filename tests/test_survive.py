@@ -1,4 +1,6 @@
 """What happens to a run must not cost more than the steps since its last checkpoint: damage, nan, restarts."""
+import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,16 +11,23 @@ import pytest
 import torch
 
 import common
+import finetune
 import mofo
-from conftest import REPO, error_of, losses, run, start
+from conftest import REPO, error_of, losses, put, run, start
 
 SMALL = "--toy-train 24 --toy-test 16 --batch 8 --log-every 1 --save-every 1 --workers 0".split()
-
+VIT = "--model vit_tiny --flow tvl1 --image-size 32 --frames 8 --mask-ratio 0.5".split()
 
 pytestmark = pytest.mark.usefixtures("here")
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK", "half", "list", "other"])
+def spoiled(path):                                                          # a checkpoint of which one weight is nan
+    content = torch.load(path, weights_only=True)
+    content["model"]["mask_token"][..., 0] = float("nan")
+    return content
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK", "half", "list", "other", "nan"])
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before(damage, tmp_path, capsys):
     flags = [*SMALL, "--steps", 4, "--out", tmp_path]
     run("mofo", *flags)
@@ -30,7 +39,8 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(damage, tmp_path, ca
     elif isinstance(damage, bytes):
         last.write_bytes(damage)
     else:
-        torch.save([1, 2] if damage == "list" else dict(model=weights, step=4), last)
+        other = dict(list=[1, 2], other=dict(model=weights, step=4), nan=spoiled(last))
+        torch.save(other[damage], last)
     run("mofo", *flags)
     assert "previous.pt" in capsys.readouterr().out and losses(tmp_path) == whole
     again = torch.load(last, weights_only=True)["model"]
@@ -44,9 +54,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(damage, tmp_path, ca
 def test_weights_that_are_not_finite_are_neither_saved_nor_used(tmp_path):
     flags = [*SMALL, "--steps", 2, "--out", tmp_path / "run"]
     run("mofo", *flags)
-    content = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    content["model"]["mask_token"] += float("nan")
-    torch.save(content, tmp_path / "nan.pt")
+    torch.save(spoiled(tmp_path / "run/last.pt"), tmp_path / "nan.pt")
     assert "mask_token" in error_of(run, "mofo", *SMALL, "--init", tmp_path / "nan.pt", "--out", tmp_path / "other")
     before = (tmp_path / "run/last.pt").read_bytes()
     model = mofo.MaskedAutoencoder(32, 4, 16, 2, *common.VITS["vit_tiny"].values())
@@ -74,6 +82,57 @@ def test_a_signal_to_the_process_group_saves(tmp_path):
             os.killpg(process.pid, signal.SIGTERM)
     assert process.wait() == 0 and "stopped and saved" in line, line
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == len(losses(tmp_path)) >= 2
+
+
+def test_a_killed_loader_worker_ends_the_step_and_saves(tmp_path, monkeypatch):
+    flags, log_step = [*SMALL, "--workers", 1, "--steps", 8, "--device-batch", 4], common.Log.step
+    run("mofo", *flags, "--out", tmp_path / "whole")
+    def killing(log, step, *args, **kwargs):
+        log_step(log, step, *args, **kwargs)
+        [os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children()]
+    with monkeypatch.context() as patched:
+        patched.setattr(common.Log, "step", killing)
+        assert "worker was killed" in error_of(run, "mofo", *flags, "--save-every", 1000, "--out", tmp_path / "run")
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == len(losses(tmp_path / "run")) < 8
+    run("mofo", *flags, "--out", tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for flags in (["--out", tmp_path / "file"], ["--out", tmp_path / "file/run"], ["--root", tmp_path / "file"]):
+        assert "/file" in error_of(run, "mofo", *SMALL, "--steps", 1, *flags)
+    monkeypatch.setattr(common, "save_image", lambda *_: open("/dev/full", "w", buffering=1).write("x\n"))
+    assert "No space left" in error_of(run, "mofo", *SMALL, "--steps", 1, "--out", tmp_path / "run")
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    put(tmp_path, {"log.jsonl": ""})
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "config.json"], stdin=-1, stdout=-1) as other:
+        other.stdout.readline()
+        assert f"{tmp_path}: another run" in error_of(run, "mofo", *SMALL, "--steps", 1, "--fresh", "--out", tmp_path)
+        assert (tmp_path / "log.jsonl").exists()
+        other.communicate(b"\n")
+    run("mofo", *SMALL, "--steps", 1, "--out", tmp_path)
+
+
+def test_what_cannot_be_read_is_named_and_counts_as_wrong_and_a_signal_ends_the_test(tmp_path, monkeypatch):
+    good, odd = Path("data/toy/64px/test/000000.mp4").read_bytes(), os.fsdecode(b"\xff.mp4")
+    for part in ("train", "val"):
+        put(tmp_path / part, {"0/empty.mp4": ""}, [f"0/{odd}", *(f"{i % 2}/{i}.mp4" for i in range(8))])
+        for i in range(8):
+            (tmp_path / part / f"{i % 2}/{i}.mp4").write_bytes(good)
+        os.mkfifo(tmp_path / part / "1/pipe.mp4")
+    run("mofo", *SMALL, "--data", tmp_path, *VIT, "--steps", 4, "--out", tmp_path / "run")
+    assert (tmp_path / "run/bad_videos.txt").read_bytes().count(b"/\xff.mp4: ") == 1
+    probe = ["--data", tmp_path, "--mode", "knn", "--workers", 0, "--init", tmp_path / "run/last.pt"]
+    run("finetune", *probe, "--out", tmp_path / "knn")
+    result = json.loads((tmp_path / "knn/results.json").read_text())
+    assert result["videos"] == 11 and len(result["unreadable"]) == 3 + 1 and len(result["missing"]) == 4
+    assert len((tmp_path / "knn/missing_videos.txt").read_text().splitlines()) == 4
+    monkeypatch.setattr(finetune, "test_clips", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    assert "signal" in error_of(run, "finetune", *probe, "--out", tmp_path / "stopped")
 
 
 def test_two_processes_with_batch_norm_go_on_bit_for_bit():
