@@ -1141,18 +1141,16 @@ class FlowEstimator:
 
     name     "raft_small", "raft_large": torchvision's RAFT (Teed and Deng 2020), `updates` refinement steps; "tvl1"
     weights  a file with RAFT's weights under torchvision's names; None downloads torchvision's own
-    size     side in pixels at which flow is computed; None = that of the clips (RAFT: a multiple of 8, at least 128)
     amp      autocast type of RAFT's convolutions; correlations and coordinates stay fp32 (TF32 where the GPU has it)
     compile  compile the parts that run many times
 
     Call with clips (B, 3, T, H, W), uint8 or float in [0, 1] -> flow (B, T-1, 2, h, w): the (x, y) displacement in
-    pixels of the (h, w) grid from frame t to frame t+1.  Raises UserError if the weights cannot be had.
+    pixels of the (h, w) grid from frame t to frame t+1.  The grid is that of the clips; RAFT's has sides of multiples
+    of 8, at least 128.  Raises UserError if the weights cannot be had.
     """
 
-    def __init__(self, name, weights=None, updates=6, size=None, device="cpu", amp=None, compile=False):
-        if name not in ("tvl1", *RAFT):
-            raise UserError(f"--flow {name}: choose tvl1 or {' or '.join(RAFT)}")
-        self.name, self.updates, self.size, self.device, self.amp = name, updates, size, torch.device(device), amp
+    def __init__(self, name, weights=None, updates=6, device="cpu", amp=None, compile=False):
+        self.name, self.updates, self.device, self.amp = name, updates, torch.device(device), amp
         self._marks = []                                         # when each call began and ended
         compile = compile and can_compile()
         self.inner = torch.compile(_tvl1_inner, dynamic=False) if compile else _tvl1_inner
@@ -1177,9 +1175,7 @@ class FlowEstimator:
         began = self._now()
         video = to_float01(clips).transpose(1, 2).float()                                     # (B, T, 3, H, W)
         B, T, _, H, W = video.shape
-        side = (self.size, self.size) if self.size else (H, W)
-        if self.name != "tvl1":
-            side = tuple(max(128, round(s / 8) * 8) for s in side)
+        side = (H, W) if self.name == "tvl1" else tuple(max(128, round(s / 8) * 8) for s in (H, W))
         if side != (H, W):
             video = F.interpolate(video.flatten(0, 1), side, mode="bilinear", antialias=True).unflatten(0, (B, T))
         some, flow = self.chunk(*side), []
@@ -1883,47 +1879,6 @@ def load_weights(model, path, strict_backbone=True, new=()):
     check_finite(model.state_dict().items(), f"{path}: cannot be used")
     config.update({k: there[k] for k in ("mean", "std")})
     return LoadReport(list(fits), missing, unexpected)
-
-
-def export_huggingface(network, classes, folder):
-    """Write a ViT for Hugging Face transformers: config.json, preprocessor_config.json, model.safetensors in folder.
-
-    With a head it is a VideoMAEForVideoClassification that knows the class names, without one a VideoMAEModel.  Its
-    input is (B, T, 3, H, W), normalised.  The biases of q and v are written under both of their names: releases look
-    for one of them and leave the other 0 or random.  Logits differ by 1e-5, as the epsilons of fc_norm do.  Raises
-    UserError.
-    """
-    head, c = isinstance(network.head, nn.Linear), network.config
-    if not isinstance(network, ViT) or head != ("fc_norm" in c["norms"]):
-        raise UserError("only ViT networks can be exported, with fc_norm just if they have a head, as Hugging Face's "
-                        "VideoMAE is one")
-    if head and len(classes) != network.head.out_features:
-        raise UserError(f"the head has {network.head.out_features} outputs and there are {len(classes)} class names")
-    tensors, pairs = {}, [(ours, theirs) for theirs, ours in HUGGING_FACE]
-    for name, x in network.state_dict().items():
-        inside = head and not name.startswith(("head.", "fc_norm."))
-        there = "videomae." * inside + replace_parts(name, pairs)
-        if name.endswith(".qkv.weight"):
-            tensors |= zip([there.replace("qkv", part) for part in ("query", "key", "value")], x.chunk(3))
-        else:
-            tensors[there] = x
-            tensors[there.replace("query.bias", "q_bias").replace("value.bias", "v_bias")] = x
-    tensors = {k: x.clone() for k, x in tensors.items()}                           # none may share memory
-    size, kind = c["image_size"], "VideoMAEForVideoClassification" if head else "VideoMAEModel"
-    config = dict(model_type="videomae", architectures=[kind], **{theirs: c[ours] for ours, theirs in SIZES.items()},
-                  intermediate_size=4 * network.dim, layer_norm_eps=1e-6, use_mean_pooling="norm" not in c["norms"])
-    if head:
-        config |= dict(id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)})
-    processor = dict(image_processor_type="VideoMAEImageProcessor", size=dict(shortest_edge=size),
-                     crop_size=dict(height=size, width=size), image_mean=c["mean"], image_std=c["std"])
-    try:
-        import safetensors.torch
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, dict(format="pt")))
-        for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except ImportError as error:
-        raise UserError(f"{folder}: the export could not be written ({error}; pip install safetensors)") from None
 
 
 # ---- 11. Run -------------------------------------------------------------------------------------------------------

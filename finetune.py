@@ -54,12 +54,13 @@ from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import (BACKBONES, Clips, DATA_SETS, FILE_NAMES, FlowEstimator, Log, Mlp, ResNet3D, SPLIT_DIRS, StopSignal,
-                    UserError, VIDEO_FILES, ViT, VideoError, all_reduce_mean, clip_indices, colour_jitter, cosine_lr,
-                    data_root, eagerly, export_huggingface, find_videos, flip, hold_out, init_linear, item_frames,
-                    list_files, load_file, load_weights, loader, make_backbone, make_listing, normalize, open_run,
-                    plan_run, print0, random_resized_crop, read_lines, read_views, resume_or_init, run, run_directory,
-                    save_checkpoint, setup, split_dir, step_batches, to_device, to_float01, wrap_model)
+from common import (BACKBONES, Clips, DATA_SETS, FILE_NAMES, FlowEstimator, HUGGING_FACE, Log, Mlp, ResNet3D, SIZES,
+                    SPLIT_DIRS, StopSignal, UserError, VIDEO_FILES, ViT, VideoError, all_reduce_mean, clip_indices,
+                    colour_jitter, cosine_lr, data_root, eagerly, find_videos, flip, hold_out, init_linear,
+                    item_frames, list_files, load_file, load_weights, loader, make_backbone, make_listing, normalize,
+                    open_run, plan_run, print0, random_resized_crop, read_lines, read_views, replace_parts,
+                    resume_or_init, run, run_directory, save_checkpoint, setup, split_dir, step_batches, to_device,
+                    to_float01, wrap_model)
 from mofo import find_motion
 
 
@@ -653,7 +654,7 @@ def build_classifier(cfg, env, content, classes):
     """A Classifier on the device, with a linear head for each of heads(classes)."""
     network, flow = build_network(cfg, content, len(classes), classes).to(env.device), None
     if cfg.focused:
-        flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+        flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, env.device, env.amp, cfg.compile)
     return Classifier(network, [len(names) for names in heads(classes)], cfg, flow).eval()
 
 
@@ -1248,6 +1249,47 @@ def extract_features(cfg, env, content):
                  views=features.numpy(), read=read.numpy(), labels=[item.label for item in listing.items],
                  classes=listing.classes)
     print0(f"{int(read.sum())} of {len(listing.items)} videos -> {path}")
+
+
+def export_huggingface(network, classes, folder):
+    """Write a ViT for Hugging Face transformers: config.json, preprocessor_config.json, model.safetensors in folder.
+
+    With a head it is a VideoMAEForVideoClassification that knows the class names, without one a VideoMAEModel.  Its
+    input is (B, T, 3, H, W), normalised.  The biases of q and v are written under both of their names: releases look
+    for one of them and leave the other 0 or random.  Logits differ by 1e-5, as the epsilons of fc_norm do.  Raises
+    UserError.
+    """
+    head, c = isinstance(network.head, nn.Linear), network.config
+    if not isinstance(network, ViT) or head != ("fc_norm" in c["norms"]):
+        raise UserError("only ViT networks can be exported, with fc_norm just if they have a head, as Hugging Face's "
+                        "VideoMAE is one")
+    if head and len(classes) != network.head.out_features:
+        raise UserError(f"the head has {network.head.out_features} outputs and there are {len(classes)} class names")
+    tensors, pairs = {}, [(ours, theirs) for theirs, ours in HUGGING_FACE]
+    for name, x in network.state_dict().items():
+        inside = head and not name.startswith(("head.", "fc_norm."))
+        there = "videomae." * inside + replace_parts(name, pairs)
+        if name.endswith(".qkv.weight"):
+            tensors |= zip([there.replace("qkv", part) for part in ("query", "key", "value")], x.chunk(3))
+        else:
+            tensors[there] = x
+            tensors[there.replace("query.bias", "q_bias").replace("value.bias", "v_bias")] = x
+    tensors = {k: x.clone() for k, x in tensors.items()}                           # none may share memory
+    size, kind = c["image_size"], "VideoMAEForVideoClassification" if head else "VideoMAEModel"
+    config = dict(model_type="videomae", architectures=[kind], **{theirs: c[ours] for ours, theirs in SIZES.items()},
+                  intermediate_size=4 * network.dim, layer_norm_eps=1e-6, use_mean_pooling="norm" not in c["norms"])
+    if head:
+        config |= dict(id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)})
+    processor = dict(image_processor_type="VideoMAEImageProcessor", size=dict(shortest_edge=size),
+                     crop_size=dict(height=size, width=size), image_mean=c["mean"], image_std=c["std"])
+    try:
+        import safetensors.torch
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, dict(format="pt")))
+        for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except ImportError as error:
+        raise UserError(f"{folder}: the export could not be written ({error}; pip install safetensors)") from None
 
 
 def export(cfg, content):

@@ -446,7 +446,7 @@ def main(cfg):
     out, checkpoint = open_run("mcl", cfg, env, listing, plan)
 
     encoder = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width)
-    flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+    flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, env.device, env.amp, cfg.compile)
     model = MCL(encoder, flow, plan.steps, plan.warmup, cfg.motion_clips, cfg.motion_crops,
                 cfg.min_crop, cfg.colour, cfg.queue, cfg.momentum, cfg.temperature, cfg.order_weight,
                 cfg.align_weight, cfg.attention).to(env.device)

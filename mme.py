@@ -429,7 +429,7 @@ def main(cfg):
 
     flow = None
     if cfg.target in ("trajectory", "position"):
-        flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+        flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, env.device, env.amp, cfg.compile)
     model = MME(flow, cfg.target, cfg.length, cfg.stride, cfg.mask_ratio, image_size=cfg.image_size,
                 frames=cfg.frames, patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size,
                 **VITS[cfg.model] | dict(decoder_depth=1)).to(env.device)

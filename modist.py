@@ -321,7 +321,7 @@ def main(cfg):
     if cfg.cross_weight or cfg.motion_motion:
         motion = ResNet3D("motion_r50", 1 / 8, cfg.image_size, cfg.motion_frames)
         if cfg.motion_input != "frame_diff":
-            flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+            flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, env.device, env.amp, cfg.compile)
     model = MoDist(encoder, motion, flow, cfg.stride // cfg.motion_stride, cfg.motion_input, cfg.edge_clip,
                    cfg.cross_weight, cfg.motion_motion, cfg.colour, cfg.queue, cfg.momentum,
                    cfg.temperature).to(env.device)

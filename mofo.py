@@ -359,7 +359,7 @@ def main(cfg):
     plan = plan_run(cfg, len(listing.items), env)
     out, checkpoint = open_run("mofo", cfg, env, listing, plan)
 
-    flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, None, env.device, env.amp, cfg.compile)
+    flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, env.device, env.amp, cfg.compile)
     model = MOFO(flow, cfg.mask_ratio, cfg.inside_ratio, image_size=cfg.image_size, frames=cfg.frames,
                  patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size, **VITS[cfg.model]).to(env.device)
     optimizer = make_optimizer("adamw", model, plan.lr, cfg.weight_decay, env.device)

@@ -231,7 +231,7 @@ class Step:
 
     def __init__(self, env, script, model, image_size, patch_size, clips, flow, weights, compile):
         self.env, frames, views = env, CONFIG.frames, dict(fame=2, mcl=6, modist=2).get(script, 1)
-        self.flow = flow and FlowEstimator(flow, weights.get(flow), CONFIG.flow_updates, None, env.device, env.amp, compile)
+        self.flow = flow and FlowEstimator(flow, weights.get(flow), CONFIG.flow_updates, env.device, env.amp, compile)
         if script == "fame":
             self.model = fame.FAME(make_backbone(model, image_size, frames)).to(env.device)
         elif script == "mcl":
@@ -346,7 +346,7 @@ def bench_steps(env, modes, cases, reps):
 def bench_flow(env, modes, weights, pairs, reps):
     clips = to_device(torch.randint(256, (pairs, 2, 224, 224, 3), dtype=torch.uint8), env.device)       # as MOFO calls it
     cases = [("raft_small", 6), ("raft_small", 12), ("raft_large", 6), ("tvl1", 0)]
-    flows = {(*case, mode): FlowEstimator(case[0], weights.get(case[0]), case[1], None, env.device, env.amp, mode)
+    flows = {(*case, mode): FlowEstimator(case[0], weights.get(case[0]), case[1], env.device, env.amp, mode)
              for case in cases for mode in modes}
     times = medians({key: lambda k, flow=flow: flow(clips) for key, flow in flows.items()}, reps, partial(clock, env))
     for name, updates in cases:

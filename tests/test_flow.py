@@ -82,14 +82,6 @@ def test_flow_of_each_clip_is_what_it_would_be_alone_and_has_one_flow_per_pair()
     torch.testing.assert_close(estimate(clips.float() / 255), flow, atol=1e-4, rtol=0)
 
 
-def test_flow_size_changes_the_grid_and_the_unit():
-    pair = torch.stack([waves(0, 0, 64, 64), waves(2, 1, 64, 64)], 1)[None]
-    flow = FlowEstimator("tvl1", size=96)(pair)
-    assert flow.shape == (1, 1, 2, 96, 96)
-    expected = torch.tensor([3.0, 1.5])
-    torch.testing.assert_close(flow[0, 0, :, 12:-12, 12:-12].mean((1, 2)), expected, atol=0.15, rtol=0)
-
-
 def shifted_pair(height, width, dx=5, dy=3):
     """A real frame and itself moved by (dx, dy) pixels -> uint8 (1, 3, 2, height, width)."""
     video = SHARED / "videos" / "juggling.mp4"

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import error_of, scrambled, seeded
+from finetune import export_huggingface
 
 import common
 import fame
@@ -22,7 +23,7 @@ import mcl
 import mme
 import modist
 import mofo
-from common import ViT, export_huggingface, load_file, load_weights, make_backbone
+from common import ViT, load_file, load_weights, make_backbone
 from mofo import MaskedAutoencoder
 
 SIZES = dict(image_size=32, frames=4, patch_size=8, tubelet_size=2, dim=48, depth=2, heads=4)
@@ -336,10 +337,9 @@ def test_what_is_exported(tmp_path, classes):
 
 def test_what_cannot_be_exported_is_a_message(tmp_path):
     pytest.importorskip("safetensors")
-    (tmp_path / "file").write_text("")
-    for network, classes, word in ((make_backbone("r3d_18", 32, 4, 2), NAMES[:2], "ViT"), (small_vit(3), NAMES, "file"),
-                                   (small_vit(norms=("fc_norm",)), [], "fc_norm"), (small_vit(3), NAMES[:2], "3")):
-        assert word in error_of(export_huggingface, network, classes, tmp_path / "file")
+    for network, classes, word in ((make_backbone("r3d_18", 32, 4, 2), NAMES[:2], "ViT"), (small_vit(3), NAMES[:2], "3"),
+                                   (small_vit(norms=("fc_norm",)), [], "fc_norm")):
+        assert word in error_of(export_huggingface, network, classes, tmp_path / "folder")
 
 
 @pytest.mark.parametrize("save", [save_as("module"), save_as("state_dict", "module.")])
