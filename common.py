@@ -2037,13 +2037,12 @@ def open_run(name, cfg, env, listing, plan):
     Raises UserError if a checkpoint is there that was made with other settings or from other weights, or if nodes
     hold different ones.  `--fresh` moves it aside, with the log.
     """
-    out = run_directory(name, cfg)
-    last = out / "last.pt"
+    last = (out := run_directory(name, cfg)) / "last.pt"
     out.mkdir(parents=True, exist_ok=True)                       # on every node
     if env.rank == 0:
-        lock = os.open(out / "config.json", os.O_RDWR | os.O_CREAT, 0o666)      # kept as long as the process lives
+        open_run.lock = open(out / "config.json", "a")           # until Log.close
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out}: another run is writing there; --out names another directory") from None
     if cfg.fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:        # torchrun's, after a crash
@@ -2073,8 +2072,8 @@ def open_run(name, cfg, env, listing, plan):
     if env.rank == 0:
         about = dict(cfg.settings, method=name, accumulation=plan.accum, steps_planned=plan.steps,
                      peak_lr=plan.lr, torch=str(torch.__version__))
-        os.truncate(lock, 0)
-        os.pwrite(lock, json.dumps(about, indent=1).encode(), 0)
+        open_run.lock.truncate(0)
+        print(json.dumps(about, indent=1), file=open_run.lock, flush=True)
         if listing.missing:
             (out / "missing_videos.txt").write_text("\n".join([*listing.missing, ""]), **FILE_NAMES)
     precision = str(env.amp or torch.float32).removeprefix("torch.")
@@ -2198,6 +2197,7 @@ class Log:
     def close(self, stopped):
         """Say how the run ended and, if it was stopped, how to go on."""
         self.bar.close()
+        open_run.lock = None                                    # which closes it: other runs may begin
         files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
         text = f"saved; the same command goes on from {files[0]}"
         if self.killed:
