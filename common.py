@@ -1919,10 +1919,10 @@ def make_optimizer(name, model, lr, weight_decay, device, nesterov=False):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     vectors = [p for n, p in named if p.ndim <= 1 or "mask_token" in n]
     matrices = [p for n, p in named if not (p.ndim <= 1 or "mask_token" in n)]
-    spared = nesterov or name == "adamw"
+    adamw = ("sgd", "adamw").index(name)                                       # others are a ValueError
     groups = [dict(params=matrices, weight_decay=weight_decay),
-              dict(params=vectors, weight_decay=0.0 if spared else weight_decay)]
-    if name == "adamw":
+              dict(params=vectors, weight_decay=0.0 if nesterov or adamw else weight_decay)]
+    if adamw:
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
     return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
 
