@@ -1919,12 +1919,13 @@ def make_optimizer(name, model, lr, weight_decay, device, nesterov=False):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     vectors = [p for n, p in named if p.ndim <= 1 or "mask_token" in n]
     matrices = [p for n, p in named if not (p.ndim <= 1 or "mask_token" in n)]
-    adamw = ("sgd", "adamw").index(name)                                       # others are a ValueError
     groups = [dict(params=matrices, weight_decay=weight_decay),
-              dict(params=vectors, weight_decay=0.0 if nesterov or adamw else weight_decay)]
-    if adamw:
+              dict(params=vectors, weight_decay=0.0 if nesterov or name == "adamw" else weight_decay)]
+    if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
+    raise ValueError(f"optimizer {name}: adamw or sgd")
 
 
 def cosine_lr(step, steps, warmup, peak, floor, start=0.0, whole=False):
@@ -2020,8 +2021,7 @@ def last_checkpoint(out):
     for i, file in enumerate(files):
         try:
             content = load_file(file)
-            weights = [(name, x) for name, x in content["model"].items() if "running" not in name]    # see update_keys
-            check_finite(weights, f"{file}: cannot be used")
+            check_finite((pair for pair in content["model"].items() if "running" not in pair[0]), f"{file}: not used")
             if {"optimizer", "scaler", "step", "classes"} <= content.keys() and isinstance(content.get("config"), dict):
                 return content
             raise UserError(f"{file}: is not the checkpoint of a run")
