@@ -859,7 +859,7 @@ def clip_indices(video, item, frames, stride, rng):
 
 def item_frames(video, item):
     """First and last frame number of an item; a VideoError if the video ends before it begins."""
-    if item.start > video.info.seconds:
+    if 0 < item.start > video.info.seconds:
         raise VideoError(f"{video.path}: lasts {video.info.seconds:.1f} s, without the segment from {item.start:.1f} s")
     first = video.index_at(item.start) if item.start else 0
     last = video.index_at(item.stop) if item.stop < math.inf else video.info.frames - 1
