@@ -1,7 +1,7 @@
 """Breaks runs on purpose in every way that we know, and counts what survives.
 
-    python tests/torture.py --quick             # a few minutes on 2 cores
-    python tests/torture.py                     # more tries of each, about an hour
+    python tests/torture.py --quick             # about ten minutes on 2 busy cores
+    python tests/torture.py                     # more tries of each, on all six scripts
     python tests/torture.py --only SIGTERM      # the rows whose name matches that
 
 Every function in FAULTS is one fault: its docstring is its name, and for each try it yields what went wrong, "" if it
