@@ -859,7 +859,7 @@ def clip_indices(video, item, frames, stride, rng):
 
 def item_frames(video, item):
     """First and last frame number of an item; a VideoError if the video ends before it begins."""
-    if item.start > video.info.seconds:
+    if 0 < item.start > video.info.seconds:
         raise VideoError(f"{video.path}: lasts {video.info.seconds:.1f} s, without the segment from {item.start:.1f} s")
     first = video.index_at(item.start) if item.start else 0
     last = video.index_at(item.stop) if item.stop < math.inf else video.info.frames - 1
@@ -1941,12 +1941,13 @@ def make_optimizer(name, model, lr, weight_decay, device, nesterov=False):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     vectors = [p for n, p in named if p.ndim <= 1 or "mask_token" in n]
     matrices = [p for n, p in named if not (p.ndim <= 1 or "mask_token" in n)]
-    spared = nesterov or name == "adamw"
     groups = [dict(params=matrices, weight_decay=weight_decay),
-              dict(params=vectors, weight_decay=0.0 if spared else weight_decay)]
+              dict(params=vectors, weight_decay=0.0 if nesterov or name == "adamw" else weight_decay)]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
+    raise ValueError(f"optimizer {name}: adamw or sgd")
 
 
 def cosine_lr(step, steps, warmup, peak, floor, start=0.0, whole=False):
@@ -2049,8 +2050,7 @@ def last_checkpoint(out):
     for i, file in enumerate(files):
         try:
             content = load_file(file)
-            weights = [(name, x) for name, x in content["model"].items() if "running" not in name]    # see update_keys
-            check_finite(weights, f"{file}: cannot be used")
+            check_finite((pair for pair in content["model"].items() if "running" not in pair[0]), f"{file}: not used")
             if {"optimizer", "scaler", "step", "classes"} <= content.keys() and isinstance(content.get("config"), dict):
                 return content
             raise UserError(f"{file}: is not the checkpoint of a run")
@@ -2066,13 +2066,12 @@ def open_run(name, cfg, env, listing, plan):
     Raises UserError if a checkpoint is there that was made with other settings or from other weights, or if nodes
     hold different ones.  `--fresh` moves it aside, with the log.
     """
-    out = run_directory(name, cfg)
-    last = out / "last.pt"
+    last = (out := run_directory(name, cfg)) / "last.pt"
     out.mkdir(parents=True, exist_ok=True)                       # on every node
     if env.rank == 0:
-        lock = os.open(out / "config.json", os.O_RDWR | os.O_CREAT, 0o666)      # kept as long as the process lives
+        open_run.lock = open(out / "config.json", "a")           # until Log.close
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out}: another run is writing there; --out names another directory") from None
     if cfg.fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:        # torchrun's, after a crash
@@ -2102,8 +2101,8 @@ def open_run(name, cfg, env, listing, plan):
     if env.rank == 0:
         about = dict(cfg.settings, method=name, accumulation=plan.accum, steps_planned=plan.steps,
                      peak_lr=plan.lr, torch=str(torch.__version__))
-        os.truncate(lock, 0)
-        os.pwrite(lock, json.dumps(about, indent=1).encode(), 0)
+        open_run.lock.truncate(0)
+        print(json.dumps(about, indent=1), file=open_run.lock, flush=True)
         if listing.missing:
             (out / "missing_videos.txt").write_text("\n".join([*listing.missing, ""]), **FILE_NAMES)
     precision = str(env.amp or torch.float32).removeprefix("torch.")
@@ -2227,6 +2226,7 @@ class Log:
     def close(self, stopped):
         """Say how the run ended and, if it was stopped, how to go on."""
         self.bar.close()
+        open_run.lock = None                                    # which closes it: other runs may begin
         files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
         text = f"saved; the same command goes on from {files[0]}"
         if self.killed:

@@ -151,7 +151,7 @@ def test_nodes_without_a_shared_disk_agree_on_the_step_or_stop(tmp_path, monkeyp
     codes, texts = nodes("mofo", *argv)                                 # one would go on at step 1, one start over
     assert 0 not in codes and "at steps [1, 0]" in texts[0], texts
     assert all(len(list(Path(f"node{k}/data/toy/64px/train").glob("*.mp4"))) == 8 for k in (0, 1))
-    shutil.copytree("node0/runs", "node1/runs")
+    shutil.copytree("node0/runs", "node1/runs", dirs_exist_ok=True)
     codes, texts = nodes("mofo", *argv)
     assert codes == [0, 0] and "continuing at step 1" in texts[0], texts
     assert [len(losses(f"node{k}/runs/mofo-toy")) for k in (0, 1)] == [2, 1]            # only the first writes

@@ -1,13 +1,13 @@
 """Breaks runs on purpose in every way that we know, and counts what survives.
 
-    python tests/torture.py --quick             # a few minutes on 2 cores
-    python tests/torture.py                     # more tries of each, about an hour
+    python tests/torture.py --quick             # about ten minutes on 2 busy cores
+    python tests/torture.py                     # more tries of each, on all six scripts
     python tests/torture.py --only SIGTERM      # the rows whose name matches that
 
-Every function in FAULTS is one fault: its docstring is its name, and for each try it yields what went wrong, "" if it
-survived.  The table `fault | times tried | survived` is printed at the end, what went wrong before; the exit status is
-1 if anything did.  Faults that come from inside of a run are functions in INSIDE, which change something in a process
-of their own and then start the script there.  Linux only; as root it tries full disks on a small tmpfs of its own.
+Every function that `faults` lists is one fault: its docstring is its name, and for each try it yields what went wrong,
+"" if it survived.  The table `fault | times tried | survived` is printed at the end, what went wrong before; the exit
+status is 1 if anything did.  Faults that come from inside of a run are functions in INSIDE, which change something in a
+process of their own and then start the script there.  Linux only; as root it mounts a small tmpfs for full disks.
 """
 import argparse
 import importlib.util
