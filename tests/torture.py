@@ -699,8 +699,8 @@ def faults(few):
     tuned = tuned if importlib.util.find_spec("safetensors") else tuned[:-1]
     kinds = ("read-only", "file", "below", "directory", "toy")
     return [
-        *((killed, script, 1, 2 if few else 20) for script in SCRIPTS),
-        *((killed, script, 2, 2 if few else 5, *(CONV if script == "modist" else ())) for script in two),
+        *((killed, script, 1, 2 if few else 4) for script in SCRIPTS),
+        *((killed, script, 2, 2, *(CONV if script == "modist" else ())) for script in two),
         *((killed_while_saving, script, how) for script in SCRIPTS for how in (["half"] if few else ["half", "names"])),
         *((restarted, script) for script in one),
         *((terminated, script, processes) for script in one for processes in (1, 2)),
