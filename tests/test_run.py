@@ -1,6 +1,7 @@
 """Whole runs: what a user starts, stops, continues and gets wrong, alike for all pre-training scripts."""
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -30,8 +31,7 @@ SMALL = dict(mofo=VIT, mme=VIT, fame=RESNET,                            # settin
              mcl=[*RESNET, *"--flow tvl1 --frame-height 48 --frame-width 64".split()],
              modist="--backbone slow_r50 --width 0.125 --queue 32 --flow tvl1".split())
 EXACT = dict(mofo=["--frames", "8"], mme=["--frames", "8", "--length", "3"], mcl=[],      # independent of processes:
-             fame=["--no-merge"],                                       # backgrounds come from the process's own clips,
-             modist=["--cross-weight", "0", "--backbone", "vit_tiny"])  # others have batch norm, per process on CPUs
+             fame=["--no-merge"], modist=[])                            # (backgrounds are of the process's own clips)
 MASKED, TRACKED = ["mofo", "mme"], ["mofo", "mme", "mcl", "modist"]     # which hide patches, which estimate flow
 TRAINED = "runs/reference-mofo/last.pt"                                # once `reference("mofo")` was called
 CPU = common.Env(torch.device("cpu"), 0, 1, None)
@@ -298,6 +298,16 @@ def test_a_step_that_is_not_finite_changes_no_weight(script, method, monkeypatch
     monkeypatch.setattr(method, "forward", poisoned)
     run(script, *TINY, *EXACT[script], "--out", f"runs/nan-{script}")
     assert torch.equal(seen[2], seen[3]) and not torch.equal(seen[3], seen[4])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_fp16_with_a_scaler_skips_what_overflows_and_goes_on(script, reference, monkeypatch):
+    module, out = importlib.import_module(script), Path(f"runs/fp16-{script}")
+    monkeypatch.setattr(module, "setup", lambda seed: common.setup(seed)._replace(amp=torch.float16))
+    run(script, *TINY, *EXACT[script], "--out", out)
+    assert losses(out)[0] == pytest.approx(reference(script)[0], rel=0.01)
+    assert all(map(math.isfinite, losses(out).values())) and math.isfinite(lines(out)[-1]["grad_norm"])
+    assert 0 < torch.load(out / "last.pt", weights_only=True)["scaler"]["scale"] <= 65536
 
 
 def test_without_a_c_compiler_it_runs_eagerly_and_says_so(monkeypatch, capsys):
