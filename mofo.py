@@ -107,7 +107,7 @@ RECIPES = {
     "custom": dict(model="vit_small", image_size=112, batch=16, epochs=100, lr=0.024, min_lr=0.0, warmup_epochs=1,
                    workers=2, log_every=1, save_every=50, preview_every=50),
     # our choice: a minute and a half on two CPU cores
-    "toy": dict(model="vit_tiny", image_size=64, frames=8, stride=4, patch_size=8, min_crop=1.0, mask_ratio=0.75,
+    "toy": dict(model="vit_tiny", image_size=64, frames=8, stride=2, patch_size=8, min_crop=1.0, mask_ratio=0.75,
                 inside_ratio=0.6, flow="tvl1", epochs=4, batch=4, warmup_epochs=0.4, lr=0.16, min_lr=0.03, workers=2,
                 log_every=32, save_every=256, preview_every=256),
 }
