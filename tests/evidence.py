@@ -3,10 +3,12 @@
     python tests/evidence.py --size cpu --seeds 3           # toy data; goes on where it stopped
     python tests/evidence.py --size gpu --seeds 3           # longer, on more videos
     python tests/evidence.py --size cpu --data DIR --groups 'seq(\\d+)'    # real videos, one group left out at a time
-    python tests/evidence.py --table                        # the README's table, from evidence.csv
+    python tests/evidence.py --size cpu --table             # the table, from evidence.csv
+    python tests/evidence.py --size toy --seeds 1 --no-labels          # the toy recipes as they are: a first look
 
 A cell is a row of ROWS and a seed: pre-training, then all read-outs.  Each figure of it becomes a line of
-tests/evidence.csv, in percent unless said.  Read-outs, fixed before any result was seen, on `test`:
+tests/evidence.csv, in percent unless said.  Read-outs, fixed before any result was seen, on `test`
+(n is the number of its videos):
 
     motion, scene   linear probe (finetune.py's) on the mean feature of the middle clip
     shortcut        the same for motion, fitted on `train_biased`, where the scene gives the motion away
@@ -328,7 +330,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", default="", help="only rows whose name contains one of these, comma-separated")
+    parser.add_argument("--rows", default="", help="only rows that begin with one of these, separated by ;")
     parser.add_argument("--no-labels", dest="labels", action="store_false", help="no fine-tuning with few labels")
     parser.add_argument("--data", default="toy", help="a directory of real videos, <split>/<class>/* or <class>/*")
     parser.add_argument("--groups", default=r"(.*)", help="real videos: the part of a name that tells the group")
@@ -345,7 +347,7 @@ def main():
     for seed in range(a.seeds):
         for row, (_, _, kind) in ROWS.items():
             key = a.size, Path(a.data).stem + " after toy" * a.init, row, seed
-            wanted = any(part.strip().lower() in row.lower() for part in a.rows.split(","))
+            wanted = row.startswith(tuple(part.strip() for part in a.rows.split(";")))
             if wanted and key not in done and not (a.data != "toy" and kind == "supervised"):
                 run_cell(row, seed, a)
 

@@ -538,7 +538,7 @@ def test_testing_again_follows_the_protocol_of_fine_tuning(data, recipe):
 
 SHORT = "--batch 4 --device-batch 4 --steps 2 --log-every 1 --workers 0 --no-compile".split()
 PRETRAIN = dict(
-    mofo="--model vit_tiny --flow tvl1 --frames 4", mme="--model vit_tiny --flow tvl1 --frames 4",
+    mofo="--model vit_tiny --flow tvl1 --frames 4 --patch-size 16", mme="--model vit_tiny --flow tvl1 --frames 4",
     fame="--backbone r2plus1d_50 --width 0.125 --queue 32", modist="--backbone slow_r50 --width 0.125 --queue 32")
 # whose network a recipe is tried on
 INIT = dict(videomae="mofo", mofo="mofo", mme="mme", fame="fame", mcl="fame", modist="modist")
