@@ -884,11 +884,11 @@ TOY_SPLITS = ("train", "test", "train_biased")
 def toy_video(seed, split, index, size=64, frames=36, label=None):
     """One clip -> (video uint8 (F, H, W, 3), truth).  Same arguments, same clip.
 
-    A textured sprite moves over a textured background while the camera pans; the class is only the sprite's motion.
-    In "train" and "test" the scene is independent of it; in "train_biased" the scene is the class with probability
-    0.9, else uniform over the other seven.  `label` overrides the class and changes nothing else; -1 = the sprite
-    stands still in the scene.  Lengths are made for 64 pixels and grow with `size`; a clip holds the whole motion,
-    however many `frames`.
+    A sprite of one of four textures and three shapes, so that its looks do not tell its video, moves over a textured
+    background while the camera pans; the class is only the sprite's motion.  In "train" and "test" the scene is
+    independent of it; in "train_biased" the scene is the class with probability 0.9, else uniform over the other
+    seven.  `label` overrides the class and changes nothing else; -1 = the sprite stands still in the scene.  Lengths
+    are made for 64 pixels and grow with `size`; a clip holds the whole motion, however many `frames`.
 
     truth: label, scene, size; order and radius of the sprite (see `_toy_depth`); per frame its centre (F, 2), scale
     (F,) and box (F, 4), clipped to the frame; camera (F, 2), the pan so far.  In pixels; pixel i covers [i, i + 1).
@@ -915,14 +915,14 @@ def toy_video(seed, split, index, size=64, frames=36, label=None):
         order=order, radius=radius * unit, centre=centre * unit, scale=scale[:, 0], boxes=boxes * unit,
         camera=camera * unit).items()}
 
-    # Colours: a dark pair for the background, a bright and any other for the sprite.
     xy = _toy_grid(size)                                                     # (2, H, W)
-    low, high = [[0.05], [0.2], [0.75], [0.1]], [[0.25], [0.45], [1.0], [0.9]]
-    dark, middle, bright, fourth = look.uniform(low, high, (4, 3))
+    dark, middle = look.uniform([[0.05], [0.25]], [[0.2], [0.45]], (2, 3)).astype(np.float32)   # of the background
+    texture = np.random.default_rng(look.integers(4))                        # and the sprite's: bright, and any
+    bright, fourth = texture.uniform([[0.75], [0.1]], [[1.0], [0.9]], (2, 3)).astype(np.float32)
     ground = _toy_scene(look, TOY_SCENES[scene], *(xy[:, None] - truth["camera"].T[:, :, None, None]) / unit)
     x, y = (xy[:, None] - truth["centre"].T[:, :, None, None]) / (truth["scale"][:, None, None] * unit)
-    angle, wave = look.uniform(0, 6.28), 6.28 / look.uniform(8, 14)          # the texture moves and zooms with it
-    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    angle, wave = texture.uniform(0, 6.28), 6.28 / texture.uniform(8, 14)    # the texture moves and zooms with it
+    u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     plaid = 0.5 + 0.5 * np.sin(wave * u) * np.sin(wave * v)
     alpha = (_toy_depth(truth, slice(None)) + 0.5).clip(0, 1)[..., None]     # an edge that moves by fractions of a px
     background = dark + (middle - dark) * ground[..., None]
@@ -959,11 +959,11 @@ def _toy_path(rng, label, time):
 def _toy_scene(rng, name, x, y):
     """Background texture in [0, 1] at the points x, y (F, H, W) in px.  A scene has the same layout in every clip, up
     to shifts of a few px, and long waves: so a network can learn in minutes what belongs where it cannot see."""
-    (a, b), (cx, cy), wave = rng.uniform(-0.6, 0.6, 2), rng.uniform(28, 36, 2), 6.28 / rng.uniform(30, 34)
-    dx, dy = x - cx, y - cy
+    a, b, cx, cy, length = rng.uniform([-0.2, -0.2, 30, 30, 31], [0.2, 0.2, 34, 34, 33]).tolist()   # keep float32
+    dx, dy, wave = x - cx, y - cy, 6.28 / length
     match name:
         case "gradient":
-            z = (dx * np.cos(a) + dy * np.sin(a)) / 40
+            z = (dx * math.cos(a) + dy * math.sin(a)) / 40
         case "vertical":
             z = np.sin(wave * x + a)
         case "horizontal":
@@ -981,7 +981,7 @@ def _toy_scene(rng, name, x, y):
             z = 2 * sum(np.exp(-((dx - px) ** 2 + (dy - py) ** 2) / 100) for px, py in spots).clip(0, 1) - 1
     z = np.tanh(4 * z)                                                       # two colours with soft edges: see FAME
     plaid = np.sin(0.5 * x + a) * np.sin(0.42 * y + b)  # faint: without it stripes and plain areas would
-    return 0.5 + 0.425 * z + 0.075 * plaid                                   # not tell flow how they move
+    return 0.5 + 0.4 * z + 0.1 * plaid                                       # not tell flow how they move
 
 
 def _toy_depth(truth, frame):
@@ -1016,13 +1016,13 @@ def _write_toy(root, split, size, frames, seed, index):
     temporary = f"{path}.{os.getpid()}.tmp"
     if path.exists():                                                        # written after its truth: both complete
         truth = np.load(path.with_suffix(".npz"))
-    else:                                                                    # x264 may write other bytes another time
+    else:
         video, truth = toy_video(seed, split, index, size, frames)
         np.savez(path.with_suffix(".npz"), **truth)
         content = io.BytesIO()                                               # a full disk is then Python's OSError
         with av.open(content, "w", format="mp4") as file:
             stream = file.add_stream("libx264", 16, width=size, height=size, pix_fmt="yuv420p", options=dict(
-                preset="veryfast", crf="18", threads="1"))
+                preset="veryfast", qp="14", threads="1"))                    # of crf's files some differ each time
             for frame in video:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
             file.mux(stream.encode())
@@ -1339,7 +1339,7 @@ def resize_flow(flow, h, w):
 
 # Sizes of the encoder, then of the decoder that VideoMAE puts on it (tiny: our choice).
 VITS = {name: dict(zip(("dim", "depth", "heads", "decoder_dim", "decoder_depth", "decoder_heads"), sizes))
-        for name, sizes in dict(vit_tiny=(192, 3, 6, 192, 2, 6), vit_small=(384, 12, 6, 192, 4, 3),
+        for name, sizes in dict(vit_tiny=(96, 3, 3, 96, 2, 3), vit_small=(384, 12, 6, 192, 4, 3),
                                 vit_base=(768, 12, 12, 384, 4, 6), vit_large=(1024, 24, 16, 512, 12, 8),
                                 vit_huge=(1280, 32, 16, 640, 12, 8)).items()}
 

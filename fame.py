@@ -31,7 +31,7 @@ Differs from the paper and its released code, and why
     pass, batch norm sees one pass (of all GPUs), and with accumulation a pass finds the keys of the one before.
  8. I3D, the paper's other network, is not here; s3d is the nearest.
 
-Run    python fame.py                                        # toy data; 2.7 minutes on 2 CPU cores
+Run    python fame.py                                        # toy data; 2.2 minutes of CPU time
        torchrun --nproc_per_node=8 fame.py --data k400 --root DIR                                # not run by us
        python fame.py --data DIR_OF_VIDEOS                   # your own, labels not needed
 """
@@ -110,9 +110,9 @@ RECIPES = {
     "custom": dict(queue=512, momentum=0.99, epochs=100, batch=16, workers=2, log_every=1, save_every=50,
                    preview_every=50),
     "custom vit": dict(lr=8e-3, weight_decay=0.05, warmup_epochs=1),                     # for batches of 16 to 32
-    # under three minutes on two CPU cores
+    # about two minutes of CPU time
     "toy": dict(backbone="vit_tiny", image_size=64, frames=8, min_crop=1.0, colour=0.3, beta=0.3, queue=256,
-                momentum=0.99, epochs=10, batch=32, lr=8e-3, warmup_epochs=1, weight_decay=0.05, workers=2,
+                momentum=0.99, epochs=7, batch=32, lr=8e-3, warmup_epochs=1, weight_decay=0.05, workers=2,
                 log_every=10, save_every=100, preview_every=100),
 }
 

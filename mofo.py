@@ -29,7 +29,7 @@ Differs from the paper, and why
     than 75 % to hide 90 % in all.  It is the published value, so it is the default; treat it as a setting to study.
     `--inside-ratio none` is VideoMAE, the baseline.
 
-Run    python mofo.py                                        # toy data; 2.8 minutes on 2 CPU cores, loss 1.2 -> 0.95
+Run    python mofo.py                                        # toy data; 2.0 minutes of CPU time, loss 1.01 -> 0.81
        torchrun --nproc_per_node=8 mofo.py --data ssv2 --root DIR                                # not run by us
        python mofo.py --data DIR_OF_VIDEOS                   # your own, labels not needed
 """
@@ -105,10 +105,10 @@ RECIPES = {
     # --model vit_base --image-size 224 --batch 1024 --epochs 400 --lr 1.5e-4 --min-lr 1e-5 --warmup-epochs 40
     "custom": dict(model="vit_small", image_size=112, batch=16, epochs=100, lr=0.024, min_lr=0.0, warmup_epochs=1,
                    workers=2, log_every=1, save_every=50, preview_every=50),
-    # our choice: two minutes on two CPU cores
-    "toy": dict(model="vit_tiny", image_size=64, min_crop=1.0, mask_ratio=0.75, inside_ratio=0.6, flow="tvl1",
-                epochs=8, batch=16, warmup_epochs=1, lr=0.024, min_lr=0.008, workers=2, log_every=10, save_every=100,
-                preview_every=100),
+    # our choice: about two minutes of CPU time
+    "toy": dict(model="vit_tiny", image_size=64, frames=8, stride=2, patch_size=8, min_crop=1.0, mask_ratio=0.75,
+                inside_ratio=0.6, flow="tvl1", epochs=4, batch=4, warmup_epochs=0.4, lr=0.16, min_lr=0.03, workers=2,
+                log_every=32, save_every=256, preview_every=256),
 }
 
 

@@ -311,6 +311,15 @@ def test_toy_data_hold_their_truth_and_are_continued(tmp_path):
     assert len(find_videos("toy", tmp_path, "test", toy=toy).items) == 3
 
 
+def test_toy_files_are_the_same_each_time(workplace, tmp_path):
+    (tmp_path / "train").mkdir()
+    for i in range(96):                                                 # in one process; those there are of a pool
+        common._write_toy(tmp_path, "train", 64, 36, 0, i % 24)
+        (tmp_path / f"train/{i % 24:06d}.mp4").rename(tmp_path / f"{i}.mp4")
+    there = [(workplace / f"data/toy/64px/train/{i:06d}.mp4").read_bytes() for i in range(24)]
+    assert [(tmp_path / f"{i}.mp4").read_bytes() == there[i % 24] for i in range(96)] == [True] * 96
+
+
 # ---- 4. Clips --------------------------------------------------------------------------------------------------------
 
 CLIP = SimpleNamespace(frames=4, stride=2, image_size=16, repeats=2, min_crop=0.66)

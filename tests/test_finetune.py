@@ -538,7 +538,7 @@ def test_testing_again_follows_the_protocol_of_fine_tuning(data, recipe):
 
 SHORT = "--batch 4 --device-batch 4 --steps 2 --log-every 1 --workers 0 --no-compile".split()
 PRETRAIN = dict(
-    mofo="--model vit_tiny --flow tvl1 --frames 4", mme="--model vit_tiny --flow tvl1 --frames 4",
+    mofo="--model vit_tiny --flow tvl1 --frames 4 --patch-size 16", mme="--model vit_tiny --flow tvl1 --frames 4",
     fame="--backbone r2plus1d_50 --width 0.125 --queue 32", modist="--backbone slow_r50 --width 0.125 --queue 32")
 # whose network a recipe is tried on
 INIT = dict(videomae="mofo", mofo="mofo", mme="mme", fame="fame", mcl="fame", modist="modist")
@@ -897,10 +897,10 @@ def test_extracted_features_are_those_of_the_videos(own, place, pretrained, tmp_
     flags = [*SHORT, "--mode", "extract", "--init", pretrained("mofo"), "--out", tmp_path]
     run("finetune", *flags, "--data", own, "--stride", 3, "--views", "2x1")
     found, network = dict(np.load(tmp_path / "features.npz")), built(pretrained("mofo")).eval()
-    assert found["views"].shape == (10, 2, 192) and found["read"].sum() == 9 and len(set(found["names"])) == 10
+    assert found["views"].shape == (10, 2, 96) and found["read"].sum() == 9 and len(set(found["names"])) == 10
     for name, read, row, views, label in zip(*(found[k] for k in ("names", "read", "features", "views", "labels"))):
         assert read == ("val/a_broken" not in str(name)) and label == -1
-        expected = features_of(network, name, 3, (2, 1)) if read else torch.zeros(2, 192)
+        expected = features_of(network, name, 3, (2, 1)) if read else torch.zeros(2, 96)
         assert np.allclose(expected, views, atol=1e-4) and np.allclose(expected.mean(0), row, atol=1e-4)
     for part, count in (("train", 8), ("test", 6), ("", 6)):
         run("finetune", *flags, *toy(place), *(["--part", part] if part else []))
@@ -1011,7 +1011,7 @@ def test_a_file_of_class_names(lists, tune, tmp_path, capsys):
     for more, said in (([], True), (["--classes", tmp_path / "same.txt"], False)):       # without names: the data's
         run("finetune", *test, *more)
         assert ("does not name its classes" in capsys.readouterr().out) == said
-    for more, message in ((["--classes", tmp_path / "two.txt"], "missing .*weight .2, 192.*unexpected .*weight .3,"),
+    for more, message in ((["--classes", tmp_path / "two.txt"], "missing .*weight .2, 96.*unexpected .*weight .3,"),
                           (["--classes", "gone.txt"], "--classes gone.txt"), ([], "does not say its classes")):
         with pytest.raises(UserError, match=message):
             run("finetune", *predict, *more)
@@ -1051,7 +1051,7 @@ def test_what_does_not_fit_is_named(tmp_path, place, pretrained, tune):
     for change, message in (
             (dict(model=headless), r"missing \['head.weight .*, 'head.bias .*'\]"),
             (dict(classes=["jump", *content["classes"][1:]]), r"has not: \['left'\]; it has \['jump'"),
-            (dict(backbone=dict(content["backbone"], dim=96)), r"missing .*\(96,.*unexpected .*\(192,")):
+            (dict(backbone=dict(content["backbone"], dim=48)), r"missing .*\(48,.*unexpected .*\(96,")):
         torch.save({**content, **change}, tmp_path / "changed.pt")
         with pytest.raises(UserError, match=message):
             run("finetune", *toy(place), *flags, "--mode", "test", "--init", tmp_path / "changed.pt")

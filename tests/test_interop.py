@@ -227,7 +227,7 @@ def test_features_are_what_the_head_of_the_file_gets(tmp_path, kind, mode):
         x = block(x)
     features = {"norm": vit.norm(x).mean(1), "fc_norm": vit.fc_norm(x.mean(1)), "": x.mean(1)}
     torch.testing.assert_close(network(clips()), features[norm], atol=1e-5, rtol=1e-4)
-    others = x.mean(1), F.layer_norm(x.mean(1), (192,)), F.layer_norm(x, (192,)).mean(1)    # none passes for another
+    others = x.mean(1), F.layer_norm(x.mean(1), (96,)), F.layer_norm(x, (96,)).mean(1)    # none passes for another
     assert sum((other - features[norm]).abs().mean() < 0.02 for other in others) == (not norm)
 
 
@@ -393,7 +393,7 @@ def test_detection_has_the_norm_of_the_tokens(tmp_path):
     for file, classes in (("encoder", 0), ("classifier", 3)):                   # of a classifier it is new, and trained
         save_ours(tmp_path / file, vit := tiny(classes))
         network = network_of(tmp_path / file, "finetune", data="ava")
-        assert torch.equal(network.norm.weight, torch.ones(192) if classes else vit.norm.weight)
+        assert torch.equal(network.norm.weight, torch.ones(96) if classes else vit.norm.weight)
         assert isinstance(network.fc_norm, torch.nn.Identity)
         save_ours(tmp_path / "tuned", network)
         assert same(network_of(tmp_path / "tuned", "test", data="ava").state_dict(), network.state_dict())
@@ -404,7 +404,7 @@ def test_a_norm_that_is_not_in_the_file_is_a_message(tmp_path, mode):
     outputs, name = (0, "norm.weight") if mode == "extract" else (3, "fc_norm.weight")
     vit = tiny(outputs)
     save_ours(tmp_path / "file", vit, model={k: x for k, x in vit.state_dict().items() if k != name})
-    assert f"missing ['{name} (192,)']" in error_of(network_of, tmp_path / "file", mode, outputs, NAMES)
+    assert f"missing ['{name} (96,)']" in error_of(network_of, tmp_path / "file", mode, outputs, NAMES)
 
 
 @pytest.mark.parametrize("mode", ["finetune", "linear"])
@@ -419,7 +419,7 @@ def test_a_head_is_kept_only_for_the_same_classes(tmp_path, mode, classes):
     assert not torch.equal(network_of(tmp_path / "public", mode, 3, classes).head.weight, vit.head.weight)
     save_pretrained(tmp_path / "encoder", tiny())                               # its norm of tokens is dropped
     network = network_of(tmp_path / "encoder", mode, 3, classes)
-    assert torch.equal(network.fc_norm.weight, torch.ones(192)) and "norm.weight" not in network.state_dict()
+    assert torch.equal(network.fc_norm.weight, torch.ones(96)) and "norm.weight" not in network.state_dict()
 
 
 @pytest.mark.parametrize("save", [save_ours, save_as("module")])
@@ -497,7 +497,7 @@ def test_fine_tuning_and_testing_normalize_by_them():
     model = finetune.Classifier(vit, [3], cfg, None).eval()
     model(grey, torch.tensor([0, 1]))
     model.scores(grey)
-    vit.head = torch.nn.Linear(192, 80)
+    vit.head = torch.nn.Linear(96, 80)
     people = dict(boxes=torch.tensor([[0, 0, 9, 9.0]]), actions=torch.ones(1, 80), count=torch.tensor([1, 0]))
     finetune.Detector(vit, cfg)(dict(clips=grey, **people), None)
     assert len(seen) == 3 and shows_grey(seen)
