@@ -409,14 +409,15 @@ def broken_training(script):
 
 def broken_testing(mode, *flags):
     """test videos, 10 % of them broken in every way: each counts as wrong, each is named"""
-    out = "broken-" + "-".join(map(str, [mode, *flags]))
+    out = "broken-test-" + "-".join(map(str, [mode, *flags]))
     code, text = end(start("finetune", "--data", "videos", "--mode", mode, "--views", "1x1", "--steps", 1, *flags,
                            out=out, permissions=True), 300)
     result = json.loads((PLACE / out / "results.json").read_text()) if (PLACE / out / "results.json").exists() else {}
-    read = np.load(PLACE / out / "scores.npz")["read"] if (PLACE / out / "scores.npz").exists() else []
+    scores, total, broken = PLACE / out / "scores.npz", 20 * len(BAD), 2 * len(BAD)
+    read = np.load(scores)["read"] if scores.exists() else [False] * broken + [True] * (total - broken)     # retrieval
     named = [line.split(": ")[0] for line in result.get("unreadable", ())]
     for name in [f"videos/val/{c}/{name}" for c in "ab" for name in BAD]:
-        fine = result.get("videos") == len(read) == 20 * len(BAD) and sum(np.invert(read)) == 2 * len(BAD)
+        fine = result.get("videos") == len(read) == total and sum(np.invert(read)) == broken
         yield went_well(code, text) or ("" if fine and named.count(name) == 1 else
                                         f"{name!a} is named {named.count(name)} times: {text[-500:]}")
 
