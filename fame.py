@@ -65,9 +65,9 @@ class Config:
     fresh: bool = False                # start over instead of continuing the run in --out
     init: str = ""                     # start from the weights of this checkpoint
     backbone: str = "r2plus1d_18"      # r2plus1d_18, r3d_18, s3d, slow_r50, r2plus1d_50, vit_tiny .. vit_huge
-    width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50, in (0, inf)
+    width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50, in (0, 8]
     image_size: int = 112              # side of the crop in pixels
-    frames: int = 16                   # frames of a clip, in [2, inf)
+    frames: int = 16                   # frames of a clip, in [2, 1e9]
     stride: int = 2                    # video frames from one frame of the clip to the next
     min_crop: float = 0.2              # smallest area of a crop, in (0, 1]
     colour: float = 1.0                # strength of colour jitter and frequency of grey clips; 1 = published
@@ -75,7 +75,7 @@ class Config:
     beta: float = 0.5                  # share of the frame that is foreground, in [0, 1]
     queue: int = 65536                 # keys of earlier clips to tell apart from
     momentum: float = 0.999            # of the key encoder, in [0, 1]
-    temperature: float = 0.1           # of the similarities, in (0, inf)
+    temperature: float = 0.1           # of the similarities, in (0, 1e9]
     epochs: int = 200                  # passes over the videos
     steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 64                    # videos per step, over all GPUs and accumulation; --repeats of each

@@ -119,7 +119,7 @@ class Config:
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
     label_smoothing: float = 0.1       # of the training target, in [0, 1]
     min_crop: float = 0.08             # smallest area of a training crop, in (0, 1]
-    aspect: float = 4 / 3              # largest aspect of a training crop, in [1, inf)
+    aspect: float = 4 / 3              # largest aspect of a training crop, in [1, 1e9]
     flip: bool = False                 # mirror half of the training clips; off where left and right are classes
     randaugment: Literal["none", "videomae", "mcl-ucf101", "mcl-hmdb51"] = "videomae"  # whose
     jitter: float = 0.0                # probability of colour jitter (0.4, hue: --hue), in [0, 1]

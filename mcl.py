@@ -63,10 +63,10 @@ class Config:
     fresh: bool = False                # start over instead of continuing the run in --out
     init: str = ""                     # start from these weights: a checkpoint, a 2-D ResNet-50 (published: MoCo v2)
     backbone: str = "r2plus1d_50"      # r2plus1d_50, slow_r50, r2plus1d_18, r3d_18, vit_tiny .. vit_huge
-    width: float = 1.0                 # channels relative to the published network: r2plus1d_50, slow_r50, in (0, inf)
+    width: float = 1.0                 # channels relative to the published network: r2plus1d_50, slow_r50, in (0, 8]
     image_size: int = 224              # side of the crop in pixels
-    frame_height: int = 240            # of the frames that crops are cut from, in [32, inf)
-    frame_width: int = 320             # likewise, in [32, inf)
+    frame_height: int = 240            # of the frames that crops are cut from, in [32, 1e9]
+    frame_width: int = 320             # likewise, in [32, 1e9]
     frames: int = 16                   # frames of a clip
     stride: int = 2                    # video frames from one frame of the clip to the next
     flow: Literal["raft_small", "raft_large", "tvl1"] = "raft_small"  # optical flow
@@ -78,7 +78,7 @@ class Config:
     colour: float = 1.0                # strength of colour jitter and frequency of grey clips; 1 = published
     queue: int = 131072                # keys of earlier clips to tell apart from
     momentum: float = 0.999            # of the key encoder, in [0, 1]
-    temperature: float = 0.1           # of the similarities, in (0, inf)
+    temperature: float = 0.1           # of the similarities, in (0, 1e9]
     order_weight: float = 0.0          # of the order loss at the end; grows linearly from 0
     align_weight: float = 1.0          # of the alignment loss; twice that during warm-up
     attention: Literal["l1", "softmax"] = "l1"  # over time in the alignment loss; softmax: published

@@ -60,7 +60,7 @@ class Config:
     fresh: bool = False                # start over instead of continuing the run in --out
     init: str = ""                     # start from the weights of this checkpoint
     backbone: str = "slow_r50"         # of RGB: slow_r50, r2plus1d_50, r2plus1d_18, r3d_18, s3d, vit_tiny .. vit_huge
-    width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50, in (0, inf)
+    width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50, in (0, 8]
     image_size: int = 224              # side of the crop in pixels
     frames: int = 8                    # RGB frames of a clip
     stride: int = 8                    # video frames from one RGB frame to the next; a multiple of --motion-stride
@@ -71,7 +71,7 @@ class Config:
     raft_weights: str = ""             # file with torchvision's RAFT weights; default: download
     flow_updates: int = 6              # refinement steps of RAFT
     motion_input: Literal["flow_edge", "flow", "frame_diff"] = "flow_edge"  # of the motion network
-    edge_clip: float = 1.0             # flow edges are cut there, in pixels per pixel, in (0, inf)
+    edge_clip: float = 1.0             # flow edges are cut there, in pixels per pixel, in (0, 1e9]
     cross_weight: float = 1.0          # of the cross-modal losses; 0 = MoCo, without a motion network
     motion_motion: bool = False        # also pull the motion features of two moments together
     min_shift: float = 0.5             # seconds between the two moments, at least
@@ -81,7 +81,7 @@ class Config:
     colour: float = 1.0                # strength of colour jitter and frequency of grey clips; 1 = published for MoCo
     queue: int = 65536                 # keys of earlier clips to tell apart from, per modality
     momentum: float = 0.999            # of the key encoders, in [0, 1]
-    temperature: float = 0.1           # of the similarities, in (0, inf)
+    temperature: float = 0.1           # of the similarities, in (0, 1e9]
     epochs: int = 200                  # passes over the videos
     steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 64                    # videos per step, over all GPUs and accumulation; --repeats of each

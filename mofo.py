@@ -66,7 +66,7 @@ class Config:
     frames: int = 16                   # frames of a clip
     stride: int = 2                    # video frames from one frame of the clip to the next
     patch_size: int = 16               # side of a patch in pixels
-    tubelet_size: int = 2              # frames of a token, in [2, inf)
+    tubelet_size: int = 2              # frames of a token, in [2, 1e9]
     min_crop: float = 0.66             # smallest side of a crop relative to the frame's short side, in (0, 1]
     mask_ratio: float = 0.9            # share of the patches that is hidden, in (0, 1)
     inside_ratio: float | None = 0.75  # share of the patches in the box that is hidden, in [0, 1]; none: VideoMAE

@@ -190,7 +190,7 @@ MISTAKES = [
     (SCRIPTS, "--batch many", "--batch", "int", "many"), (SCRIPTS, "--init nowhere.pt", "nowhere.pt"),
     (SCRIPTS, "--data ssv2 --root nowhere", "nowhere", "<id>.webm", "labels.json"),
     (SCRIPTS, "--batch 9 --device-batch 2"), (SCRIPTS, "--frames 0"), (SCRIPTS, "--stride 0"),
-    (SCRIPTS, "--min-crop 1.5"), (SCRIPTS, "--image-size 60", "60", "16", "divide"),
+    (SCRIPTS, "--min-crop 1.5"), (SCRIPTS, "--image-size 60", "60", "divide"),
     (TRACKED, "--flow farneback", "farneback", "raft_small", "tvl1"),
     (TRACKED, "--raft-weights nowhere.pth --flow raft_small", "nowhere.pth", "--flow tvl1"),
     (MASKED, "--model vit_giant", "vit_giant", "vit_tiny"), (MASKED, "--mask-ratio 1"), (["mofo"], "--inside-ratio 2"),
