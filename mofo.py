@@ -80,7 +80,7 @@ class Config:
     repeats: int = 1                   # clips cut from each video that is opened
     lr: float = 1.5e-4                 # per 256 videos of the batch
     min_lr: float = 1e-5               # per 256 videos, at the end
-    warmup_epochs: float = 40          # linear from 0
+    warmup_epochs: float = 40.0        # linear from 0
     weight_decay: float = 0.05         # AdamW, betas 0.9 and 0.95, in [0, 1]
     clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
     seed: int = 0                      # of everything that is random
