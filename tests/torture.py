@@ -1,7 +1,7 @@
 """Breaks runs on purpose in every way that we know, and counts what survives.
 
-    python tests/torture.py --quick             # about ten minutes on 2 busy cores
-    python tests/torture.py                     # more tries of each, on all six scripts
+    python tests/torture.py --quick             # four minutes on 2 cores
+    python tests/torture.py                     # half an hour: more tries of each, on all six scripts
     python tests/torture.py --only SIGTERM      # the rows whose name matches that
 
 Every function that `faults` lists is one fault: its docstring is its name, and for each try it yields what went wrong,
@@ -686,7 +686,7 @@ def memory(steps):
     code, rest = end(process)
     (before, files), (after, files_after) = seen
     print(f"after {steps // 4} and {steps - 10} steps {before:.0f} and {after:.0f} MB, {files} and {files_after} files")
-    flat = after < 1.03 * before + 20 and files_after <= files
+    flat = after < 1.03 * before + 20 and files_after <= files + 2          # one may just be open
     yield went_well(code, text + rest) or ("" if flat else f"MB, open files: {seen}")
 
 
@@ -711,7 +711,7 @@ def faults(few):
         *((broken_training, script) for script in one),
         *((broken_testing, *mode) for mode in modes[:1 if few else None]),
         (segments_beyond_the_end,), (odd_names, few), (outside_root,),
-        *((full_disk, script, leave) for script in one for leave in ((40_000,) if few else (0, 4, 1000, 40_000))),
+        *((full_disk, script, leave) for script in one for leave in ((10_000,) if few else (0, 4, 1000, 10_000))),
         *((full_disk, "finetune", 2, "--mode", mode) for mode in ("extract", "knn", "linear")[:1 if few else None]),
         *((full_disk, "finetune", 2, *flags) for flags in tuned[:1 if few else None]),
         (full_toy_disk,),
