@@ -106,15 +106,6 @@ class FakeFlow:
         return torch.stack([5 * x[:, 0, 1:] - 2 * x[:, 1, :-1], 3 * x[:, 2, 1:] * x[:, 0, :-1]], 2)
 
 
-def toy_flow(truth, first, second):
-    """True flow (2, H, W) in px from frame `first` to frame `second`, and the sprite's mask (H, W) in `first`."""
-    inside = common._toy_depth(truth, first) > 0
-    (c1, c2), (s1, s2) = truth["centre"][[first, second]], truth["scale"][[first, second]]
-    pan = truth["camera"][second] - truth["camera"][first]
-    sprite = (c2 - c1)[:, None, None] + (common._toy_grid(truth["size"]) - c1[:, None, None]) * (s2 / s1 - 1)
-    return np.where(inside, sprite, pan[:, None, None]), inside
-
-
 def toy_clips(count, labels=(None,), frames=36):
     """The first toy videos of `test` -> uint8 (count, 3, frames, 64, 64), their truths; labels are taken in turn."""
     videos, truths = zip(*[toy_video(0, "test", i, frames=frames, label=labels[i % len(labels)]) for i in range(count)])

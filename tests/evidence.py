@@ -100,20 +100,18 @@ def load_network(checkpoint, kind, seed):
     cfg = parse_config(finetune.Config, finetune.RECIPES, ["--init", str(checkpoint), "--mode", "linear"])
     content = load_file(checkpoint)
     torch.manual_seed(1000 + seed)
-    cfg.random_init, cfg.device = bool(kind), common.setup(seed)
-    return finetune.build_network(cfg, content).to(cfg.device.device).eval(), cfg, content
+    cfg.random_init, cfg.env = bool(kind), common.setup(seed)
+    return finetune.build_network(cfg, content).to(cfg.env.device).eval(), cfg, content
 
 
 def read_out(network, cfg, videos):
     """Probes and retrieval -> figures."""
-    def features(split, label="motion"):
-        listing = find_videos("toy", "", split, label, (videos, 256, 64))
-        return torch.tensor([item.label for item in listing.items]), listing.items
     got = {}
     for split in ("train", "train_biased", "test"):
-        labels, items = features(split)
-        got[split] = finetune.extract(network, items, cfg, cfg.device, "1x1", split)[0].mean(1), labels
-        got[f"{split} scene"] = got[split][0], features(split, "scene")[0]
+        motion, scene = (find_videos("toy", "", split, label, (videos, 256, 64)).items for label in ("motion", "scene"))
+        features = finetune.extract(network, motion, cfg, cfg.env, "1x1", split)[0].mean(1)
+        got[split], got[f"{split} scene"] = ((features, torch.tensor([item.label for item in items]))
+                                             for items in (motion, scene))
 
     def probe(train, test):
         scores = finetune.fit_linear(*got[train], 8, cfg.l2)(got[test][0])
@@ -141,6 +139,15 @@ def toy_clips(indices, stride=2, frames=8, first=10):
     masks = np.stack([common._toy_depth(t, shown) > 0 for t in truths])
     clips = torch.from_numpy(np.stack([v[shown] for v in videos])).permute(0, 4, 1, 2, 3)
     return clips.contiguous(), torch.from_numpy(masks), truths, shown
+
+
+def toy_flow(truth, first, second):
+    """True flow (2, H, W) in px from frame `first` to frame `second`, and the sprite's mask (H, W) in `first`."""
+    inside = common._toy_depth(truth, first) > 0
+    (c1, c2), (s1, s2) = truth["centre"][[first, second]], truth["scale"][[first, second]]
+    pan = truth["camera"][second] - truth["camera"][first]
+    sprite = (c2 - c1)[:, None, None] + (common._toy_grid(truth["size"]) - c1[:, None, None]) * (s2 / s1 - 1)
+    return np.where(inside, sprite, pan[:, None, None]), inside
 
 
 def swaps(network, device, count=128):
@@ -224,16 +231,8 @@ def direction_of(content, kind, device):
     model = load_method(model, content, kind, device)
     count, _ = mme.frames_to_read(c["target"], c["frames"], c["tubelet_size"], c["stride"], c["length"])
     clips, masks, truths, shown = toy_clips(range(128), 1, count, 0)
-    fields = []
-    for t in truths:                                                                 # true flow of each pair of frames
-        pairs = []
-        for a, b in zip(shown, shown[1:]):
-            grow, (here, there) = t["scale"][b] / t["scale"][a] - 1, t["centre"][[a, b]]
-            sprite = (there - here)[:, None, None] + (common._toy_grid(64) - here[:, None, None]) * grow
-            pan = (t["camera"][b] - t["camera"][a])[:, None, None]
-            pairs.append(np.where(common._toy_depth(t, a) > 0, sprite, pan))
-        fields.append(np.stack(pairs))
-    model.flow = lambda x, true=torch.from_numpy(np.stack(fields)).float(): true.to(x.device)
+    true = np.stack([[toy_flow(t, a, b)[0] for a, b in zip(shown, shown[1:])] for t in truths])
+    model.flow = lambda x: torch.from_numpy(true).float().to(x.device)               # (B, F - 1, 2, 64, 64)
     target, valid, _ = model.targets(clips.to(device))
     generator = torch.Generator(device).manual_seed(0)
     hidden = mme.tube_mask(len(clips), model.encoder.grid, model.mask_ratio, generator, device)
@@ -266,7 +265,7 @@ def leave_one_out(network, cfg, data, pattern):
     if None in groups:
         raise common.UserError(f"--groups {pattern}: not found in the name {items[groups.index(None)].path}")
     groups, labels = np.array([g[1] for g in groups]), torch.tensor([item.label for item in items])
-    features = finetune.extract(network, items, cfg, cfg.device, "3x1", data)[0].mean(1)
+    features = finetune.extract(network, items, cfg, cfg.env, "3x1", data)[0].mean(1)
     right = torch.zeros(len(items))
     for group in sorted(set(groups)):
         out = torch.from_numpy(groups == group)
@@ -286,7 +285,7 @@ def run_cell(row, seed, a):
         figures, n = {}, 256
         if kind != "supervised":
             figures = read_out(network, cfg, SIZES[a.size][1]) | mechanism(script, switches, kind, network, content,
-                                                                           cfg.device.device)
+                                                                           cfg.env.device)
         if a.labels or kind == "supervised":
             name = "motion" if kind == "supervised" else "few labels"
             figures[name] = few_labels(checkpoint, kind, seed, checkpoint.parent / "few")

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import torchvision
 
 from common import FlowEstimator, read_clips, spatial_gradient, toy_video, tvl1, warp
-from conftest import SHARED, error_of, seeded, toy_clips, toy_flow
+from conftest import SHARED, error_of, seeded, toy_clips
+from evidence import toy_flow
 
 RAFT = SHARED / "weights" / "raft_small.pth"
 needs_raft = pytest.mark.skipif(not RAFT.exists(), reason=f"{RAFT} is not here")

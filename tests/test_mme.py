@@ -12,7 +12,8 @@ from common import FlowEstimator, normalize
 from mme import (MME, NOISE, frame_hog, MaskedAutoencoder, frames_to_read, hog, pixel_target, position_loss,
                  position_target, shape_loss, shape_target, to_tokens, trajectories, tube_mask)
 from mofo import motion_tube_mask
-from conftest import error_of, golden_arrays, seeded, toy_clips, toy_flow
+from conftest import error_of, golden_arrays, seeded, toy_clips
+from evidence import toy_flow
 
 TINY = dict(image_size=32, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3, decoder_dim=12,
             decoder_depth=1, decoder_heads=2)                                   # 2 x 4 x 4 tokens, 22 are hidden
