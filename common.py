@@ -671,6 +671,8 @@ def _epic_names(files, kind, ids):
     """Names of the verb or noun classes from EPIC_100_{kind}_classes.csv; numbers where it has none."""
     path = files.get(f"epic_100_{kind}_classes.csv")
     names = {int(row["id"]): row["key"] for row in csv.DictReader(read_lines(path))} if path else {}
+    if max(*ids, *names, 0) > 9999:
+        raise ValueError(f"{kind} class {max(*ids, *names)}")
     return [names.get(i, str(i)) for i in range(1 + max(*ids, *names, 0))]
 
 
@@ -2051,7 +2053,8 @@ def last_checkpoint(out):
         try:
             content = load_file(file)
             check_finite((pair for pair in content["model"].items() if "running" not in pair[0]), f"{file}: not used")
-            if {"optimizer", "scaler", "step", "classes"} <= content.keys() and isinstance(content.get("config"), dict):
+            kinds = [type(content.get(name)) for name in ("optimizer", "scaler", "step", "classes", "config")]
+            if kinds == [dict, dict, int, list, dict]:
                 return content
             raise UserError(f"{file}: is not the checkpoint of a run")
         except UserError as error:

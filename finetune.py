@@ -236,7 +236,7 @@ def epic_subsets(root):
             print0(f"note: no EPIC_100_{name}.csv below {root}: no results for that part of the test set")
         try:
             sets.append({kind(row[column]) for row in csv.DictReader(read_lines(path))} if path else set())
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError, csv.Error):
             raise UserError(f"{path}: expected a column {column!r} of {kind.__name__}") from None
     return tuple(sets)
 

@@ -201,6 +201,12 @@ def test_epic_with_two_labels(tmp_path, files, verbs, nouns):
     assert collate(samples)["labels"].tolist() == [[2, 1], [0, 11]]               # a column per head
 
 
+@pytest.mark.parametrize("rows", [ROW("P01_11", 3_000_000_000, 10), ROW("P" * 200_000, 1, 1)])
+def test_epic_annotations_that_cannot_be_true_are_a_message(tmp_path, rows):
+    put(tmp_path, {"EPIC_100_train.csv": HEAD + rows}, ["P01_11.MP4"])
+    assert "is not as published" in error_of(find_videos, "epic", tmp_path)
+
+
 SUBSETS = {"tail_verbs": "verb\n18\n96\n18\n", "tail_nouns": "noun\r\n7\r\n299\r\n",
            "unseen_participant_ids_validation": "participant_id\nP18\nP32\n"}
 IDS = {18, 96}, {7, 299}, {"P18", "P32"}
@@ -215,6 +221,6 @@ def test_a_subset_of_epic_without_file_is_empty_and_said_and_one_of_another_form
     assert epic_subsets(tmp_path) == tuple(set() if i == gone else ids for i, ids in enumerate(IDS))
     said = re.findall(r"EPIC_100_(\w+)\.csv", capsys.readouterr().out)
     assert said == ([] if gone is None else [names[gone]])
-    for name, text in product(reversed(names), ("number\n18\n", "verb,noun\nput,plate\n")):      # of another form
+    for name, text in product(reversed(names), ("number\n18\n", "verb,noun\nput,plate\n", "x" * 200_000)):    # of another form
         put(tmp_path, {f"csv/EPIC_100_{name}.csv": text})
         assert f"EPIC_100_{name}.csv: expected a column" in error_of(epic_subsets, tmp_path)

@@ -27,7 +27,7 @@ def spoiled(path):                                                          # a 
     return content
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK", "half", "list", "other", "nan"])
+@pytest.mark.parametrize("damage", [b"", b"PK", "half", "list", "other", "step", "nan"])
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before(damage, tmp_path, capsys):
     flags = [*SMALL, "--steps", 4, "--out", tmp_path]
     run("mofo", *flags)
@@ -39,7 +39,8 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(damage, tmp_path, ca
     elif isinstance(damage, bytes):
         last.write_bytes(damage)
     else:
-        other = dict(list=[1, 2], other=dict(model=weights, step=4), nan=spoiled(last))
+        other = dict(list=[1, 2], other=dict(model=weights, step=4), nan=spoiled(last),
+                     step=torch.load(last, weights_only=True) | dict(step="4"))
         torch.save(other[damage], last)
     run("mofo", *flags)
     assert "previous.pt" in capsys.readouterr().out and losses(tmp_path) == whole
