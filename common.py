@@ -13,7 +13,6 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import difflib
 import fcntl
 import functools
 import hashlib
@@ -63,6 +62,26 @@ def _first_line(error):
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
 
+@dataclasses.dataclass
+class RunConfig:
+    """Where a run reads and writes, and how: the settings of all six scripts."""
+    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, ava, or your own: a directory, a list file
+    root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
+    out: str = ""                      # directory of the run; default runs/<script>-<data>, of finetune.py with more
+    fresh: bool = False                # start over instead of continuing the run in --out
+    init: str = ""                     # start from the weights of this checkpoint
+    steps: int = 0                     # optimiser steps instead of --epochs
+    clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
+    seed: int = 0                      # of everything that is random
+    workers: int = 8                   # processes per GPU that read videos, in [0, 256]
+    compile: bool = torch.cuda.is_available()  # torch.compile what runs in every step: network, flow
+    log_every: int = 20                # steps
+    save_every: int = 500              # steps
+    toy_train: int = 1024              # toy: videos to train on
+    toy_test: int = 256                # toy: videos to test on
+    toy_size: int = 64                 # toy: side in pixels, in [16, 1024]
+
+
 def parse_config(Config, recipes, argv=None):
     """Fill the dataclass `Config` from its defaults, then from `recipes`, then from the command line.
 
@@ -72,8 +91,8 @@ def parse_config(Config, recipes, argv=None):
     A number must be in the interval that its comment names, e.g. `in (0, 1]`, else in [0, 1e9], or [1, 1e9] if it is
     whole and its default is not 0.  Flags that were given are in `.given`.  Raises UserError otherwise.
     """
-    types = typing.get_type_hints(Config)
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
+    types, source = typing.get_type_hints(Config), "".join(map(inspect.getsource, Config.__mro__[-2::-1]))
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, description=(
         f"Recipes: {', '.join(recipes)}. Defaults below are those of the class; a recipe overrides them."))
     for field in dataclasses.fields(Config):
@@ -91,12 +110,7 @@ def parse_config(Config, recipes, argv=None):
             parser.add_argument(name, type=_value(kind, interval), help=text, metavar=field.name.upper())
 
     def complain(message):
-        if message.startswith("unrecognized"):
-            word = message.removeprefix("unrecognized arguments: ").split()[0]
-            near = difflib.get_close_matches(word, parser._option_string_actions, 1)
-            guess = f", did you mean {near[0]}?" if near else ""
-            message = f"unknown flag {word}{guess} (--help lists them all)"
-        raise UserError(re.sub(r"^argument (\S+):", r"\1", message))
+        raise UserError(re.sub(r"^argument (\S+):", r"\1", message) + ". --help lists all flags")
     parser.error = complain
 
     argv = sys.argv[1:] if argv is None else argv
@@ -1080,17 +1094,6 @@ def flip(clips, generator=None, p=0.5):
     return torch.where(flipped[:, None, None, None, None], clips.flip(-1), clips), flipped
 
 
-def crop_resize(maps, boxes, size, flipped=None):
-    """Cut boxes (B, 4), in pixels, out of maps (B, C, H, W) and scale them to (B, C, size, size), bilinearly; where
-    flipped (B,) is True, also mirror them left-right."""
-    H, W = maps.shape[-2:]
-    (x1, y1, x2, y2), zero = boxes.float().unbind(1), torch.zeros(len(boxes), device=maps.device)
-    reach = (x2 - x1) / W if flipped is None else torch.where(flipped, x1 - x2, x2 - x1) / W
-    rows = [reach, zero, (x1 + x2) / W - 1, zero, (y2 - y1) / H, (y1 + y2) / H - 1]            # grid_sample's -1 .. 1
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), (len(maps), 1, size, size), align_corners=False)
-    return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
-
-
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))     # grey, and two of colour
 FROM_YIQ = tuple(map(tuple, np.linalg.inv(YIQ).tolist()))
 
@@ -1945,11 +1948,8 @@ def make_optimizer(name, model, lr, weight_decay, device, nesterov=False):
     matrices = [p for n, p in named if not (p.ndim <= 1 or "mask_token" in n)]
     groups = [dict(params=matrices, weight_decay=weight_decay),
               dict(params=vectors, weight_decay=0.0 if nesterov or name == "adamw" else weight_decay)]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=nesterov)
-    raise ValueError(f"optimizer {name}: adamw or sgd")
+    return dict(adamw=partial(torch.optim.AdamW, betas=(0.9, 0.95), fused=device.type == "cuda"),
+                sgd=partial(torch.optim.SGD, momentum=0.9, nesterov=nesterov))[name](groups, lr=lr)
 
 
 def cosine_lr(step, steps, warmup, peak, floor, start=0.0, whole=False):

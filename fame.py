@@ -47,23 +47,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, Log, MomentumContrast, Queue, StopSignal, UserError, all_reduce_mean, blur, clip_indices,
-                    colour_jitter, cosine_lr, eagerly, example_clips, find_videos, flip, loader, make_backbone,
-                    make_optimizer, map_to_rgb, normalize, open_run, plan_run, rand, random_resized_crop, read_views,
-                    resume_or_init, run, save_checkpoint, save_sheet, setup, step_batches, to_device, to_float01,
-                    wrap_model)
+from common import (Clips, Log, MomentumContrast, Queue, RunConfig, StopSignal, UserError, all_reduce_mean, blur,
+                    clip_indices, colour_jitter, cosine_lr, eagerly, example_clips, find_videos, flip, loader,
+                    make_backbone, make_optimizer, map_to_rgb, normalize, open_run, plan_run, rand,
+                    random_resized_crop, read_views, resume_or_init, run, save_checkpoint, save_sheet, setup,
+                    step_batches, to_device, to_float01, wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
 # Defaults are the published pre-training on Kinetics-400 with R(2+1)D-18.
 
 @dataclass
-class Config:
-    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, or your own: a directory, a list file
-    root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
-    out: str = ""                      # directory of the run; default runs/fame-<data>
-    fresh: bool = False                # start over instead of continuing the run in --out
-    init: str = ""                     # start from the weights of this checkpoint
+class Config(RunConfig):
     backbone: str = "r2plus1d_18"      # r2plus1d_18, r3d_18, s3d, slow_r50, r2plus1d_50, vit_tiny .. vit_huge
     width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50, in (0, 8]
     image_size: int = 112              # side of the crop in pixels
@@ -77,7 +72,6 @@ class Config:
     momentum: float = 0.999            # of the key encoder, in [0, 1]
     temperature: float = 0.1           # of the similarities, in (0, 1e9]
     epochs: int = 200                  # passes over the videos
-    steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 64                    # videos per step, over all GPUs and accumulation; --repeats of each
     device_batch: int = 64             # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # pairs cut from each video that is opened; they may swap backgrounds
@@ -86,16 +80,7 @@ class Config:
     min_lr: float = 0.0                # per 256 videos, at the end
     warmup_epochs: float = 0           # linear from 0
     weight_decay: float = 1e-4         # sgd: of everything, adamw: not of vectors, in [0, 1]
-    clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
-    seed: int = 0                      # of everything that is random
-    workers: int = 8                   # processes per GPU that read videos, in [0, 256]
-    compile: bool = torch.cuda.is_available()  # torch.compile the network, stage by stage
-    log_every: int = 20                # steps
-    save_every: int = 500              # steps
     preview_every: int = 1000          # steps
-    toy_train: int = 1024              # toy: videos to train on
-    toy_test: int = 256                # toy: videos to test on
-    toy_size: int = 64                 # toy: side in pixels, in [16, 1024]
 
 
 RECIPES = {

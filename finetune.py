@@ -55,10 +55,10 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import (BACKBONES, Clips, DATA_SETS, FILE_NAMES, FlowEstimator, HUGGING_FACE, Log, Mlp, ResNet3D, SIZES,
-                    SPLIT_DIRS, StopSignal, UserError, VIDEO_FILES, ViT, VideoError, all_reduce_mean, clip_indices,
-                    colour_jitter, cosine_lr, data_root, eagerly, find_videos, flip, hold_out, init_linear,
-                    item_frames, list_files, load_file, load_weights, loader, make_backbone, make_listing, normalize,
-                    open_run, plan_run, print0, random_resized_crop, read_lines, read_views, replace_parts,
+                    SPLIT_DIRS, RunConfig, StopSignal, UserError, VIDEO_FILES, ViT, VideoError, all_reduce_mean,
+                    clip_indices, colour_jitter, cosine_lr, data_root, eagerly, find_videos, flip, hold_out,
+                    init_linear, item_frames, list_files, load_file, load_weights, loader, make_backbone, make_listing,
+                    normalize, open_run, plan_run, print0, random_resized_crop, read_lines, read_views, replace_parts,
                     resume_or_init, run, run_directory, save_checkpoint, setup, split_dir, step_batches, to_device,
                     to_float01, wrap_model)
 from mofo import find_motion
@@ -72,20 +72,15 @@ PAPERS = Literal["videomae", "mofo", "mme", "fame", "mcl", "modist"]
 
 
 @dataclass
-class Config:
-    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, ava, or your own: directory, list file
-    root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
+class Config(RunConfig):
     test_data: str = ""                # list file or directory for testing; default: a fifth of data without a split
     train_split: str = "train"         # train; toy also has train_biased
     split: int = 1                     # of ucf101 and hmdb51, which have three; pre-training takes the first, in [1, 3]
     part: str = ""                     # what predict and extract read: train, test, all; default test, of your own all
     label: str = ""                    # what to predict: epic verb, noun, verb-noun, action; toy motion, scene
     classes: str = ""                  # file with the name of a class per line, where --init does not say them
-    out: str = ""                      # directory of the run; default runs/finetune-<mode>-<data>-<init>
-    fresh: bool = False                # start over instead of continuing the run in --out
     mode: MODES = "finetune"           # what is done with the network
     recipe: PAPERS = "videomae"        # whose protocol
-    init: str = ""                     # checkpoint to start from
     random_init: bool = False          # take the network from --init but not its weights: the baseline of every probe
     model: Literal[BACKBONES] = "vit_base"  # where --init does not say: vit_tiny .. vit_huge, r2plus1d_18, r3d_18, ...
     image_size: int = 0                # side of what the network sees; 0 = as pre-trained
@@ -101,7 +96,6 @@ class Config:
     average: Literal["softmax", "logits"] = "softmax"  # what is averaged over views
     test_batch: int = 64               # clips per GPU and forward pass, at test time; at least the views of a video
     epochs: int = 50                   # passes over the training videos
-    steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 512                   # videos per step, over all GPUs and accumulation; --repeats of each
     device_batch: int = 8              # videos per GPU and forward pass
     repeats: int = 1                   # clips cut from each video that is opened (repeated augmentation)
@@ -116,7 +110,6 @@ class Config:
     layer_decay: float = 0.75          # learning rate of a block relative to the one above it, in (0, 1]
     drop_path: float = 0.1             # of the last block, linear over depth, in [0, 1)
     dropout: float = 0.0               # of the features, before the head, in [0, 1)
-    clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
     label_smoothing: float = 0.1       # of the training target, in [0, 1]
     min_crop: float = 0.08             # smallest area of a training crop, in (0, 1]
     aspect: float = 4 / 3              # largest aspect of a training crop, in [1, 1e9]
@@ -140,14 +133,6 @@ class Config:
     flow: Literal["raft_small", "raft_large", "tvl1"] = "raft_small"  # for --focused
     raft_weights: str = ""             # file with torchvision's RAFT weights; default: download
     flow_updates: int = 6              # refinement steps of RAFT
-    seed: int = 0                      # of everything that is random
-    workers: int = 8                   # processes per GPU that read videos, in [0, 256]
-    compile: bool = torch.cuda.is_available()  # torch.compile the network, block by block
-    log_every: int = 20                # steps
-    save_every: int = 500              # steps
-    toy_train: int = 1024              # toy: videos to train on
-    toy_test: int = 256                # toy: videos to test on
-    toy_size: int = 64                 # toy: side in pixels, in [16, 1024]
 
 
 DENSE = dict(sampling="dense", views="5x3", repeats=2, flip=True)

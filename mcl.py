@@ -45,8 +45,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Bottleneck, Clips, FlowEstimator, Log, MomentumContrast, Queue, StopSignal, UserError, ViT,
-                    all_reduce_mean, blur, colour_jitter, constant, cosine_lr, crop_resize, draw_box, eagerly,
+from common import (Bottleneck, Clips, FlowEstimator, Log, MomentumContrast, Queue, RunConfig, StopSignal, UserError,
+                    ViT, all_reduce_mean, blur, colour_jitter, constant, cosine_lr, draw_box, eagerly,
                     example_clips, find_videos, item_frames, loader, make_backbone, make_optimizer, map_to_rgb,
                     normalize, open_run, patchify, plan_run, rand, read_views, resume_or_init, run, save_checkpoint,
                     save_sheet, setup, spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
@@ -56,12 +56,7 @@ from common import (Bottleneck, Clips, FlowEstimator, Log, MomentumContrast, Que
 # Defaults are the published pre-training on Kinetics-400.
 
 @dataclass
-class Config:
-    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, or your own: a directory, a list file
-    root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
-    out: str = ""                      # directory of the run; default runs/mcl-<data>
-    fresh: bool = False                # start over instead of continuing the run in --out
-    init: str = ""                     # start from these weights: a checkpoint, a 2-D ResNet-50 (published: MoCo v2)
+class Config(RunConfig):
     backbone: str = "r2plus1d_50"      # r2plus1d_50, slow_r50, r2plus1d_18, r3d_18, vit_tiny .. vit_huge
     width: float = 1.0                 # channels relative to the published network: r2plus1d_50, slow_r50, in (0, 8]
     image_size: int = 224              # side of the crop in pixels
@@ -83,7 +78,6 @@ class Config:
     align_weight: float = 1.0          # of the alignment loss; twice that during warm-up
     attention: Literal["l1", "softmax"] = "l1"  # over time in the alignment loss; softmax: published
     epochs: int = 400                  # passes over the videos
-    steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 32                    # videos per step, over all GPUs and accumulation; --repeats of each
     device_batch: int = 32             # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # samples (of a clip and two others) from each video that is opened
@@ -92,16 +86,7 @@ class Config:
     min_lr: float = 8e-6               # per 256 videos, at the end
     warmup_epochs: float = 5           # linear from 0
     weight_decay: float = 1e-4         # sgd: of everything, adamw: not of vectors, in [0, 1]
-    clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
-    seed: int = 0                      # of everything that is random
-    workers: int = 8                   # processes per GPU that read videos, in [0, 256]
-    compile: bool = torch.cuda.is_available()  # torch.compile the network up to the aligned layer, and the flow
-    log_every: int = 20                # steps
-    save_every: int = 500              # steps
     preview_every: int = 1000          # steps
-    toy_train: int = 1024              # toy: videos to train on
-    toy_test: int = 256                # toy: videos to test on
-    toy_size: int = 64                 # toy: side in pixels, in [16, 1024]
 
 
 RECIPES = {
@@ -201,6 +186,17 @@ def motion_crop(motion_map, height, width, generator=None, min_area=0.2, places=
     best = torch.where(cover >= share[:, None], 2.0, cover).argmax(1, keepdim=True)         # the first of the largest
     x, y = x.gather(1, best), y.gather(1, best)
     return torch.cat([x, y, x + w, y + h], 1)
+
+
+def crop_resize(maps, boxes, size, flipped=None):
+    """Cut boxes (B, 4), in pixels, out of maps (B, C, H, W) and scale them to (B, C, size, size), bilinearly; where
+    flipped (B,) is True, also mirror them left-right."""
+    H, W = maps.shape[-2:]
+    (x1, y1, x2, y2), zero = boxes.float().unbind(1), torch.zeros(len(boxes), device=maps.device)
+    reach = (x2 - x1) / W if flipped is None else torch.where(flipped, x1 - x2, x2 - x1) / W
+    rows = [reach, zero, (x1 + x2) / W - 1, zero, (y2 - y1) / H, (y1 + y2) / H - 1]            # grid_sample's -1 .. 1
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), (len(maps), 1, size, size), align_corners=False)
+    return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
 
 
 # ---- 4. Alignment --------------------------------------------------------------------------------------------------

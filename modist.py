@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, FlowEstimator, Log, MomentumContrast, Queue, ResNet3D, StopSignal, UserError,
+from common import (Clips, FlowEstimator, Log, MomentumContrast, Queue, ResNet3D, RunConfig, StopSignal, UserError,
                     all_reduce_mean, blur, colour_jitter, cosine_lr, draw_box, eagerly, example_clips, find_videos,
                     flip, flow_picture, init_linear, item_frames, loader, make_backbone, make_optimizer, normalize,
                     open_run, plan_run, random_resized_crop, read_views, resume_or_init, run, save_checkpoint,
@@ -53,12 +53,7 @@ from common import (Clips, FlowEstimator, Log, MomentumContrast, Queue, ResNet3D
 # Defaults are for Kinetics-400; the released defaults where there are any.
 
 @dataclass
-class Config:
-    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, or your own: a directory, a list file
-    root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
-    out: str = ""                      # directory of the run; default runs/modist-<data>
-    fresh: bool = False                # start over instead of continuing the run in --out
-    init: str = ""                     # start from the weights of this checkpoint
+class Config(RunConfig):
     backbone: str = "slow_r50"         # of RGB: slow_r50, r2plus1d_50, r2plus1d_18, r3d_18, s3d, vit_tiny .. vit_huge
     width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50, in (0, 8]
     image_size: int = 224              # side of the crop in pixels
@@ -83,7 +78,6 @@ class Config:
     momentum: float = 0.999            # of the key encoders, in [0, 1]
     temperature: float = 0.1           # of the similarities, in (0, 1e9]
     epochs: int = 200                  # passes over the videos
-    steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 64                    # videos per step, over all GPUs and accumulation; --repeats of each
     device_batch: int = 64             # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # pairs cut from each video that is opened
@@ -92,16 +86,7 @@ class Config:
     min_lr: float = 0.0                # per 256 videos, at the end
     warmup_epochs: float = 35          # linear from 0
     weight_decay: float = 1e-4         # not of vectors, in [0, 1]
-    clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
-    seed: int = 0                      # of everything that is random
-    workers: int = 8                   # processes per GPU that read videos, in [0, 256]
-    compile: bool = torch.cuda.is_available()  # torch.compile the networks, stage by stage, and the flow
-    log_every: int = 20                # steps
-    save_every: int = 500              # steps
     preview_every: int = 1000          # steps
-    toy_train: int = 1024              # toy: videos to train on
-    toy_test: int = 256                # toy: videos to test on
-    toy_size: int = 64                 # toy: side in pixels, in [16, 1024]
 
 
 RECIPES = {   # all but k400 are our choice

@@ -44,9 +44,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Block, Clips, FlowEstimator, Log, StopSignal, UserError, VITS, ViT, all_reduce_mean, clip_indices,
-                    cosine_lr, draw_box, eagerly, example_clips, find_videos, flow_picture, init_linear, loader,
-                    make_optimizer, map_to_rgb, normalize, open_run, patchify, plan_run, rand, read_views,
+from common import (Block, Clips, FlowEstimator, Log, RunConfig, StopSignal, UserError, VITS, ViT, all_reduce_mean,
+                    clip_indices, cosine_lr, draw_box, eagerly, example_clips, find_videos, flow_picture, init_linear,
+                    loader, make_optimizer, map_to_rgb, normalize, open_run, patchify, plan_run, rand, read_views,
                     resume_or_init, run, save_checkpoint, save_sheet, setup, sincos_positions, spatial_gradient,
                     step_batches, to_device, to_float01, unnormalize, unpatchify, wrap_model)
 
@@ -55,12 +55,7 @@ from common import (Block, Clips, FlowEstimator, Log, StopSignal, UserError, VIT
 # Defaults are the published pre-training on Something-Something v2 (VideoMAE's, with MOFO's mask).
 
 @dataclass
-class Config:
-    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, or your own: a directory, a list file
-    root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
-    out: str = ""                      # directory of the run; default runs/mofo-<data>
-    fresh: bool = False                # start over instead of continuing the run in --out
-    init: str = ""                     # start from the weights of this checkpoint
+class Config(RunConfig):
     model: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"] = "vit_base"  # the encoder
     image_size: int = 224              # side of the crop in pixels
     frames: int = 16                   # frames of a clip
@@ -74,7 +69,6 @@ class Config:
     raft_weights: str = ""             # file with torchvision's RAFT state dict; default: download
     flow_updates: int = 6              # refinement steps of RAFT
     epochs: int = 800                  # passes over the videos
-    steps: int = 0                     # optimiser steps instead of epochs
     batch: int = 2048                  # videos per step, over all GPUs and accumulation; --repeats of each
     device_batch: int = 64             # videos per GPU and forward pass: as many as fit
     repeats: int = 1                   # clips cut from each video that is opened
@@ -82,16 +76,7 @@ class Config:
     min_lr: float = 1e-5               # per 256 videos, at the end
     warmup_epochs: float = 40.0        # linear from 0
     weight_decay: float = 0.05         # AdamW, betas 0.9 and 0.95, in [0, 1]
-    clip_grad: float = 0.0             # largest gradient norm; 0 = no clipping
-    seed: int = 0                      # of everything that is random
-    workers: int = 8                   # processes per GPU that read videos, in [0, 256]
-    compile: bool = torch.cuda.is_available()  # torch.compile the transformer blocks and the flow
-    log_every: int = 20                # steps
-    save_every: int = 500              # steps
     preview_every: int = 1000          # steps
-    toy_train: int = 1024              # toy: videos to train on
-    toy_test: int = 256                # toy: videos to test on
-    toy_size: int = 64                 # toy: side in pixels, in [16, 1024]
 
 
 RECIPES = {

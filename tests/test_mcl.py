@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import mcl
-from common import Bottleneck, Item, Video, crop_resize, make_backbone, to_float01, unnormalize
+from common import Bottleneck, Item, Video, make_backbone, to_float01, unnormalize
 from conftest import FakeFlow, error_of, golden_arrays, noise, numbers, seeded, tiny_video
-from mcl import (GRID, MCL, Config, alignment_loss, alignment_map, clip_map, hot_box, motion_boundary, motion_crop,
-                 motion_target, preview, random_starts, sample_clips, split, tournament)
+from mcl import (GRID, MCL, Config, alignment_loss, alignment_map, clip_map, crop_resize, hot_box, motion_boundary,
+                 motion_crop, motion_target, preview, random_starts, sample_clips, split, tournament)
 from test_contrast import with_statistics
 from test_fame import slow_info_nce
 from test_flow import slow_gradient
