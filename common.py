@@ -75,8 +75,8 @@ class RunConfig:
     seed: int = 0                      # of everything that is random
     workers: int = 8                   # processes per GPU that read videos, in [0, 256]
     compile: bool = torch.cuda.is_available()  # torch.compile what runs in every step: network, flow
-    log_every: int = 20                # steps
-    save_every: int = 500              # steps
+    log_every: int = 20                # steps between lines of the log
+    save_every: int = 500              # steps between checkpoints
     toy_train: int = 1024              # toy: videos to train on
     toy_test: int = 256                # toy: videos to test on
     toy_size: int = 64                 # toy: side in pixels, in [16, 1024]
@@ -95,19 +95,20 @@ def parse_config(Config, recipes, argv=None):
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, description=(
         f"Recipes: {', '.join(recipes)}. Defaults below are those of the class; a recipe overrides them."))
+    groups = [parser.add_argument_group(title) for title in ("settings of the method", "settings of every run")]
     for field in dataclasses.fields(Config):
         name, kind, text = "--" + field.name.replace("_", "-"), types[field.name], comments.get(field.name, "")
-        interval = ""
+        interval, add = "", groups[hasattr(RunConfig, field.name)].add_argument
         if {int, float} & {kind, *typing.get_args(kind)}:
             usual = "[1, 1e9]" if kind is int and field.default else "[0, 1e9]"
             interval = re.search(r"[\[(][\d.]+, [\w.]+[\])]", text + usual)[0]
         text = f"{text}{f', in {interval}' * (interval not in text)} (default: {field.default})".replace("%", "%%")
         if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+            add(name, action=argparse.BooleanOptionalAction, help=text)
         elif typing.get_origin(kind) is typing.Literal:
-            parser.add_argument(name, choices=typing.get_args(kind), help=text)
+            add(name, choices=typing.get_args(kind), help=text)
         else:
-            parser.add_argument(name, type=_value(kind, interval), help=text, metavar=field.name.upper())
+            add(name, type=_value(kind, interval), help=text)
 
     def complain(message):
         raise UserError(re.sub(r"^argument (\S+):", r"\1", message) + ". --help lists all flags")

@@ -80,7 +80,7 @@ class Config(RunConfig):
     min_lr: float = 0.0                # per 256 videos, at the end
     warmup_epochs: float = 0           # linear from 0
     weight_decay: float = 1e-4         # sgd: of everything, adamw: not of vectors, in [0, 1]
-    preview_every: int = 1000          # steps
+    preview_every: int = 1000          # steps between pictures
 
 
 RECIPES = {

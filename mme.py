@@ -76,7 +76,7 @@ class Config(RunConfig):
     min_lr: float = 1e-5               # per 256 videos, at the end
     warmup_epochs: float = 40.0        # linear from 0
     weight_decay: float = 0.05         # AdamW, betas 0.9 and 0.95, in [0, 1]
-    preview_every: int = 1000          # steps
+    preview_every: int = 1000          # steps between pictures
 
 
 RECIPES = {

@@ -86,7 +86,7 @@ class Config(RunConfig):
     min_lr: float = 0.0                # per 256 videos, at the end
     warmup_epochs: float = 35          # linear from 0
     weight_decay: float = 1e-4         # not of vectors, in [0, 1]
-    preview_every: int = 1000          # steps
+    preview_every: int = 1000          # steps between pictures
 
 
 RECIPES = {   # all but k400 are our choice

@@ -3,7 +3,7 @@
     python tests/evidence.py --size cpu --seeds 3           # toy data; goes on where it stopped
     python tests/evidence.py --size gpu --seeds 3           # longer, on more videos
     python tests/evidence.py --size cpu --data DIR --groups 'seq(\\d+)'    # real videos, one group left out at a time
-    python tests/evidence.py --size cpu --table             # the table, from evidence.csv
+    python tests/evidence.py --size cpu --table             # the table and the figure, from evidence.csv
     python tests/evidence.py --size toy --seeds 1 --no-labels          # the toy recipes as they are: a first look
 
 A cell is a row of ROWS and a seed: pre-training, then all read-outs.  Each figure of it becomes a line of
@@ -69,6 +69,12 @@ ROWS = {                                             # name: script, its switche
 # size: times the epochs of the toy recipe, toy videos, times its batch
 SIZES = {"toy": (1, 1024, 1), "cpu": (4, 1024, 1), "gpu": (16, 4096, 8)}
 FEW, FEW_EPOCHS = 256, 16
+# The figure: what a method is compared with, and of each read-out the level of guessing.
+BASELINES = {"MOFO": ("random, as MOFO", "VideoMAE"), "MME": ("random, as MME", "VideoMAE"),
+             "FAME": ("random, as FAME and MCL", "MoCo"), "MCL": ("random, as FAME and MCL", "MCL, unaligned"),
+             "MoDist": ("random, as MoDist", "MoDist, RGB alone")}
+BARS = {"motion": 12.5, "shortcut": 12.5, "few labels": 12.5, "same sprite": 0, "align": 50, "find": 0.4,
+        "direction": 0}
 
 
 def start(script, *flags):
@@ -325,6 +331,34 @@ def table(size, data):
     print(*lines, "", *(f"{n} test videos, {device}, commit {commit}" for n, device, commit in made), sep="\n")
 
 
+def draw(size):
+    """Write evidence.svg: a panel for each method and in it, for each figure of BARS, what random weights (light), its
+    baseline (grey) and itself (blue) reach of 100, with the spread over seeds; a red line is what guessing reaches."""
+    mine, shapes = [r for r in results() if r["size"] == size and r["data"] == "toy"], []
+    for i, (method, others) in enumerate(BASELINES.items()):
+        left = 80 + 150 * i
+        shapes.append(f'<text x="{left}" y="16"><tspan font-weight="bold">{method}</tspan> / {others[1]}</text>')
+        for j, (figure, chance) in enumerate(BARS.items()):
+            found = [[float(r["value"]) for r in mine if (r["row"], r["figure"]) == (row, figure)]
+                     for row in (*others, method)]
+            top = 26 + 40 * j
+            shapes.append(f'<text x="72" y="{top + 18}" text-anchor="end">{figure}</text>' * (i == 0))
+            for k, values in enumerate(found):
+                if values:
+                    mean, spread = max(0, np.mean(values)), np.std(values, ddof=len(values) > 1)
+                    y, ends = top + 10 * k, [left + 1.3 * max(0, end) for end in (mean - spread, mean + spread)]
+                    shapes.append(f'<rect x="{left}" y="{y}" width="{1.3 * mean:.1f}" height="9" '
+                                  f'fill="{("#ddd", "#999", "#38d")[k]}"/><path stroke="black" '
+                                  f'd="M{ends[0]:.1f} {y + 4.5}H{ends[1]:.1f}"/>')
+            if any(found):
+                x = left + 1.3 * chance
+                shapes.append(f'<path stroke="#aaa" d="M{left} {top}v29"/><path stroke="red" d="M{x} {top}v29"/>')
+    size = f'width="{80 + 150 * len(BASELINES)}" height="{26 + 40 * len(BARS)}"'
+    RESULTS.with_suffix(".svg").write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">\n'
+        f'<rect {size} fill="white"/>\n' + "\n".join(filter(None, shapes)) + "\n</svg>\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
@@ -338,7 +372,8 @@ def main():
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     a = parser.parse_args()
     if a.table:
-        return table(a.size, Path(a.data).stem + " after toy" * a.init)
+        table(a.size, Path(a.data).stem + " after toy" * a.init)
+        return draw(a.size)
     a.data = a.data if a.data == "toy" else str(Path(a.data).resolve())
     Path(a.out).mkdir(parents=True, exist_ok=True)
     os.chdir(a.out)
