@@ -83,21 +83,23 @@ def start(script, *flags):
         subprocess.run([sys.executable, REPO / f"{script}.py", *map(str, flags)], check=True, stdout=log, stderr=log)
 
 
-def pretrain(script, switches, kind, seed, size, data, after_toy=False):
+def pretrain(script, switches, kind, seed, a):
     """The checkpoint of a row; where it is random, of one step, whose weights the read-outs ignore."""
-    recipe, (times, videos, larger) = dict(importlib.import_module(script).RECIPES["toy"]), SIZES[size]
+    recipe, (times, videos, larger) = dict(importlib.import_module(script).RECIPES["toy"]), SIZES[a.size]
     recipe["epochs"] *= times
     recipe["batch"] *= larger
-    if data != "toy":                                                  # fewer videos, as many steps
-        recipe["epochs"] *= max(1, videos // len(find_videos(data, "", "train").items))
+    if a.data != "toy":                                                # fewer videos, as many steps
+        recipe["epochs"] *= max(1, videos // len(find_videos(a.data, "", "train").items))
+        if a.raft_weights and "flow" in recipe:
+            recipe |= dict(flow="raft_small", raft_weights=a.raft_weights)
 
     def directory(name):
-        return Path("runs", re.sub(r"[^\w.]+", "-", f"{size} {name} {script} {switches} {kind} {seed}"))
+        return Path("runs", re.sub(r"[^\w.]+", "-", f"{a.size} {name} {script} {switches} {kind} {seed}"))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()] + switches.split()
     flags += ["--steps", 1] if kind else []
-    flags += ["--init", directory("toy") / "last.pt"] if after_toy else []
-    out = directory(Path(data).stem + " after toy" * after_toy)
-    start(script, *flags, "--data", data, "--out", out, "--seed", seed, "--toy-train", videos)
+    flags += ["--init", directory("toy") / "last.pt"] if a.init else []
+    out = directory(Path(a.data).stem + " after toy" * a.init)
+    start(script, *flags, "--data", a.data, "--out", out, "--seed", seed, "--toy-train", videos)
     return out / "last.pt"
 
 
@@ -285,7 +287,7 @@ def leave_one_out(network, cfg, data, pattern):
 def run_cell(row, seed, a):
     """Pre-train and read out one row with one seed; append its figures to the csv."""
     (script, switches, kind), began = ROWS[row], time.time()
-    checkpoint = pretrain(script, switches, kind, seed, a.size, a.data, a.init)
+    checkpoint = pretrain(script, switches, kind, seed, a)
     network, cfg, content = load_network(checkpoint, kind, seed)
     if a.data == "toy":
         figures, n = {}, 256
@@ -367,6 +369,7 @@ def main():
     parser.add_argument("--no-labels", dest="labels", action="store_false", help="no fine-tuning with few labels")
     parser.add_argument("--data", default="toy", help="a directory of real videos, <split>/<class>/* or <class>/*")
     parser.add_argument("--groups", default=r"(.*)", help="real videos: the part of a name that tells the group")
+    parser.add_argument("--raft-weights", default="", help="real videos: RAFT-small's, instead of TV-L1 flow")
     parser.add_argument("--init", action="store_true", help="real videos: start from the same row's toy run")
     parser.add_argument("--out", default="runs/evidence", help="where the runs and the toy data lie")
     parser.add_argument("--table", action="store_true", help="print the table and stop")
@@ -375,6 +378,7 @@ def main():
         table(a.size, Path(a.data).stem + " after toy" * a.init)
         return draw(a.size)
     a.data = a.data if a.data == "toy" else str(Path(a.data).resolve())
+    a.raft_weights = a.raft_weights and str(Path(a.raft_weights).resolve())
     Path(a.out).mkdir(parents=True, exist_ok=True)
     os.chdir(a.out)
     done = {(r["size"], r["data"], r["row"], int(r["seed"])) for r in results()}
