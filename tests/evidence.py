@@ -365,7 +365,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", default="", help="only rows that begin with one of these, separated by ;")
+    parser.add_argument("--rows", default="", help="these rows of ROWS alone, separated by ;")
     parser.add_argument("--no-labels", dest="labels", action="store_false", help="no fine-tuning with few labels")
     parser.add_argument("--data", default="toy", help="a directory of real videos, <split>/<class>/* or <class>/*")
     parser.add_argument("--groups", default=r"(.*)", help="real videos: the part of a name that tells the group")
@@ -385,7 +385,7 @@ def main():
     for seed in range(a.seeds):
         for row, (_, _, kind) in ROWS.items():
             key = a.size, Path(a.data).stem + " after toy" * a.init, row, seed
-            wanted = row.startswith(tuple(part.strip() for part in a.rows.split(";")))
+            wanted = not a.rows or row in a.rows.split(";")
             if wanted and key not in done and not (a.data != "toy" and kind == "supervised"):
                 run_cell(row, seed, a)
 
