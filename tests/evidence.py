@@ -132,9 +132,9 @@ def read_out(network, cfg, videos):
 def few_labels(checkpoint, kind, seed, out):
     """Accuracy after fine-tuning on a few labels; of the supervised row after as many epochs on all of `train`."""
     extra = ["--random-init"] if kind else []
-    extra += [] if kind == "supervised" else ["--root", "few", "--toy-train", FEW]
+    extra += [] if kind == "supervised" else ["--root", "few", "--toy-train", FEW, "--lr", FEW_LR]
     start("finetune", "--mode", "finetune", "--init", checkpoint, "--out", out, "--seed", seed, "--epochs", FEW_EPOCHS,
-          "--lr", FEW_LR, *extra)
+          *extra)
     return json.loads(Path(out, "results.json").read_text())["acc1_1x1"]
 
 
