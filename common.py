@@ -65,7 +65,7 @@ def _first_line(error):
 @dataclasses.dataclass
 class RunConfig:
     """Where a run reads and writes, and how: the settings of all six scripts."""
-    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, ava, or your own: a directory, a list file
+    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, ava, or your own: directory, list file
     root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
     out: str = ""                      # directory of the run; default runs/<script>-<data>, of finetune.py with more
     fresh: bool = False                # start over instead of continuing the run in --out
@@ -113,7 +113,6 @@ def parse_config(Config, recipes, argv=None):
     def complain(message):
         raise UserError(re.sub(r"^argument (\S+):", r"\1", message) + ". --help lists all flags")
     parser.error = complain
-
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]   # --mask_ratio, too
     given = vars(parser.parse_args(argv))
@@ -183,8 +182,7 @@ def setup(seed=0):
     """
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    amp = None
+    device, amp = torch.device("cuda", local) if cuda else torch.device("cpu"), None
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                       # fp32 matmuls that remain may use TF32
@@ -236,8 +234,7 @@ def once_per_disk(function):
 
 
 class RowGenerator(torch.Generator):
-    """A torch.Generator that knows the rows of the global batch that this process computes: .total in all, its own
-    from .first on (see `rand`)."""
+    """Knows which rows of the global batch this process computes: of .total those from .first on (see `rand`)."""
 
 
 def rand(rows, *shape, generator=None, device="cpu"):
@@ -1235,9 +1232,8 @@ class FlowEstimator:
         """Time spent in flow since the last call of this method (on a GPU: its own time; waits for it to finish)."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        spent = sum(a.elapsed_time(b) / 1000 if self.device.type == "cuda" else b - a for a, b in self._marks)
-        self._marks = []
-        return spent
+        marks, self._marks = self._marks, []
+        return sum(a.elapsed_time(b) / 1000 if self.device.type == "cuda" else b - a for a, b in marks)
 
 
 def _refine(raft, hidden, context, here, there, amp):

@@ -68,7 +68,7 @@ ROWS = {                                             # name: script, its switche
 }
 # size: times the epochs of the toy recipe, toy videos, times its batch
 SIZES = {"toy": (1, 1024, 1), "cpu": (4, 1024, 1), "gpu": (16, 4096, 8)}
-FEW, FEW_EPOCHS, FEW_LR = 256, 16, 0.07      # of 0.0027 to 0.07 the rate at which random weights and VideoMAE learn most
+FEW, FEW_EPOCHS, FEW_LR = 256, 16, 0.07        # of 0.0027 to 0.07 where random weights and VideoMAE learn most
 # The figure: what a method is compared with, and of each read-out the level of guessing.
 BASELINES = {"MOFO": ("random, as MOFO", "VideoMAE"), "MME": ("random, as MME", "VideoMAE"),
              "FAME": ("random, as FAME and MCL", "MoCo"), "MCL": ("random, as FAME and MCL", "MCL, unaligned"),
