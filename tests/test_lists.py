@@ -221,6 +221,6 @@ def test_a_subset_of_epic_without_file_is_empty_and_said_and_one_of_another_form
     assert epic_subsets(tmp_path) == tuple(set() if i == gone else ids for i, ids in enumerate(IDS))
     said = re.findall(r"EPIC_100_(\w+)\.csv", capsys.readouterr().out)
     assert said == ([] if gone is None else [names[gone]])
-    for name, text in product(reversed(names), ("number\n18\n", "verb,noun\nput,plate\n", "x" * 200_000)):    # of another form
+    for name, text in product(reversed(names), ("number\n18\n", "verb,noun\nput,plate\n", "x" * 200_000)):
         put(tmp_path, {f"csv/EPIC_100_{name}.csv": text})
         assert f"EPIC_100_{name}.csv: expected a column" in error_of(epic_subsets, tmp_path)
