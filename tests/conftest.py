@@ -19,7 +19,7 @@ import torch.distributed as dist
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 import common
-from common import RowGenerator, UserError, to_float01, toy_video
+from common import RowGenerator, UserError, VideoInfo, to_float01, toy_video
 
 if not any("test_cuda" in word for word in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""                                # fp32 of the CPU is compared with loops
@@ -104,6 +104,29 @@ class FakeFlow:
         self.asked.append(clips.clone())
         x = to_float01(clips)
         return torch.stack([5 * x[:, 0, 1:] - 2 * x[:, 1, :-1], 3 * x[:, 2, 1:] * x[:, 0, :-1]], 2)
+
+
+class FakeVideo:
+    """A video that notes which frames and boxes are asked for."""
+
+    def __init__(self, frames, height, width, fps=10.0):
+        self.info, self.path = VideoInfo(frames, fps, height, width, frames / fps), "video.mp4"
+
+    def index_at(self, seconds):
+        return min(int(seconds * self.info.fps + 1e-6), self.info.frames - 1)
+
+    def read(self, indices, size=None, crop=None):
+        assert 0 <= min(indices) and max(indices) < self.info.frames
+        self.asked = [(int(n), tuple(map(int, box))) for n, box in zip(indices, crop)]
+        for _, (x1, y1, x2, y2) in self.asked:
+            assert 0 <= x1 < x2 <= self.info.width and 0 <= y1 < y2 <= self.info.height
+        return np.zeros((len(indices), *size, 3), np.uint8)
+
+    def views(self, frames):
+        """[(frame numbers, box)], one for each view"""
+        parts = [self.asked[i:i + frames] for i in range(0, len(self.asked), frames)]
+        assert all(len({box for _, box in part}) == 1 for part in parts)
+        return [([n for n, _ in part], part[0][1]) for part in parts]
 
 
 def toy_clips(count, labels=(None,), frames=36):

@@ -130,21 +130,6 @@ def test_foreground_mask_equals_slow_loops_over_the_pixels(beta, hue_scale, size
         torch.testing.assert_close(foreground_mask(clips[i:i + 1], beta, hue_scale)[1][0], soft[i], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("hue_scale", [1.0, 2 * math.pi, 8, 50])                # magnified: the bins turn so many times
-def test_hue_saturation_and_value_are_those_of_colorsys(hue_scale):
-    corners = torch.tensor(list(product((0, 0.2, 0.55, 1), repeat=3)))          # greys, pure colours, two equal maxima
-    turns = torch.tensor([colorsys.hsv_to_rgb(k / 720, 1, 1) for k in range(720)])
-    colours = torch.cat([corners, turns, noise(3000, 3)])
-    bins = colour_bins(colours.T[None, :, None], hue_scale)[0].tolist()
-    sure = 0
-    for colour, found in zip(colours.double().tolist(), bins):
-        place, grey = slow_place(*colour, hue_scale), max(colour) == min(colour)
-        if grey or all(abs(v % 1 - 0.5) > 1e-3 for v in place):                 # else rounding decides
-            sure += 1
-            assert found == slow_bin(place), colour
-    assert sure > 0.95 * len(bins) and min(bins) > 0 and max(bins) < 1000
-
-
 def inputs(kind, H, W):
     clip = torch.full((3, 5, H, W), dict(white=1.0, grey=0.5).get(kind, 0.0))
     if kind in ("random", "static"):

@@ -18,9 +18,9 @@ from torchvision.transforms.v2 import Compose
 
 import common
 import finetune
-from common import DATA_SETS, Item, UserError, VideoInfo, load_file, make_backbone, parse_config
+from common import DATA_SETS, Item, UserError, load_file, make_backbone, parse_config
 from finetune import Classifier, Config, Detector, KeyFrame, MotionFocus, RECIPES, person_clip, train_clips
-from conftest import error_of, lines, miniature, put, run, scrambled, seeded
+from conftest import FakeVideo, error_of, lines, miniature, put, run, scrambled, seeded
 
 ENV = common.Env(torch.device("cpu"), 0, 1, None)
 QUIET = dict(randaugment="none", erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)         # nothing is random
@@ -82,6 +82,7 @@ def test_motion_focus_is_the_loop_over_ragged_sets():
     torch.testing.assert_close(features[0], tokens[0].mean(0))                          # nothing moves: as it is
     features.square().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in [tokens, *head.parameters()])
+    assert "3 heads do not divide" in error_of(MotionFocus, 1024)
 
 
 def test_a_public_mofo_file_fits_by_name(tmp_path):
@@ -279,29 +280,6 @@ def test_layer_decay_and_what_vectors_get():
 
 # ---- 4. Which frames and which part of them --------------------------------------------------------------------------
 
-class Fake:
-    """A video that notes which frames and boxes are asked for."""
-
-    def __init__(self, frames, height, width, fps=10.0):
-        self.info, self.path = VideoInfo(frames, fps, height, width, frames / fps), "video.mp4"
-
-    def index_at(self, seconds):
-        return min(int(seconds * self.info.fps + 1e-6), self.info.frames - 1)
-
-    def read(self, indices, size=None, crop=None):
-        assert 0 <= min(indices) and max(indices) < self.info.frames
-        self.asked = [(int(n), tuple(map(int, box))) for n, box in zip(indices, crop)]
-        for _, (x1, y1, x2, y2) in self.asked:
-            assert 0 <= x1 < x2 <= self.info.width and 0 <= y1 < y2 <= self.info.height
-        return np.zeros((len(indices), *size, 3), np.uint8)
-
-    def views(self, frames):
-        """[(frame numbers, box)], one for each view"""
-        parts = [self.asked[i:i + frames] for i in range(0, len(self.asked), frames)]
-        assert all(len({box for _, box in part}) == 1 for part in parts)
-        return [([n for n, _ in part], part[0][1]) for part in parts]
-
-
 def spread(room, count):
     return [round(room / 2)] if count == 1 else [round(k * room / (count - 1)) for k in range(count)]
 
@@ -310,7 +288,7 @@ def spread(room, count):
 @pytest.mark.parametrize("height, width", [(48, 64), (64, 48), (300, 300), (240, 427)])
 @pytest.mark.parametrize("views", [(1, 1), (2, 3), (3, 1)])
 def test_views_at_test_time(frames, first, last, height, width, views):
-    video, (T, S), short = Fake(frames, height, width), views, min(height, width)
+    video, (T, S), short = FakeVideo(frames, height, width), views, min(height, width)
     item = Item("video.mp4", 0, first / 10, math.inf if last + 1 == frames else last / 10)
     for sampling, stride, more, side in (
             ("dense", 3, dict(), short), ("dense", 1, dict(raw_crop=True), min(short, 224)),
@@ -334,7 +312,7 @@ def test_views_at_test_time(frames, first, last, height, width, views):
 
 @pytest.mark.parametrize("sampling", ["dense", "uniform"])
 def test_views_of_training(sampling):
-    rng, item, video = np.random.default_rng(0), Item("video.mp4", 0, 2.0, 8.0), Fake(100, 60, 80)  # frames 20 to 80
+    rng, item, video = np.random.default_rng(0), Item("video.mp4", 0, 2.0, 8.0), FakeVideo(100, 60, 80)
     cfg, seen, boxes = Config(sampling=sampling, stride=3, repeats=3, min_crop=0.3, aspect=1.5), [], []
     for _ in range(60):
         assert train_clips(video, item, rng, cfg, 16, 8).shape == (3, 8, 16, 16, 3)
@@ -365,7 +343,7 @@ STREET = KeyFrame("street.mp4", 0, "street,0901", 901, PEOPLE, np.ones(3, np.flo
 
 
 def test_boxes_follow_the_crop_of_training():
-    rng, video, sides, seen, places = np.random.default_rng(0), Fake(30, 120, 160), set(), set(), set()
+    rng, video, sides, seen, places = np.random.default_rng(0), FakeVideo(30, 120, 160), set(), set(), set()
     for _ in range(60):
         out = person_clip(video, STREET, rng, Config(stride=2), 64, 2, train=True)
         (_, (x1, y1, x2, y2)), = video.views(2)
@@ -382,7 +360,7 @@ def test_boxes_follow_the_crop_of_training():
 
 @pytest.mark.parametrize("test_size, shape", [(0, (64, 80)), (48, (48, 64)), (92, (96, 128)), (256, (256, 336))])
 def test_boxes_follow_the_scale_of_testing(test_size, shape):
-    video = Fake(30, 120, 160)
+    video = FakeVideo(30, 120, 160)
     out = person_clip(video, STREET, None, Config(stride=2, test_size=test_size), 64, 2)
     assert video.views(2) == [([9, 10], (0, 0, 160, 120))]  # second 901 of a video cut at 900
     assert out["clips"].shape == (1, 2, *shape, 3) and out["count"].tolist() == [3] and out["actions"].shape == (3, 80)
@@ -876,10 +854,6 @@ def test_testing_and_predicting_go_on_with_label_and_focus(average, place, tune,
         run("finetune", "--mode", "export", "--init", out / "last.pt", "--out", place / "runs/no-export")
 
 
-def test_heads_that_do_not_divide_the_features_are_a_message():
-    assert "3 heads" in error_of(MotionFocus, 1024)
-
-
 def test_predict_on_broken_videos_and_with_two_heads(place, own, layouts, tune, capsys):
     init = tune("--data", "epic", "--root", layouts("epic"), "--views", "2x1")[1] / "last.pt"
     run("finetune", *SHORT, "--mode", "predict", "--init", init, "--data", own / "val", "--out", place / "runs/two")
@@ -1043,18 +1017,3 @@ def test_a_mistake_is_one_line(argv, message, place, pretrained, ava, layouts, o
     with pytest.raises(UserError, match=f"^error: .*({message})") as error:
         run("finetune", *data, *SHORT, *init, *argv.split(), "--out", place / "runs/mistake")
     assert "\n" not in str(error.value)
-
-
-def test_what_does_not_fit_is_named(tmp_path, place, pretrained, tune):
-    content, flags = load_file(tune()[1] / "last.pt"), [*SHORT, "--out", tmp_path / "out"]
-    headless = {k: v for k, v in content["model"].items() if "head" not in k}
-    for change, message in (
-            (dict(model=headless), r"missing \['head.weight .*, 'head.bias .*'\]"),
-            (dict(classes=["jump", *content["classes"][1:]]), r"has not: \['left'\]; it has \['jump'"),
-            (dict(backbone=dict(content["backbone"], dim=48)), r"missing .*\(48,.*unexpected .*\(96,")):
-        torch.save({**content, **change}, tmp_path / "changed.pt")
-        with pytest.raises(UserError, match=message):
-            run("finetune", *toy(place), *flags, "--mode", "test", "--init", tmp_path / "changed.pt")
-    put(tmp_path, {}, [f"data/{name}/1.mp4" for name in ("train/a", "train/b", "val/a", "val/c")])
-    with pytest.raises(UserError, match="classes that .* has not"):
-        run("finetune", "--data", tmp_path / "data", *flags, "--init", pretrained("mofo"))

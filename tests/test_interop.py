@@ -128,7 +128,8 @@ def test_what_is_not_there_is_a_message(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "safetensors", None)                       # as if it were not installed
     assert "pip install safetensors" in error_of(load_file, tmp_path)
-    assert "safetensors" in error_of(export_huggingface, small_vit(), [], tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "pip install safetensors" in error_of(export_huggingface, small_vit(), [], tmp_path / "out")
 
 
 # ---- 2. Files of ViTs ------------------------------------------------------------------------------------------------
@@ -337,8 +338,9 @@ def test_what_is_exported(tmp_path, classes):
 
 def test_what_cannot_be_exported_is_a_message(tmp_path):
     pytest.importorskip("safetensors")
-    for network, classes, word in ((make_backbone("r3d_18", 32, 4, 2), NAMES[:2], "ViT"), (small_vit(3), NAMES[:2], "3"),
-                                   (small_vit(norms=("fc_norm",)), [], "fc_norm")):
+    for network, classes, word in (
+            (make_backbone("r3d_18", 32, 4, 2), NAMES[:2], "ViT"), (small_vit(3), NAMES[:2], "3"),
+            (small_vit(norms=("fc_norm",)), [], "fc_norm")):
         assert word in error_of(export_huggingface, network, classes, tmp_path / "folder")
 
 
@@ -497,6 +499,7 @@ def test_fine_tuning_and_testing_normalize_by_them():
     model = finetune.Classifier(vit, [3], cfg, None).eval()
     model(grey, torch.tensor([0, 1]))
     model.scores(grey)
+    torch.testing.assert_close(common.unnormalize(common.normalize(grey, vit.config), vit.config), grey / 255)
     vit.head = torch.nn.Linear(96, 80)
     people = dict(boxes=torch.tensor([[0, 0, 9, 9.0]]), actions=torch.ones(1, 80), count=torch.tensor([1, 0]))
     finetune.Detector(vit, cfg)(dict(clips=grey, **people), None)
@@ -518,9 +521,3 @@ def test_transformers_computes_our_logits(tmp_path, change):
     grey = (0.2 - torch.tensor(IMAGENET["mean"])) / torch.tensor(IMAGENET["std"])
     expected = grey.view(3, 1, 1).expand(x[:1].transpose(1, 2).shape)
     torch.testing.assert_close(torch.as_tensor(np.asarray(frames)), expected, atol=1e-5, rtol=0)
-
-
-def test_without_safetensors_export_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert "pip install safetensors" in error_of(export_huggingface, tiny(3), NAMES[:3], tmp_path / "folder")

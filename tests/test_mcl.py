@@ -2,7 +2,6 @@
 import copy
 import math
 from itertools import product
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 
 import mcl
 from common import Bottleneck, Item, Video, make_backbone, to_float01, unnormalize
-from conftest import FakeFlow, error_of, golden_arrays, noise, numbers, seeded, tiny_video
+from conftest import FakeFlow, FakeVideo, error_of, golden_arrays, noise, numbers, seeded, tiny_video
 from mcl import (GRID, MCL, Config, alignment_loss, alignment_map, clip_map, crop_resize, hot_box, motion_boundary,
                  motion_crop, motion_target, preview, random_starts, sample_clips, split, tournament)
 from test_contrast import with_statistics
@@ -48,14 +47,6 @@ def test_motion_boundary_equals_slow_loops(h, w):
     expected = np.stack([slow_boundary(f) for f in flow.double().numpy()])
     assert np.allclose(motion_boundary(flow).numpy(), expected, atol=1e-5)
     assert np.allclose(motion_boundary(flow[0]).numpy(), expected[0], atol=1e-5)
-
-
-def test_what_all_pixels_share_and_what_moves_to_and_fro_is_no_motion():
-    flow = noise(2, 4, 2, 12, 12, least=-3, most=3)
-    pan = torch.tensor([7.0, -11.0]).view(2, 1, 1) * torch.arange(1.0, 5).view(4, 1, 1, 1)
-    assert motion_boundary(pan.expand(4, 2, 12, 12)).abs().max() == 0
-    torch.testing.assert_close(motion_boundary(flow + pan), motion_boundary(flow), atol=2e-5, rtol=0)
-    assert motion_boundary(torch.cat([flow, -flow], 1)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("T, grid, h, w", [(8, (4, 3, 2), 6, 8), (3, (3, 7, 7), 9, 10), (6, (2, 1, 4), 3, 4)])
@@ -245,14 +236,13 @@ def test_clips_of_a_real_video_are_in_order_and_within_the_item(tmp_path, motion
 
 @pytest.mark.parametrize("height, width, size", [(48, 96, (24, 32)), (240, 320, (240, 320)), (100, 50, (24, 32)),
                                                  (57, 57, (64, 64)), (1080, 1920, (240, 320)), (20, 30, (64, 64))])
-def test_the_largest_window_of_the_aspect_is_used_at_a_random_place(monkeypatch, height, width, size):
-    monkeypatch.setattr(mcl, "read_views", lambda video, indices, boxes, size: (boxes, size))
-    video = SimpleNamespace(info=SimpleNamespace(frames=50, height=height, width=width))
-    cfg, places = settings(frame_height=size[0], frame_width=size[1], repeats=2), []
+def test_the_largest_window_of_the_aspect_is_used_at_a_random_place(height, width, size):
+    video, places = FakeVideo(50, height, width), []
+    cfg = settings(frame_height=size[0], frame_width=size[1], repeats=2)
     for seed in range(150):
-        boxes, asked = sample_clips(video, Item("", 0, 0, math.inf), np.random.default_rng(seed), cfg)["clips"]
-        boxes = np.array(boxes)
-        assert asked == size and len(boxes) == 12 and (boxes[:6] == boxes[0]).all() and (boxes[6:] == boxes[6]).all()
+        clips = sample_clips(video, Item(""), np.random.default_rng(seed), cfg)["clips"]
+        boxes = np.array([box for _, box in video.views(5)])
+        assert clips.shape[2:4] == size and (boxes[:6] == boxes[0]).all() and (boxes[6:] == boxes[6]).all()
         for x1, y1, x2, y2 in boxes[[0, 6]]:
             assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
             assert x2 - x1 == width or y2 - y1 == height, "the largest"
@@ -300,7 +290,8 @@ def slow_cover(box, hot):
     return (max(0, min(x2, a2) - max(x1, a1)) / (a2 - a1)) * (max(0, min(y2, b2) - max(y1, b1)) / (b2 - b1))
 
 
-@pytest.mark.parametrize("H, W, least, places", [(240, 320, 0.2, 40), (64, 64, 0.5, 40), (90, 51, 0.2, 5)])
+@pytest.mark.parametrize("H, W, least, places", [(240, 320, 0.2, 40), (64, 64, 0.5, 40), (90, 51, 0.2, 5),
+                                                 (32, 320, 1.0, 40)])           # no size fits into the last
 def test_a_crop_is_the_first_of_its_places_that_holds_enough_or_the_best(H, W, least, places):
     N, found, generator = 1000, peaks(1000, seed=1), seeded(3)
     boxes, held, exact = motion_crop(found, H, W, seeded(3), least, places), 0, 0
@@ -310,11 +301,12 @@ def test_a_crop_is_the_first_of_its_places_that_holds_enough_or_the_best(H, W, l
         x1, y1, x2, y2 = box
         w, h = x2 - x1, y2 - y1
         assert 0 <= x1 < x2 <= W and 0 <= y1 < y2 <= H
-        for a, r in size.T.astype(float):                                       # the first size that fits
+        wanted = []
+        for a, r in size.T.astype(float):
             area, aspect = H * W * (least + (1 - least) * a), math.exp((2 * r - 1) * math.log(4 / 3))
-            want = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if want[0] <= W and want[1] <= H:
-                break
+            wanted.append((round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))))
+        fitting = [(x, y) for x, y in wanted if x <= W and y <= H]              # the first, or what fits of the first
+        want = fitting[0] if fitting else (min(wanted[0][0], W), min(wanted[0][1], H))
         exact += want == (w, h)
         assert abs(want[0] - w) <= 1 and abs(want[1] - h) <= 1
         cells, share = slow_hot_box(m)
@@ -325,12 +317,6 @@ def test_a_crop_is_the_first_of_its_places_that_holds_enough_or_the_best(H, W, l
         assert not [c for c in cover[:corners.index((x1, y1))] if c >= share + 1e-5], "the first"
         held += share > 0 and got >= share
     assert exact > 0.99 * N and held > 0.3 * N
-
-
-def test_crops_that_never_fit_take_the_whole_side_they_exceed():
-    boxes = motion_crop(peaks(200), 32, 320, seeded(), min_area=1.0)            # 87 .. 117 pixels wide and high
-    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    assert (h == 32).all() and w.min() >= 87 and w.max() <= 117 and (boxes >= 0).all() and (boxes[:, 2] <= 320).all()
 
 
 # ---- choice of clips and views ---------------------------------------------------------------------------------------
@@ -550,9 +536,3 @@ def test_preview_shows_the_crop_and_then_query_motion_and_look_at_its_start_and_
         assert np.allclose(sheet[b, 1, 0, ::16, ::16], maps[b, 0] / maps[b, 0].max(), atol=1e-5)
         x, y = (box[b, :2] * torch.tensor([112 / 32, 112 / 24])).int().tolist()
         assert (sheet[b, 0, :2, y:y + 3, x:x + 3].amax((1, 2)) > 0.9).all(), "the corner of the yellow crop"
-
-
-def test_warm_up_begins_at_a_hundredth_of_the_peak_and_ends_at_it():
-    rates = [mcl.cosine_lr(step, 100, 10, 2.0, 0.0) for step in range(100)]
-    assert rates[:11] == pytest.approx([2 / 100 * (99 * k / 10 + 1) for k in range(11)])
-    assert rates[55] == pytest.approx(1 + math.cos(math.pi * 45 / 90))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import common
 from common import FlowEstimator, normalize
-from mme import (MME, NOISE, frame_hog, MaskedAutoencoder, frames_to_read, hog, pixel_target, position_loss,
-                 position_target, shape_loss, shape_target, to_tokens, trajectories, tube_mask)
+from mme import (MME, NOISE, frame_hog, MaskedAutoencoder, frames_to_read, hog, pixel_target, position_target,
+                 shape_target, to_tokens, trajectories, tube_mask)
 from mofo import motion_tube_mask
 from conftest import error_of, golden_arrays, seeded, toy_clips
 from evidence import toy_flow
@@ -60,20 +60,10 @@ def slow_hog(frame, bins, cell):
 @pytest.mark.parametrize("bins, cell, H, W", [(9, 8, 16, 24), (9, 4, 16, 24), (6, 8, 24, 8)])
 def test_hog_equals_slow_loops_over_the_pixels(bins, cell, H, W):
     frames = torch.randn(2, 3, 2, H, W, generator=seeded())
+    frames[1] = frames[1].round()                                               # orientations in the centre of a bin
     expected = [[slow_hog(x, bins, cell) for x in clip.transpose(1, 0, 2, 3)] for clip in frames.double().numpy()]
     expected = torch.from_numpy(np.array(expected)).float().transpose(1, 2)     # (2, 3 * bins, 2, H / cell, W / cell)
     torch.testing.assert_close(hog(frames, bins, cell), expected, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_pixels_whose_orientation_is_the_centre_of_a_bin_are_not_lost(sign):
-    frame = torch.zeros(1, 3, 1, 24, 24)
-    frame[:, 1, :, :, 12:] = sign                                               # in green: two columns of gradient 4
-    along, across = torch.zeros(2, 3, 9, 3, 3)
-    along[1, 0, :, 1] = 4 * 16 / 64
-    across[1, 4:6, 1] = 4 * 16 / 64 / 2                                         # 90 degrees: between bins 4 and 5
-    torch.testing.assert_close(hog(frame)[0, :, 0], along.flatten(0, 1), atol=1e-6, rtol=0)
-    torch.testing.assert_close(hog(frame.mT)[0, :, 0], across.flatten(0, 1), atol=1e-6, rtol=0)
 
 
 # ---- trajectories ----------------------------------------------------------------------------------------------------
@@ -107,29 +97,16 @@ def slow_trajectories(flow, starts, length, cell):
 
 @pytest.mark.parametrize("h, w, cell, starts, length, size", [
     (32, 48, 8, [0, 2, 5], 3, 1.5), (48, 24, 8, [3], 6, 4.0), (24, 40, 4, [1, 0], 4, 0.3),
-    (32, 32, 4, [0, 1, 2, 3], 1, 9.0)])
+    (32, 32, 4, [0, 1, 2, 3], 1, 9.0), (32, 64, 8, [0, 1, 2], 6, None)])
 def test_trajectories_equal_slow_loops_over_the_points(h, w, cell, starts, length, size):
-    flow = smooth_flow(2, 9, h, w, size=size)
+    flow = smooth_flow(2, 9, h, w, size=size or 1.0)
+    if size is None:                                                            # points that come to lie on the border
+        flow = 4.0 * torch.randint(-2, 3, (2, 9, 2, 1, 1), generator=seeded()).expand_as(flow)
     displacement, valid = trajectories(flow, starts, length, cell)
     expected, inside = zip(*[slow_trajectories(f, starts, length, cell) for f in flow.double().numpy()])
     torch.testing.assert_close(displacement, torch.from_numpy(np.stack(expected)).float(), atol=1e-4, rtol=0)
     assert torch.equal(valid, torch.from_numpy(np.stack(inside)))
-    assert valid.any() and (size < 2 or length == 1 or not valid.all())
-
-
-@pytest.mark.parametrize("a, b", [(0, 0), (0.25, -0.375), (8, 0), (-8, 4), (4, 12), (-4, -4), (0, -20), (100, 0),
-                                  (-0.0625, 28), (2, -2), (10, 0), (-1, 10)])
-def test_constant_flow_gives_constant_steps_that_are_valid_while_they_start_inside(a, b):
-    h, w = 32, 64                                                               # powers of two: no rounding
-    flow = torch.tensor([a, b]).float().view(2, 1, 1).expand(1, 8, 2, h, w)
-    for length in (1, 2, 6):
-        displacement, valid = trajectories(flow, [0, 1], length)
-        assert displacement.shape == (1, 2, length, 2, 4, 8)
-        assert (displacement[:, :, :, 0] == a).all() and (displacement[:, :, :, 1] == b).all()
-        for i, j in np.ndindex(4, 8):
-            x, y = [8 * j + 4 + k * a for k in range(length)], [8 * i + 4 + k * b for k in range(length)]
-            inside = min(x) >= 0 and max(x) < w and min(y) >= 0 and max(y) < h  # where the last step ends is free
-            assert valid[:, :, i, j].tolist() == [[inside, inside]]
+    assert valid.any() and (size in (0.3, 1.5) or length == 1 or not valid.all())
 
 
 # ---- position target -------------------------------------------------------------------------------------------------
@@ -207,17 +184,6 @@ def slow_shape_loss(prediction, target):
         for i, (a, b) in enumerate(zip(p, h)):
             total += (1 if i // 4 % L == 0 else 0.1) * (a - b) ** 2 / L
     return total / len(prediction)
-
-
-@pytest.mark.parametrize("L", [1, 4, 6])
-def test_losses_equal_loops_count_invalid_tokens_and_weigh_later_steps_less(L):
-    valid = torch.rand(3, 5, generator=seeded(1)) < 0.6
-    assert 0 < valid.sum() < 15
-    both = ((position_loss, slow_position_loss, 8, [valid]), (shape_loss, slow_shape_loss, 108, []))
-    for ours, slow, size, more in both:
-        prediction, target = torch.randn(2, 3, 5, size * L, generator=seeded())
-        expected = slow(*(x.flatten(0, 1).tolist() for x in (prediction, target, *more)))
-        assert ours(prediction, target, *more).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("grid, ratio, count", [
@@ -365,7 +331,7 @@ def test_forward_is_the_mean_of_its_terms_over_the_hidden_tokens(target):
     targets, valid, _ = model.targets(clips)
     hidden = drawn()
     predictions, _ = model.predict(normalize(model.seen(clips)), hidden)
-    assert hidden.sum() == 66 and set(targets) == set(predictions)
+    assert hidden.sum() == 66 and set(targets) == set(predictions) and bool(seen) == ("position" in targets)
     rows = {name: target[hidden].tolist() for name, target in targets.items()}
     guesses = {name: p.flatten(0, 1).tolist() for name, p in predictions.items()}
     terms, expected = {}, {}
@@ -379,6 +345,7 @@ def test_forward_is_the_mean_of_its_terms_over_the_hidden_tokens(target):
     if "shape" in rows:
         terms["shape"] = slow_shape_loss(guesses["shape"], rows["shape"])
     if "pixel" in rows:
+        assert torch.equal(targets["pixel"], pixel_target(clips.float() / 255, 8, 2))
         terms["pixel"] = np.mean((np.array(guesses["pixel"]) - np.array(rows["pixel"])) ** 2)
     assert {*terms} == {"pixel": {"pixel"}, "hog": {"shape"}}.get(target, {"position", "shape"})
     assert loss.item() == pytest.approx(sum(terms.values()) / len(terms), rel=1e-4)
@@ -386,22 +353,6 @@ def test_forward_is_the_mean_of_its_terms_over_the_hidden_tokens(target):
     assert not any(value.requires_grad for value in stats.values())
     loss.backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
-
-
-@pytest.mark.parametrize("target, sizes", [
-    ("trajectory", dict(position=40, shape=540)), ("position", dict(position=40, shape=108)), ("hog", dict(shape=108)),
-    ("pixel", dict(pixel=384))])
-def test_each_target_has_its_own_heads_and_only_those_that_track_ask_for_flow(target, sizes):
-    model, clips, table, seen = spied(target, length=5)
-    targets = model.targets(clips)[0]
-    assert {name: value.shape for name, value in targets.items()} == {n: (3, 32, s) for n, s in sizes.items()}
-    assert {name: head[-1].out_features for name, head in model.heads.items()} == sizes
-    assert len(seen) == ("position" in sizes)
-    if "position" not in sizes:
-        model.flow = None
-        assert model(clips, seeded())[0].isfinite() and model.targets(clips)[1:] == (None, None)
-    if target == "pixel":
-        assert torch.equal(targets["pixel"], pixel_target(clips.float() / 255, 8, 2))
 
 
 @pytest.mark.parametrize("target", ["trajectory", "position", "hog", "pixel"])

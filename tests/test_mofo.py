@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (Attention, Block, FlowEstimator, VITS, ViT, normalize, patchify, sincos_positions, unpatchify)
-from mofo import MOFO, MaskedAutoencoder, find_motion, motion_box, motion_map, motion_tube_mask, pixel_target
+from mofo import (MOFO, MaskedAutoencoder, find_motion, motion_box, motion_map, motion_tube_mask, multi_scale_crop,
+                  pixel_target)
 from conftest import golden_arrays, seeded, toy_clips
 from test_flow import slow_gradient
 
@@ -85,17 +86,6 @@ def test_motion_map_equals_slow_loops(flows, window, h, w):
     flow = torch.randn(2, flows, 2, h, w, generator=seeded())
     expected = np.stack([slow_motion_map(f, window) for f in flow.double().numpy()])
     torch.testing.assert_close(motion_map(flow, window), torch.from_numpy(expected).float(), atol=1e-5, rtol=0)
-
-
-def test_a_pan_gives_no_motion_and_changes_none_and_what_it_brings_in_makes_no_box():
-    pan = torch.randn(3, 7, 2, 1, 1, generator=seeded()) * 5                    # another one in every frame
-    assert motion_map(pan.expand(-1, -1, -1, 8, 9)).abs().max() < 1e-5
-    flow = torch.randn(3, 7, 2, 8, 9, generator=seeded(1))
-    torch.testing.assert_close(motion_map(flow + pan), motion_map(flow), atol=1e-5, rtol=0)
-    flow = torch.full((1, 4, 2, 112, 112), 3.0)                                 # a still image under a moving camera,
-    flow[..., :3] += 5 * torch.randn(1, 4, 2, 112, 3, generator=seeded())       # and noise where it comes into view
-    flow[..., -3:, :] -= 4
-    assert not motion_box(motion_map(flow), 112)[1].any()
 
 
 # ---- motion box ------------------------------------------------------------------------------------------------------
@@ -178,6 +168,8 @@ def random_boxes(count, height, width):
     a, b = np.random.default_rng(0).uniform(-0.2, 1.2, (2, count, 2)) * (width, height)
     boxes = np.hstack([np.minimum(a, b), np.maximum(a, b)])
     boxes[::2] = boxes[::2].round()
+    boxes[:40, 2] = boxes[:40, 0]                                               # without area
+    boxes[20:60, 3] = boxes[20:60, 1]
     return torch.from_numpy(boxes).float()
 
 
@@ -191,6 +183,8 @@ def test_mask_has_exact_counts_in_all_and_the_specified_share_inside(grid, patch
     assert hidden.shape == (500, T * H * W) and hidden.dtype == torch.bool
     tubes = hidden.view(500, T, H * W)
     assert (tubes == tubes[:, :1]).all(), "the same at all times"
+    area = (boxes[:, 2:] > boxes[:, :2]).all(1)                                 # without one it is no box
+    assert torch.equal(hidden, motion_tube_mask(boxes, found & area, grid, ratio, inside_ratio, seeded(), patch))
     assert len({tuple(tube) for tube in tubes[:, 0].tolist()}) > (50 if H < 6 else 490), "another one for every clip"
     K, clamped = int(ratio * H * W), 0
     for box, has, tube in zip(boxes.tolist(), found.tolist(), tubes[:, 0].tolist()):
@@ -201,20 +195,6 @@ def test_mask_has_exact_counts_in_all_and_the_specified_share_inside(grid, patch
         clamped += m_in != free
         assert sum(tube) == K and (not n_in or sum(t for t, i in zip(tube, inside) if i) == m_in)
     assert 0 < clamped < 500, "the boxes are to try both cases"
-
-
-@pytest.mark.parametrize("box, count", [
-    ((0, 0, 224, 224), 196), ((-50, -50, 300, 300), 196), ((16, 32, 48, 80), 6), ((15, 31, 49, 81), 20),
-    ((17, 33, 18, 34), 1), ((0, 0, 1, 1), 1), ((223, 223, 224, 224), 1), ((100, 0, 101, 224), 14),
-    ((15.9, 0, 16.1, 1), 2), ((50, 50, 50, 90), 0), ((50, 50, 90, 50), 0), ((64, 64, 64, 64), 0),
-    ((-40, 0, 0, 224), 0), ((224, 0, 300, 224), 0), ((90, 90, 40, 40), 0)])
-def test_only_patches_that_the_box_covers_in_part_are_inside(box, count):
-    # inside_ratio 1 hides every patch inside (up to K = 176) in every draw, and no other patch always
-    boxes, found = torch.tensor([box] * 300).float(), torch.ones(300, dtype=torch.bool)
-    hidden = motion_tube_mask(boxes, found, (1, 14, 14), 0.9, 1.0, seeded())
-    inside = slow_inside(box, True, (1, 14, 14), 16)
-    assert sum(inside) == count and (hidden.sum(1) == 176).all()
-    assert hidden.all(0).tolist() == inside if count <= 176 else not hidden.all(0).any()
 
 
 @pytest.mark.parametrize("how", ["no box found", "inside_ratio none", "empty box"])
@@ -346,15 +326,6 @@ def test_drop_path_drops_whole_branches_of_samples_and_grows_linearly_with_depth
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
-def test_forward_map_puts_each_token_at_its_place():
-    torch.manual_seed(0)
-    model, clips = ViT(24, 4, 8, 2, 12, 1, 3), torch.randn(2, 3, 4, 24, 24)
-    features, tokens = model.forward_map(clips), model.tokens(patchify(clips, 8, 2))
-    for n, place in enumerate(np.ndindex(2, 3, 3)):
-        assert torch.equal(features[(slice(None), slice(None), *place)], tokens[:, n])
-    torch.testing.assert_close(model(clips), tokens.mean(1))
-
-
 @pytest.mark.parametrize("outputs", [{}, dict(position=32, shape=108)])        # VideoMAE's and MME's
 def test_initial_weights_are_those_of_the_released_models(outputs):
     model = tiny(dim=96, decoder_dim=48, decoder_heads=3, outputs=outputs)
@@ -385,6 +356,32 @@ def test_initial_weights_of_the_classifier_are_videomae_s():
             assert layer.weight.std().item() == pytest.approx(std, rel=0.05), name
             assert layer.bias is None or (layer.bias == 0).all(), name
     assert isinstance(model.norm, nn.Identity) and isinstance(ViT(16, 4, 8, 2, 12, 1, 3).head, nn.Identity)
+
+
+# ---- crops -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("height, width", [(240, 320), (320, 240), (224, 224), (222, 300), (300, 223), (1, 1)])
+def test_multi_scale_crops_lie_inside_the_frame_and_snap(height, width):
+    rng, boxes = np.random.default_rng(0), []
+    for _ in range(300):
+        x1, y1, x2, y2 = multi_scale_crop(height, width, rng, snap=224)
+        assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+        assert {x2 - x1, y2 - y1}.isdisjoint({222, 223, 225, 226}) or min(height, width) < 224
+        boxes.append((x1, y1, x2, y2))
+    x1, y1, x2, y2 = np.array(boxes).T
+    assert min(x1) == min(y1) == 0 and max(x2) > width - 4 and max(y2) > height - 4         # up to all edges
+
+
+@pytest.mark.parametrize("smallest, scales", [
+    (0.66, [1, 0.875, 0.75, 0.66]), (1.0, [1]), (0.7, [1, 0.875, 0.75, 0.7]), (0.75, [1, 0.875, 0.75]),
+    (0.4, [1, 0.875, 0.75, 0.66, 0.5, 0.4])])
+def test_min_crop_is_the_smallest_side_of_a_crop(smallest, scales):
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(600):
+        x1, y1, x2, y2 = multi_scale_crop(1000, 1000, rng, smallest)
+        seen.add((x2 - x1, y2 - y1))
+    sides = [int(1000 * s) for s in scales]
+    assert seen == {(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1}
 
 
 # ---- the whole method ------------------------------------------------------------------------------------------------
@@ -454,15 +451,3 @@ def test_inside_ratio_none_ignores_the_motion_and_needs_no_flow():
     assert baseline.mask(clips, show=True)[4].any() and not torch.equal(toy_mofo().mask(clips, seeded())[0], mask[0])
     loss, stats = without(clips, seeded())
     assert loss == still(clips, seeded())[0] and stats["with_box"] == stats["box_area"] == 0
-
-
-def test_the_mask_is_decided_by_its_generator_alone_and_not_by_how_a_batch_is_split():
-    clips, model = toys(6)[0], toy_mofo()
-    def rows(first, count):
-        return model.mask(clips[first:first + count], seeded(3, first, 6))[0]
-    whole = rows(0, 6)
-    torch.rand(5)                                                               # the global generator must not matter
-    for parts in ([6], [3, 3], [1, 2, 3]):
-        assert torch.equal(torch.cat([rows(sum(parts[:i]), n) for i, n in enumerate(parts)]), whole)
-    assert torch.equal(whole, model.mask(clips, seeded(3))[0]), "and a plain generator draws the same"
-    assert not torch.equal(whole, model.mask(clips, seeded(4))[0])

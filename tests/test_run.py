@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,8 +64,14 @@ def test_a_run_leaves_everything_it_promises_and_starts_others(script, reference
     assert common.load_weights(vit, out / "last.pt").missing == []
     assert (out / "preview.png").stat().st_size > 5_000
     assert values[4] < values[0] or script in CONTRASTIVE               # MoCo's first steps only fill the queue
-    run(script, *TINY, *EXACT[script], "--steps", 1, "--out", f"runs/init-{script}", "--init", out / "last.pt")
-    assert losses(f"runs/init-{script}")[0] < values[0] or script in CONTRASTIVE
+    again, more = f"runs/init-{script}", ["--momentum", 0, "--warmup-epochs", 0] if script in CONTRASTIVE else []
+    run(script, *TINY, *EXACT[script], *more, "--steps", 1, "--out", again, "--init", out / "last.pt")
+    assert losses(again)[0] < values[0] or script in CONTRASTIVE
+    if script in CONTRASTIVE:                                           # after each step the keys follow, by 0 at once
+        model = torch.load(f"{again}/last.pt", weights_only=True)["model"]
+        assert (content["model"]["updates"], model["updates"]) == (5, 6)
+        assert all(torch.equal(x, model[name.removeprefix("keys.")]) for name, x in model.items()
+                   if name.startswith("keys.") and x.is_floating_point())
 
 
 # ---- stopping and going on, other processes --------------------------------------------------------------------------
@@ -84,20 +89,6 @@ def test_stopped_and_started_again_gives_the_same_losses_bit_for_bit(script, ref
         run(script, *argv, "--save-every", 1000)
     assert "same command goes on" in capsys.readouterr().out and len(losses(argv[-1])) < 5
     run(script, *argv, "--workers", 2)                                  # another number of workers, too
-    assert losses(argv[-1]) == reference(script)
-
-
-@pytest.mark.parametrize("script, how", [("mofo", signal.SIGTERM), ("mcl", signal.SIGKILL)])
-def test_a_process_that_is_stopped_or_killed_goes_on_from_its_last_checkpoint(script, how, reference):
-    argv = [*TINY, *EXACT[script], "--workers", 1, "--out", f"runs/killed-{how}-{script}"]
-    process, log = start(script, *argv), Path(argv[-1], "log.jsonl")
-    while process.poll() is None and not (log.exists() and len(lines(argv[-1])) >= 3):
-        time.sleep(0.05)
-    process.send_signal(how)
-    text = process.communicate()[0]
-    assert how == signal.SIGKILL or process.returncode == 0 and "same command goes on" in text, text
-    assert 2 <= torch.load(Path(argv[-1], "last.pt"), weights_only=True)["step"]
-    run(script, *argv)
     assert losses(argv[-1]) == reference(script)
 
 
@@ -187,7 +178,7 @@ def test_other_settings_and_other_first_weights_are_refused_and_fresh_starts_ove
 
 # Scripts, what is wrong, and what the one line must name (else the first flag and its value, as they are here).
 MISTAKES = [
-    (SCRIPTS, "--data nowhere", "nowhere", "toy", "list"), (SCRIPTS, "--bacth 8", "--batch"),
+    (SCRIPTS, "--data nowhere", "nowhere", "toy", "list"), (SCRIPTS, "--bacth 8"),
     (SCRIPTS, "--batch many", "--batch", "int", "many"), (SCRIPTS, "--init nowhere.pt", "nowhere.pt"),
     (SCRIPTS, "--data ssv2 --root nowhere", "nowhere", "<id>.webm", "labels.json"),
     (SCRIPTS, "--batch 9 --device-batch 2"), (SCRIPTS, "--frames 0"), (SCRIPTS, "--stride 0"),
