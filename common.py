@@ -1287,7 +1287,22 @@ def warp(image, flow):
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def tvl1(first, second, smoothness=0.1, theta=0.15, warps=3, iterations=10, coarsest=16, inner=None):
+def _tvl1_inner(flow, dual, gradient, square, residual, step, theta, tau=0.25):
+    rho = residual + (gradient * flow).sum(1, keepdim=True)
+    v = flow - gradient * (rho / square).clamp(-step, step)          # the data term, pixel by pixel
+    px, py = dual.unbind(2)                                          # px is 0 in the last column, py in the last row
+    divergence = px + py
+    divergence[..., 1:] -= px[..., :-1]
+    divergence[..., 1:, :] -= py[..., :-1, :]
+    flow = v + theta * divergence
+    du = torch.zeros_like(dual)                                      # forward differences
+    du[:, :, 0, :, :-1] = flow[..., 1:] - flow[..., :-1]
+    du[:, :, 1, :-1] = flow[..., 1:, :] - flow[..., :-1, :]
+    length = du.square().sum(2, keepdim=True).sqrt()                 # (a norm over dim 2 takes 20 times as long)
+    return flow, (dual + tau / theta * du) / (1 + tau / theta * length)
+
+
+def tvl1(first, second, smoothness=0.1, theta=0.15, warps=3, iterations=10, coarsest=16, inner=_tvl1_inner):
     """TV-L1 flow (Zach, Pock and Bischof 2007) of image pairs (B, 3, H, W) in [0, 1] -> (B, 2, H, W) in pixels.
 
     Minimises |grad u| + smoothness * |second(x + u) - first(x)| from coarse to fine, alternating a pointwise step on
@@ -1295,7 +1310,6 @@ def tvl1(first, second, smoothness=0.1, theta=0.15, warps=3, iterations=10, coar
     take a third off the error on the toy sprites and agree better with RAFT on real clips.  The finest level has half
     the image's size: 4x cheaper at the same agreement (our choices).
     """
-    inner = inner or _tvl1_inner
     H, W = first.shape[-2:]
     grey = [x.mul(constant((76.2, 149.7, 29.1), x.device)[:, None, None]).sum(1, keepdim=True) for x in (first, second)]
     sides = [(H // 2**k, W // 2**k) for k in range(1, 8) if min(H, W) // 2**k >= coarsest] or [(H, W)]
@@ -1312,21 +1326,6 @@ def tvl1(first, second, smoothness=0.1, theta=0.15, warps=3, iterations=10, coar
             for _ in range(iterations):
                 flow, dual = inner(flow, dual, gradient, square, residual, smoothness * theta, theta)
     return resize_flow(flow, H, W)
-
-
-def _tvl1_inner(flow, dual, gradient, square, residual, step, theta, tau=0.25):
-    rho = residual + (gradient * flow).sum(1, keepdim=True)
-    v = flow - gradient * (rho / square).clamp(-step, step)          # the data term, pixel by pixel
-    px, py = dual.unbind(2)                                          # px is 0 in the last column, py in the last row
-    divergence = px + py
-    divergence[..., 1:] -= px[..., :-1]
-    divergence[..., 1:, :] -= py[..., :-1, :]
-    flow = v + theta * divergence
-    du = torch.zeros_like(dual)                                      # forward differences
-    du[:, :, 0, :, :-1] = flow[..., 1:] - flow[..., :-1]
-    du[:, :, 1, :-1] = flow[..., 1:, :] - flow[..., :-1, :]
-    length = du.square().sum(2, keepdim=True).sqrt()                 # (a norm over dim 2 takes 20 times as long)
-    return flow, (dual + tau / theta * du) / (1 + tau / theta * length)
 
 
 def resize_flow(flow, h, w):
@@ -1853,7 +1852,7 @@ def load_weights(model, path, strict_backbone=True, new=()):
     """Load weights by name from our own files and those that `load_file` and `convert_names` tell of -> LoadReport.
 
     Of all prefixes that one is taken under which most names match.  Raises UserError, naming the first tensors, if
-    none fits, one of the backbone is missing or one is not finite: never train on silently random weights.  The
+    none fits, the backbone there or here lacks one or one is not finite: never train on silently random weights.  The
     backbone is the encoder without its last norm and head; strict_backbone False drops the check, "all" extends it to
     everything.  What begins with one of `new` stays as it is.  Mean and std of the input go into the network's config.
     """
@@ -1869,11 +1868,13 @@ def load_weights(model, path, strict_backbone=True, new=()):
     encoder, inside = getattr(model, "encoder", model), "encoder." if hasattr(model, "encoder") else ""
     needed = [k for k in missing if strict_backbone == "all" or k.startswith(inside)
               and not k.removeprefix(inside).startswith(("norm.", "fc_norm.", "head.", "local_MCA."))]
+    kinds = {re.sub(r"\d+", "0", k) for k in everything if k.startswith(inside)}
+    deeper = [file for k, file in names.items() if k not in everything and re.sub(r"\d+", "0", k) in kinds]
     config, there = getattr(encoder, "config", {}), content["backbone"]
     heads = there.get("heads", config.get("heads"))                    # which do not show in the shapes
-    if not fits or strict_backbone and (needed or heads != config.get("heads")):
+    if not fits or strict_backbone and (needed or deeper or heads != config.get("heads")):
         gone = [f"{k} {tuple(everything[k].shape)}" for k in needed[:3]]
-        left = [f"{k} {tuple(state[k].shape)}" for k in unexpected[:3]]
+        left = [f"{k} {tuple(state[k].shape)}" for k in [*deeper, *unexpected][:3]]
         raise UserError(f"{path} does not fit: {len(fits)} of {len(own)} tensors match; missing {gone}, unexpected "
                         f"{left}; heads {heads} there, {config.get('heads')} here. Choose the file's network with "
                         "--model or --backbone; sizes of a ViT that have no name get one in VITS in common.py")
@@ -2105,9 +2106,8 @@ def open_run(name, cfg, env, listing, plan):
         print(json.dumps(about, indent=1), file=open_run.lock, flush=True)
         if listing.missing:
             (out / "missing_videos.txt").write_text("\n".join([*listing.missing, ""]), **FILE_NAMES)
-    precision = str(env.amp or torch.float32).removeprefix("torch.")
     print0(f"{plan.steps} steps of {plan.batch} videos = {env.world} x {plan.micro} x {plan.accum} accumulated, "
-           f"{plan.repeats} of each, peak lr {plan.lr:.2g}, {env.device.type} {precision} -> {out}")
+           f"{plan.repeats} of each, peak lr {plan.lr:.2g}, {env.device.type} {env.amp or torch.float32} -> {out}")
     return out, checkpoint
 
 

@@ -255,8 +255,8 @@ def test_every_file_fits_every_network_of_ours(tmp_path, source, target, theirs)
 
 @pytest.mark.parametrize("save", [save_ours, save_pretrained, save_huggingface])
 @pytest.mark.parametrize("change, word", [
-    (dict(dim=24), "(48, 3, 2, 8, 8)"), (dict(depth=3), "blocks.2."), (dict(patch_size=16), "(48, 3, 2, 16, 16)"),
-    (dict(tubelet_size=1), "(48, 3, 1, 8, 8)")])
+    (dict(dim=24), "(48, 3, 2, 8, 8)"), (dict(depth=3), "blocks.2."), (dict(depth=1), "blocks.1."),
+    (dict(patch_size=16), "(48, 3, 2, 16, 16)"), (dict(tubelet_size=1), "(48, 3, 1, 8, 8)")])
 def test_a_file_of_other_sizes_is_refused_and_nothing_is_half_loaded(tmp_path, save, change, word):
     save(tmp_path / "file", small_vit())
     load_weights(ViT(**SIZES | dict(image_size=48, frames=8)), tmp_path / "file")           # positions are not stored
