@@ -1010,14 +1010,14 @@ def make_toy(root, split, count, size=64, frames=36, seed=0):
     """Write root/<split>/<index>.mp4, the truth of each as .npz, and root/<split>.csv with lines path,label,scene.
 
     The list is written last: if it holds `count` videos there is nothing to do, and videos that are there are kept.
-    One root holds one choice of size, frames and seed; a smaller `count` is a prefix of a larger one.
+    One root holds one size, frames and seed; fewer videos are a prefix of more.  The global generator is left alone.
     """
     root, listing = Path(root), Path(root, f"{split}.csv")
     if listing.exists() and len(listing.read_text().splitlines()) == count + 1:
         return
     (root / split).mkdir(parents=True, exist_ok=True)
-    write = partial(_write_toy, root, split, size, frames, seed)
-    jobs = torch.utils.data.DataLoader(range(count), batch_size=None, collate_fn=write, num_workers=os.cpu_count())
+    jobs = torch.utils.data.DataLoader(range(count), None, num_workers=os.cpu_count(), generator=torch.Generator(),
+                                       collate_fn=partial(_write_toy, root, split, size, frames, seed))
     rows = list(tqdm(jobs, f"writing toy videos, {split}", count, unit="video", disable=None))
     temporary = Path(f"{listing}.{os.getpid()}.tmp")
     temporary.write_text("\n".join(["path,label,scene", *rows]))

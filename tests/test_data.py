@@ -305,6 +305,12 @@ def test_toy_data_hold_their_truth_and_are_continued(tmp_path):
     assert len(find_videos("toy", tmp_path, "test", toy=toy).items) == 3
 
 
+def test_a_run_that_writes_the_toy_data_starts_with_the_weights_of_one_that_finds_them(tmp_path):
+    before = torch.random.get_rng_state()
+    find_videos("toy", tmp_path, toy=(3, 2, 32))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_toy_files_are_the_same_each_time(workplace, tmp_path):
     (tmp_path / "train").mkdir()
     for i in range(96):                                                 # in one process; those there are of a pool
