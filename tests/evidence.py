@@ -337,10 +337,11 @@ def draw(size):
     """Write evidence.svg: a panel for each method and in it, for each figure of BARS, what random weights (light), its
     baseline (grey) and itself (blue) reach of 100, with the spread over seeds; a red line is what guessing reaches."""
     mine, shapes = [r for r in results() if r["size"] == size and r["data"] == "toy"], []
+    bars = {figure: chance for figure, chance in BARS.items() if any(r["figure"] == figure for r in mine)}
     for i, (method, others) in enumerate(BASELINES.items()):
         left = 80 + 150 * i
         shapes.append(f'<text x="{left}" y="16"><tspan font-weight="bold">{method}</tspan> / {others[1]}</text>')
-        for j, (figure, chance) in enumerate(BARS.items()):
+        for j, (figure, chance) in enumerate(bars.items()):
             found = [[float(r["value"]) for r in mine if (r["row"], r["figure"]) == (row, figure)]
                      for row in (*others, method)]
             top = 26 + 40 * j
@@ -355,7 +356,7 @@ def draw(size):
             if any(found):
                 x = left + 1.3 * chance
                 shapes.append(f'<path stroke="#aaa" d="M{left} {top}v29"/><path stroke="red" d="M{x} {top}v29"/>')
-    size = f'width="{80 + 150 * len(BASELINES)}" height="{26 + 40 * len(BARS)}"'
+    size = f'width="{80 + 150 * len(BASELINES)}" height="{26 + 40 * len(bars)}"'
     RESULTS.with_suffix(".svg").write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">\n'
         f'<rect {size} fill="white"/>\n' + "\n".join(filter(None, shapes)) + "\n</svg>\n")
