@@ -70,7 +70,7 @@ ROWS = {                                             # name: script, its switche
 SIZES = {"toy": (1, 1024, 1), "cpu": (4, 1024, 1), "gpu": (16, 4096, 8)}
 FEW, FEW_EPOCHS, FEW_LR = 256, 16, 0.07        # of 0.0027 to 0.07 where random weights and VideoMAE learn most
 # The figure: what a method is compared with, and of each read-out the level of guessing.
-BASELINES = {"MOFO": ("random, as MOFO", "VideoMAE"), "MME": ("random, as MME", "VideoMAE"),
+BASELINES = {"MOFO": ("random, as MOFO", "VideoMAE"), "MME": ("random, as MME", "MME, pixels"),
              "FAME": ("random, as FAME and MCL", "MoCo"), "MCL": ("random, as FAME and MCL", "MCL, unaligned"),
              "MoDist": ("random, as MoDist", "MoDist, RGB alone")}
 BARS = {"motion": 12.5, "shortcut": 12.5, "few labels": 12.5, "same sprite": 0, "align": 50, "find": 0.4,
