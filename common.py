@@ -91,7 +91,7 @@ def parse_config(Config, recipes, argv=None):
     A number must be in the interval that its comment names, e.g. `in (0, 1]`, else in [0, 1e9], or [1, 1e9] if it is
     whole and its default is not 0.  Flags that were given are in `.given`.  Raises UserError otherwise.
     """
-    types, source = typing.get_type_hints(Config), "".join(map(inspect.getsource, Config.__mro__[-2::-1]))
+    types, source = typing.get_type_hints(Config), inspect.getsource(RunConfig) + inspect.getsource(Config)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, description=(
         f"Recipes: {', '.join(recipes)}. Defaults below are those of the class; a recipe overrides them."))
@@ -683,9 +683,9 @@ def _epic_names(files, kind, ids):
     """Names of the verb or noun classes from EPIC_100_{kind}_classes.csv; numbers where it has none."""
     path = files.get(f"epic_100_{kind}_classes.csv")
     names = {int(row["id"]): row["key"] for row in csv.DictReader(read_lines(path))} if path else {}
-    if max(*ids, *names, 0) > 9999:
-        raise ValueError(f"{kind} class {max(*ids, *names)}")
-    return [names.get(i, str(i)) for i in range(1 + max(*ids, *names, 0))]
+    if (last := max(*ids, *names, 0)) > 9999:
+        raise ValueError(f"{kind} class {last}")
+    return [names.get(i, str(i)) for i in range(1 + last)]
 
 
 READERS = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "ssv2": _ssv2, "epic": _epic}

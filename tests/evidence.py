@@ -98,7 +98,7 @@ def pretrain(script, switches, kind, seed, a):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()] + switches.split()
     flags += ["--steps", 1] if kind else []
     flags += ["--init", directory("toy") / "last.pt"] if a.init else []
-    out = directory(Path(a.data).stem + " after toy" * a.init)
+    out = directory(a.name)
     start(script, *flags, "--data", a.data, "--out", out, "--seed", seed, "--toy-train", videos)
     return out / "last.pt"
 
@@ -301,7 +301,7 @@ def run_cell(row, seed, a):
         figures, n = leave_one_out(network, cfg, a.data, a.groups)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True).stdout
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    about = dict(size=a.size, data=Path(a.data).stem + " after toy" * a.init, row=row, seed=seed, n=n, device=device,
+    about = dict(size=a.size, data=a.name, row=row, seed=seed, n=n, device=device,
                  steps=0 if kind else content["step"], seconds=round(time.time() - began), commit=commit.strip())
     fresh = not RESULTS.exists()
     with open(RESULTS, "a", newline="") as file:
@@ -313,13 +313,15 @@ def run_cell(row, seed, a):
           flush=True)
 
 
-def results():
-    return list(csv.DictReader(open(RESULTS, newline=""))) if RESULTS.exists() else []
+def results(size, data):
+    """Lines of the csv about one size and data set."""
+    lines = csv.DictReader(open(RESULTS, newline="")) if RESULTS.exists() else ()
+    return [line for line in lines if (line["size"], line["data"]) == (size, data)]
 
 
 def table(size, data):
     """Markdown of mean and, from three seeds on, spread (standard deviation) over seeds."""
-    mine = [r for r in results() if r["size"] == size and r["data"] == data]
+    mine = results(size, data)
     columns = list(dict.fromkeys(r["figure"] for r in mine))
     lines = [f"| network | seeds | {' | '.join(columns)} |", "|---|" + "---|" * (len(columns) + 1)]
     for row in ROWS:
@@ -336,7 +338,7 @@ def table(size, data):
 def draw(size):
     """Write evidence.svg: a panel for each method and in it, for each figure of BARS, what random weights (light), its
     baseline (grey) and itself (blue) reach of 100, with the spread over seeds; a red line is what guessing reaches."""
-    mine, shapes = [r for r in results() if r["size"] == size and r["data"] == "toy"], []
+    mine, shapes = results(size, "toy"), []
     bars = {figure: chance for figure, chance in BARS.items() if any(r["figure"] == figure for r in mine)}
     for i, (method, others) in enumerate(BASELINES.items()):
         left = 80 + 150 * i
@@ -345,7 +347,8 @@ def draw(size):
             found = [[float(r["value"]) for r in mine if (r["row"], r["figure"]) == (row, figure)]
                      for row in (*others, method)]
             top = 26 + 40 * j
-            shapes.append(f'<text x="72" y="{top + 18}" text-anchor="end">{figure}</text>' * (i == 0))
+            if i == 0:
+                shapes.append(f'<text x="72" y="{top + 18}" text-anchor="end">{figure}</text>')
             for k, values in enumerate(found):
                 if values:
                     mean, spread = max(0, np.mean(values)), np.std(values, ddof=len(values) > 1)
@@ -359,7 +362,7 @@ def draw(size):
     size = f'width="{80 + 150 * len(BASELINES)}" height="{26 + 40 * len(bars)}"'
     RESULTS.with_suffix(".svg").write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">\n'
-        f'<rect {size} fill="white"/>\n' + "\n".join(filter(None, shapes)) + "\n</svg>\n")
+        f'<rect {size} fill="white"/>\n' + "\n".join(shapes) + "\n</svg>\n")
 
 
 def main():
@@ -375,19 +378,19 @@ def main():
     parser.add_argument("--out", default="runs/evidence", help="where the runs and the toy data lie")
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     a = parser.parse_args()
-    if a.table:
-        table(a.size, Path(a.data).stem + " after toy" * a.init)
-        return draw(a.size)
     a.data = a.data if a.data == "toy" else str(Path(a.data).resolve())
+    a.name = Path(a.data).stem + " after toy" * a.init
+    if a.table:
+        table(a.size, a.name)
+        return draw(a.size)
     a.raft_weights = a.raft_weights and str(Path(a.raft_weights).resolve())
     Path(a.out).mkdir(parents=True, exist_ok=True)
     os.chdir(a.out)
-    done = {(r["size"], r["data"], r["row"], int(r["seed"])) for r in results()}
+    done = {(r["row"], int(r["seed"])) for r in results(a.size, a.name)}
     for seed in range(a.seeds):
         for row, (_, _, kind) in ROWS.items():
-            key = a.size, Path(a.data).stem + " after toy" * a.init, row, seed
             wanted = not a.rows or row in a.rows.split(";")
-            if wanted and key not in done and not (a.data != "toy" and kind == "supervised"):
+            if wanted and (row, seed) not in done and not (a.data != "toy" and kind == "supervised"):
                 run_cell(row, seed, a)
 
 
