@@ -370,13 +370,13 @@ def read(root, args, env, few):
 def train(args, env, few, modes, weights):
     cuda = args.device == "cuda"
     flows = ("raft_small",) if cuda else ("tvl1", "raft_small")      # on a GPU compiling each takes minutes
-    sizes = [("vit_base", 224, 16, 64)] if cuda else [("vit_tiny", 64, 8, 8), ("vit_small", 224, 16, 2)]
+    sizes = [("vit_base", 224, 16, 64)] if cuda else [("vit_tiny", 64, 8, 8), ("vit_small", 224, 16, 2), ("vit_base", 224, 16, 1)]
     cases = [dict(script=script, model=m, image_size=side, patch_size=patch, clips=clips, flow=flow, weights=weights)
              for m, side, patch, clips in sizes for flow in flows for script in ("mofo", "mme")]
     pairs = [("r2plus1d_18", 112, 32)] if cuda else [("vit_tiny", 64, 8), ("r2plus1d_18", 112, 2)]
     cases += [dict(script="fame", model=m, image_size=side, patch_size=16, clips=clips, flow=None, weights={}) for m, side, clips in pairs]
     pairs = [("mcl", "r2plus1d_50", 224, 8), ("modist", "slow_r50", 224, 64)] if cuda else [
-        ("mcl", "vit_tiny", 64, 8), ("modist", "vit_tiny", 64, 8)]
+        ("mcl", "vit_tiny", 64, 8), ("modist", "vit_tiny", 64, 8), ("mcl", "r2plus1d_50", 224, 1), ("modist", "slow_r50", 224, 2)]
     cases += [dict(script=script, model=m, image_size=side, patch_size=16, clips=clips, flow=flow, weights=weights)
               for script, m, side, clips in pairs for flow in flows]
     speed, start = bench_steps(env, modes, cases, 3 if few else 15)
