@@ -1,4 +1,4 @@
-"""What a pre-trained network is worth: every downstream protocol of the five papers, on any labelled data set.
+"""What a pre-trained network is worth: the downstream protocols of the five papers, on any labelled data set.
 
     python finetune.py --init runs/mofo-toy/last.pt --mode linear       # features fixed, a linear classifier on top
     python finetune.py --init runs/mofo-toy/last.pt --mode knn          # features fixed, vote of the 20 nearest
@@ -15,21 +15,26 @@ flags override it.  --init takes checkpoints of this project, public VideoMAE, M
 files, and Hugging Face VideoMAE folders (where the file does not say it, name the network with --model).
 
 A video that is missing, empty or broken counts as wrong and is reported.  Results go to the terminal and to
-results.json in the run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops in space; what
-every video got goes to scores.npz, who is taken for whom to confusion.png.
+results.json in the run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops in space.  A
+classifier also leaves scores.npz, what every video got, and confusion.png, who is taken for whom.
 
 Differs from the published protocols, and why
  1. RandAugment, random erasing, mixup and cutmix are torchvision's, and work on the crop, on the device (published:
     timm's, on whole frames, before the crop).  Its RandAugment has the identity instead of invert and of solarize-add,
-    a fixed magnitude, and no cutout (MCL); erased boxes get one noise for all frames, not one for each; the partner
-    of a clip is its neighbour in the batch.  Colour jitter is one affine map per clip.
+    a fixed magnitude (posterize is weaker then), bilinear sampling (bicubic) and no cutout (MCL); erased boxes get
+    one noise for all frames, not one for each; a clip is mixed with one of the next video in the forward pass, with
+    itself if there is none.  Colour jitter is one affine map per clip.
  2. The last weights are tested (MOFO: those of the best epoch); there is no look at the test set during training.
  3. MOFO's motion box is found by optical flow in the same pass, so it follows every augmentation.  Where two clips
     are mixed so are their insides: the union under mixup, the pasted region under cutmix.
  4. --mode linear by default is our own probe: logistic regression on standardised features by L-BFGS, because with
-    fixed features there is nothing to tune but the penalty.  The papers' probes are recipes.
+    fixed features there is nothing to tune but the penalty.  The papers' probes are recipes (MME's: without the
+    drop path that is active there).
  5. MoDist's precise batch norm is left out; its head averages over space and time before the linear layer.
- 6. FAME's and MCL's centre crops of whole frames are crops of 224 pixels, scaled to the network's size.
+ 6. FAME's and MCL's centre crops of whole frames are crops of 224 pixels, scaled to the network's size.  Uniform
+    clips of a test take the middles of halves of a segment, as MME's do (VideoMAE's: their beginnings).
+ 7. AVA with VideoMAE's recipe: crops are SlowFast's, of frames scaled to 256 to 320 (VideoMAE: 256), and boxes are as
+    annotated or detected (VideoMAE: shifted at random in training, enlarged by 10 and 5 % in a test).
 """
 import csv
 import itertools
@@ -76,7 +81,7 @@ class Config(RunConfig):
     test_data: str = ""                # list file or directory for testing; default: a fifth of data without a split
     train_split: str = "train"         # train; toy also has train_biased
     split: int = 1                     # of ucf101 and hmdb51, which have three; pre-training takes the first, in [1, 3]
-    part: str = ""                     # what predict and extract read: train, test, all; default test, of your own all
+    part: str = ""                     # what predict and extract read: train, test; of your own also all, the default
     label: str = ""                    # what to predict: epic verb, noun, verb-noun, action; toy motion, scene
     classes: str = ""                  # file with the name of a class per line, where --init does not say them
     mode: MODES = "finetune"           # what is done with the network
@@ -105,7 +110,7 @@ class Config(RunConfig):
     warmup_epochs: float = 5.0         # linear, from --warmup-start
     warmup_start: float = 0.0          # share of the rate at which warm-up begins, in [0, 1]
     whole_cosine: bool = False         # the cosine is that over all epochs, which warm-up joins
-    drops: str = ""                    # epochs after which the rate falls tenfold, e.g. 60,120; none: a cosine
+    drops: str = ""                    # epochs after which the rate falls tenfold, e.g. 60,120; empty: a cosine
     weight_decay: float = 0.05         # not of vectors, except with sgd, in [0, 1]
     layer_decay: float = 0.75          # learning rate of a block relative to the one above it, in (0, 1]
     drop_path: float = 0.1             # of the last block, linear over depth, in [0, 1)
@@ -150,20 +155,21 @@ RECIPES = {
     "epic": dict(epochs=100, min_crop=0.5),                                                                  # ours
     "epic finetune": dict(label="verb-noun"),
     "ava": dict(PLAIN, sampling="dense", views="1x1", test_size=256, flip=True, epochs=30, batch=128, lr=2.5e-4,
-                layer_decay=0.75, drop_path=0.2, jitter=1.0, hue=0.05),
+                layer_decay=0.75, drop_path=0.2, jitter=1.0, hue=1 / 18),
     "retrieval": dict(sampling="dense", stride=2, views="10x1", train_views="10x1"),
     # MOFO: motion-focused fine-tuning; 8 clips per GPU, how many GPUs is not said
     "mofo finetune": dict(focused=True, epochs=100, batch=64, repeats=1),
     "mofo finetune epic": dict(label="action", randaugment="none", erasing=0.0),
     "mofo finetune ava": dict(focused=False, epochs=30, batch=128),
-    # MME: VideoMAE's with larger crops
+    # MME: VideoMAE's with larger crops; only the batch of ssv2 is published
     "mme finetune": dict(min_crop=0.25, repeats=2, layer_decay=0.75, drop_path=0.1, dropout=0.0, min_lr=1e-6),
     "mme finetune ssv2": dict(epochs=30, batch=448),
     "mme finetune ava": dict(min_crop=0.08, repeats=1, drop_path=0.2),
     "mme finetune k400": dict(lr=1e-3, epochs=75, views="7x3"),
     "mme finetune ucf101": dict(lr=1e-3, views="10x3"),
     "mme finetune hmdb51": dict(lr=1e-3, views="10x3"),
-    "mme linear": dict(classifier="trained", lr=1e-3, epochs=30, min_crop=0.25, repeats=2, layer_decay=1.0),
+    "mme linear": dict(classifier="trained", lr=1e-3, epochs=30, min_crop=0.25, repeats=2, layer_decay=1.0,
+                       dropout=0.0, min_lr=1e-6),
     # FAME: R(2+1)D-18 or I3D
     "fame": dict(PLAIN, sampling="dense", stride=2, frames=16, views="10x1", raw_crop=True, average="logits",
                  min_crop=0.2, flip=True),
@@ -186,6 +192,7 @@ RECIPES = {
                    whole_cosine=True, min_crop=0.3, aspect=2.0, flip=True),
     "modist finetune": dict(optimizer="nesterov", lr=0.04, min_lr=0.0, warmup_epochs=34.0, warmup_start=0.1,
                             epochs=200, batch=64, weight_decay=1e-4, dropout=0.5, jitter=0.6, grey=0.5),
+    "modist retrieval": dict(stride=2, fps=0.0, frames=16, views="10x1", test_size=0),
     "modist linear": dict(TRAINED, optimizer="nesterov", lr=32.0, epochs=200, batch=256),
     "modist finetune ssv2": dict(sampling="uniform", frames=0, views="1x3", lr=0.48, drops="14,18", epochs=22,
                                  warmup_epochs=0.19, warmup_start=1 / 1200, weight_decay=1e-6, flip=False,
@@ -529,8 +536,8 @@ class Classifier(nn.Module):
         return torch.cat([part.softmax(1) for part in logits.split(self.sizes, 1)], 1)
 
     def forward(self, clips, labels, generator=None):
-        c, heads = self.cfg, len(self.sizes)
-        labels = labels.view(-1, heads).repeat_interleave(len(clips) // len(labels), 0)        # (B, heads)
+        c, heads, repeats = self.cfg, len(self.sizes), len(clips) // len(labels)
+        labels = labels.view(-1, heads).repeat_interleave(repeats, 0)          # (B, heads)
         targets = torch.cat([F.one_hot(own, n).float() for own, n in zip(labels.T, self.sizes)], 1)
         with torch.no_grad():
             clips = flip(clips, generator)[0] if c.flip else clips
@@ -543,6 +550,8 @@ class Classifier(nn.Module):
             clips = per_clip(self.erasing, clips, generator, 2) if c.erasing else clips
             if self.mixing:
                 both = clips if inside is None else torch.cat([clips, inside.expand_as(clips[:, :1])], 1)
+                order = torch.arange(len(clips), device=clips.device).view(-1, repeats).T.flatten()
+                both, targets, labels = both[order], targets[order], labels[order]     # the next is of another video
                 with global_seed(generator, purpose=0):                        # all clips of a pass share it
                     mixed, targets = transforms.RandomChoice(self.mixing)(both.flatten(1, 2), targets)
                 both = mixed.view_as(both)

@@ -211,6 +211,18 @@ def test_where_clips_are_mixed_so_are_their_insides_and_targets(settings, monkey
     assert kinds == {name for name, key in (("mix", "mixup"), ("cut", "cutmix")) if key in settings}
 
 
+def test_a_clip_is_mixed_with_one_of_another_video():
+    """Though two clips of each come one after the other; pixels tell with which, and the loss knows it."""
+    model = Classifier(small_vit(3), [3], config(**QUIET | dict(mixup=0.8)))
+    clips = (255 * torch.eye(3, dtype=torch.uint8)).repeat_interleave(2, 0).view(6, 3, 1, 1, 1).expand(6, 3, 4, 32, 32)
+    seen, logits = [], torch.randn(6, 3, generator=seeded())
+    model.logits = lambda clips, inside: (seen.append(common.unnormalize(clips).mean((2, 3, 4))), logits)[-1]
+    for seed in range(3):
+        loss, _ = model.train()(clips, torch.arange(3), seeded(seed))
+        assert torch.equal((seen[-1] > 1e-3).sum(1), torch.full((6,), 2))                
+        torch.testing.assert_close(loss, -(seen[-1] * logits.log_softmax(1)).sum(1).mean(), rtol=1e-3, atol=1e-3)
+
+
 def test_loss_and_scores_of_two_heads():
     """Smoothing is that of the head, the clips of a video share its label; scores are probabilities or logits."""
     model = Classifier(scrambled(small_vit(7), scale=3), [3, 4], Config(**QUIET | dict(label_smoothing=0.2))).eval()
@@ -473,6 +485,8 @@ def test_every_combination_is_a_valid_configuration():
     ("ucf101", "fame", "retrieval", dict(center=True, views="10x1", train_views="10x1", stride=2)),
     ("ucf101", "mcl", "linear", dict(classifier="svm", raw_crop=True, train_views="20x1", frames=16)),
     ("hmdb51", "modist", "finetune", dict(lr=0.04, warmup_epochs=34.0, stride=8, whole_cosine=True)),
+    ("ucf101", "modist", "retrieval", dict(views="10x1", train_views="10x1", frames=16, stride=2, test_size=0)),
+    ("ucf101", "mme", "linear", dict(dropout=0.0, min_lr=1e-6, classifier="trained")),
     ("ava", "modist", "finetune", dict(optimizer="nesterov", min_score=0.9, times_score=False, drops="16,24,28")),
     ("mofo", "videomae", "finetune", dict(focused=False, batch=16, sampling="dense"))])                # a directory
 def test_published_settings(data, recipe, mode, expected):
