@@ -65,7 +65,7 @@ def _first_line(error):
 @dataclasses.dataclass
 class RunConfig:
     """Where a run reads and writes, and how: the settings of all six scripts."""
-    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, ava, or your own: directory, list file
+    data: str = "toy"                  # toy, ssv2, epic, k400, ucf101, hmdb51, a directory, list file; finetune.py: ava
     root: str = ""                     # where the data set lies; default $VIDEO_ROOT/<data>, else data/<data>
     out: str = ""                      # directory of the run; default runs/<script>-<data>, of finetune.py with more
     fresh: bool = False                # start over instead of continuing the run in --out
@@ -249,7 +249,8 @@ def rand(rows, *shape, generator=None, device="cpu"):
 # Frame n is the n-th frame that decoding the whole file yields.  The fast way trusts the packets and decodes from the
 # key packet before a wanted frame on.  What is odd takes the sure way: decode from the start and count.  mp4 and mov
 # list their packets in the header, so only the groups (a key packet up to the next one) that hold wanted frames are
-# read; of other files all packets are, though not decoded: copy long ones once, `ffmpeg -i a.mkv -c copy a.mp4`.
+# read; of other files, and of MPEG-4 Part 2, all packets are, though not decoded: copy long ones once, `ffmpeg -i
+# a.mkv -c copy a.mp4`.
 
 FAST = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4"}             # codecs in which a packet is a frame, as a rule
 
@@ -2021,13 +2022,13 @@ def resume_or_init(checkpoint, init, model, optimizer, scaler):
         print0(f"continuing at step {checkpoint['step']}")
         return checkpoint["step"]
     if init:
-        report = load_weights(model, init)
+        report = load_weights(model, init, new=("updates", "queue.", "motion_queue."))       # of that run, not weights
         print0(f"{init}: {len(report.loaded)} tensors loaded, {len(report.missing)} missing {report.missing[:3]}, "
                f"{len(report.unexpected)} unexpected {report.unexpected[:3]}")
         if any(name.startswith("keys.") for name in report.missing):
             model.update_keys(momentum=0)                        # the key encoder starts where the query encoder does
     elif hasattr(model, "keys"):                                 # which are encoded with running statistics: else
-        model.from_scratch = True                                # these are of use after 30 steps
+        model.from_scratch = True                                # these would be of no use for some 30 steps
     return 0
 
 

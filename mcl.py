@@ -29,7 +29,7 @@ Differs from the paper and its released code, and why
     block's MLP.  Of a ViT's or a longer clip's finer map, means over cells are aligned.
 
 Run    python mcl.py                                         # toy data; 2.1 minutes of CPU time
-       torchrun --nproc_per_node=4 mcl.py --data ucf101 --root DIR --init moco_v2_200ep.pth.tar   # not run by us
+       torchrun --nproc_per_node=4 mcl.py --data ucf101 --root DIR --init moco_v2_200ep_pretrain.pth.tar
        python mcl.py --data DIR_OF_VIDEOS                    # your own, labels not needed
 """
 import copy
@@ -84,7 +84,7 @@ class Config(RunConfig):
     optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd (momentum 0.9), adamw (betas 0.9 and 0.95)
     lr: float = 0.16                   # per 256 videos of the batch
     min_lr: float = 8e-6               # per 256 videos, at the end
-    warmup_epochs: float = 5           # linear from 0
+    warmup_epochs: float = 5           # linear from a hundredth of the rate
     weight_decay: float = 1e-4         # sgd: of everything, adamw: not of vectors, in [0, 1]
     preview_every: int = 1000          # steps between pictures
 
@@ -97,8 +97,8 @@ RECIPES = {
     "hmdb51": dict(epochs=200, lr=0.08, order_weight=1.0, queue=16384),
     # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, min_lr=0.0, weight_decay=0.1, warmup_epochs=40),
-    # some hundred videos; for large data say --queue 131072 --momentum 0.999 --batch 32 --warmup-epochs 5 and
-    # --image-size 224 --frame-height 240 --frame-width 320, the published ones
+    # some hundred videos; for large data the published --queue 131072 --momentum 0.999 --batch 32 --epochs 400
+    # --warmup-epochs 5 --image-size 224 --frame-height 240 --frame-width 320
     "custom": dict(image_size=112, frame_height=120, frame_width=160, queue=512, momentum=0.99, epochs=100, batch=8,
                    warmup_epochs=1, workers=2, log_every=1, save_every=50, preview_every=50),
     "custom vit": dict(lr=8e-3, weight_decay=0.05),                                      # for batches of 8 to 32
@@ -217,7 +217,7 @@ def split(encoder, clips):
 
         def rest(X):
             tokens = x.float() + last.mlp.fc2(F.gelu(X.flatten(2).transpose(1, 2)))
-            return encoder.norm(tokens.mean(1))
+            return encoder.fc_norm(encoder.norm(tokens).mean(1))           # either is there
         return X, rest
     *stages, final = encoder.stages
     *blocks, last = getattr(encoder, final)
@@ -441,7 +441,7 @@ def main(cfg):
         raise UserError("--backbone s3d: has no last convolution to align; choose any other")
     out, checkpoint = open_run("mcl", cfg, env, listing, plan)
 
-    encoder = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width)
+    encoder = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width, norms=("fc_norm",))
     flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, env.device, env.amp, cfg.compile)
     model = MCL(encoder, flow, plan.steps, plan.warmup, cfg.motion_clips, cfg.motion_crops,
                 cfg.min_crop, cfg.colour, cfg.queue, cfg.momentum, cfg.temperature, cfg.order_weight,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import mcl
 from common import Bottleneck, Item, Video, make_backbone, to_float01, unnormalize
-from conftest import FakeFlow, FakeVideo, error_of, golden_arrays, noise, numbers, seeded, tiny_video
+from conftest import FakeFlow, FakeVideo, error_of, golden_arrays, noise, numbers, scrambled, seeded, tiny_video
 from mcl import (GRID, MCL, Config, alignment_loss, alignment_map, clip_map, crop_resize, hot_box, motion_boundary,
                  motion_crop, motion_target, preview, random_starts, sample_clips, split, tournament)
 from test_contrast import with_statistics
@@ -507,15 +507,15 @@ def test_split_convolutional_networks_give_their_own_features_and_statistics(nam
     assert (moved > 20) if training else (moved == 0)
 
 
-def test_split_vit_is_the_norm_of_the_mean_of_its_tokens():
-    net, clips = network("vit")
-    seen = {}
-    net.blocks[-1].register_forward_hook(lambda module, args, out: seen.update(tokens=out))
+@pytest.mark.parametrize("norm", ["norm", "fc_norm"])
+def test_split_vit_gives_its_own_features(norm):
+    _, clips = network("vit")
+    net, seen = scrambled(make_backbone(**VIT, norms=(norm,))), {}
     net.blocks[-1].mlp.fc1.register_forward_hook(lambda module, args, out: seen.update(hidden=out))
     with torch.no_grad():
-        net(clips)
+        expected = net(clips)
         X, rest = split(net, clips)
-        torch.testing.assert_close(rest(X), net.norm(seen["tokens"].mean(1)), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(rest(X), expected, atol=1e-4, rtol=1e-4)
     for t, i, j in product(range(2), range(2), range(2)):                       # tokens are in the order t, h, w
         torch.testing.assert_close(X[:, :, t, i, j], seen["hidden"][:, 4 * t + 2 * i + j], atol=1e-5, rtol=1e-4)
 
