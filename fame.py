@@ -91,7 +91,7 @@ RECIPES = {
     "hmdb51": dict(queue=2048),
     # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40),
-    # some hundred videos; for large data say --queue 65536 --momentum 0.999 --batch 64, the published ones
+    # some hundred videos; for large data the published --queue 65536 --momentum 0.999 --batch 64 --epochs 200
     "custom": dict(queue=512, momentum=0.99, epochs=100, batch=16, workers=2, log_every=1, save_every=50,
                    preview_every=50),
     "custom vit": dict(lr=8e-3, weight_decay=0.05, warmup_epochs=1),                     # for batches of 16 to 32

@@ -11,8 +11,8 @@ the RGB network learns to see.  Only it is kept.  (Republished as MaCLR, ECCV 20
     InfoNCE                                           info_nce()            3
     RGB-RGB and cross-modal losses, two queues        MoDist                3
 
-The authors released evaluation code, network definitions and default settings, but no pre-training.  What follows
-from those is used; these are our choices, or differ from them, and why
+The authors released evaluation code, network definitions and default settings, but no pre-training.  Where those
+settle a question we follow them.  Our own choices, and where we differ, and why
  1. Flow edges are the norm of all four derivatives of flow, Sobel as true gradients: camera translation, which all
     pixels share, cancels.  They are cut at --edge-clip 1 pixel per pixel; the 99th percentile of 13 real clips, by
     RAFT-small at 224 px, is 0.84.  Flow is between every fourth frame, as --motion-stride says.
@@ -84,7 +84,7 @@ class Config(RunConfig):
     optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd (Nesterov momentum 0.9), adamw (betas 0.9 and 0.95)
     lr: float = 0.4                    # per 256 videos of the batch
     min_lr: float = 0.0                # per 256 videos, at the end
-    warmup_epochs: float = 35          # linear from 0
+    warmup_epochs: float = 35          # linear from a hundredth of the rate
     weight_decay: float = 1e-4         # not of vectors, in [0, 1]
     preview_every: int = 1000          # steps between pictures
 
@@ -96,8 +96,8 @@ RECIPES = {   # all but k400 are our choice
     "ssv2": {}, "epic": {},
     # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40),
-    # some hundred videos; for large data say --queue 65536 --momentum 0.999 --batch 64 --warmup-epochs 35 and
-    # --image-size 224, the published ones
+    # some hundred videos; for large data the published --queue 65536 --momentum 0.999 --batch 64 --epochs 200
+    # --warmup-epochs 35 --image-size 224
     "custom": dict(image_size=112, queue=512, momentum=0.99, epochs=100, batch=8, warmup_epochs=1, workers=2,
                    log_every=1, save_every=50, preview_every=50),
     "custom vit": dict(lr=8e-3, weight_decay=0.05),                                      # for batches of 8 to 32

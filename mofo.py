@@ -27,7 +27,7 @@ Differs from the paper, and why
     with rows and y with columns, and never hides the last patches unless they are inside.
  6. A 75 % inside ratio *shows* more of the motion than VideoMAE's 90 %, and boxes over 41 % of the frame need more
     than 75 % to hide 90 % in all.  It is the published value, so it is the default; treat it as a setting to study.
-    `--inside-ratio none` is VideoMAE, the baseline.
+    `--inside-ratio none` is VideoMAE, the baseline.  The batch is VideoMAE's, too (MOFO's README: 128).
 
 Run    python mofo.py                                        # toy data; 2.0 minutes of CPU time, loss 1.01 -> 0.81
        torchrun --nproc_per_node=8 mofo.py --data ssv2 --root DIR                                # not run by us
@@ -87,7 +87,7 @@ RECIPES = {
     "ucf101": dict(stride=4, mask_ratio=0.75, lr=3e-4, epochs=3200, batch=256),
     "hmdb51": dict(stride=4, mask_ratio=0.75, lr=3e-4, epochs=3200, batch=256),          # as UCF101 (our choice)
     # our choice: some hundred videos on any machine (without a GPU say --flow tvl1, too).  For large data and GPUs:
-    # --model vit_base --image-size 224 --batch 1024 --epochs 400 --lr 1.5e-4 --min-lr 1e-5 --warmup-epochs 40
+    # --model vit_base --image-size 224 --batch 2048 --epochs 800 --lr 1.5e-4 --min-lr 1e-5 --warmup-epochs 40
     "custom": dict(model="vit_small", image_size=112, batch=16, epochs=100, lr=0.024, min_lr=0.0, warmup_epochs=1,
                    workers=2, log_every=1, save_every=50, preview_every=50),
     # our choice: about two minutes of CPU time
@@ -120,7 +120,7 @@ def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.0
     Our choice: the map is blurred (sigma = blur x its shorter side), its median is subtracted (what zoom, roll or
     noise leaves everywhere), and what is below `relative` x the maximum is cut; the box spans the columns and rows
     between the lowest and the highest `tail` of the mass that remains.  found is False, and the box 0, where the
-    maximum is less than the edge of an object leaves that moves at `floor` pixels per frame along both axes, at 224.
+    maximum is below what the edge of an object leaves that moves by `floor` pixels per frame along both axes, at 224.
     """
     h, w = motion.shape[-2:]
     H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -264,13 +264,13 @@ class MOFO(MaskedAutoencoder):
         self.flow, self.mask_ratio, self.inside_ratio = flow, mask_ratio, inside_ratio
 
     @torch.no_grad()
-    def mask(self, clips, generator=None, show=False):
+    def mask(self, clips, generator=None):
         """Hidden (B, N) and what it comes from: flow (B, T', 2, h, w), motion (B, h, w), boxes (B, 4), found (B,).
-        VideoMAE's mask needs no motion: it is not computed, unless it is to be shown."""
+        VideoMAE's mask needs no motion: the first two are None, and no box is found."""
         flow = motion = None
         boxes = torch.zeros(len(clips), 4, device=clips.device)
         found = boxes[:, 0] > 0
-        if show or self.inside_ratio is not None:
+        if self.inside_ratio is not None:
             flow, motion, boxes, found = find_motion(self.flow, clips, self.encoder.tubelet_size)
         hidden = motion_tube_mask(boxes, found, self.encoder.grid, self.mask_ratio, self.inside_ratio, generator,
                                   self.encoder.patch_size)
@@ -289,12 +289,12 @@ class MOFO(MaskedAutoencoder):
 def preview(model, clips, path):
     """Write what the method sees in an even number of clips (B, 3, T, H, W) uint8, two side by side, five rows each.
 
-    The rows: frames with the motion box, flow, motion map with the box, what the encoder sees, reconstruction (of
-    hidden patches, each with its true mean and contrast, which the normalised target leaves open).
+    The rows: frames with the motion box, flow, motion map with the box (neither for VideoMAE), what the encoder sees,
+    reconstruction (of hidden patches, each with its true mean and contrast, which the normalised target leaves open).
     """
     p, t, grid = model.encoder.patch_size, model.encoder.tubelet_size, model.encoder.grid
     generator = torch.Generator(clips.device).manual_seed(0)
-    hidden, flow, motion, boxes, found = model.mask(clips, generator, show=True)
+    hidden, flow, motion, boxes, found = model.mask(clips, generator)
     prediction, _ = model.predict(normalize(clips, model.encoder.config), hidden)
     patches = patchify(to_float01(clips), p, t)                                             # (B, N, D)
     var, mean = torch.var_mean(patches.unflatten(-1, (3, -1)), -1, keepdim=True)            # (B, N, 3, 1)
@@ -303,10 +303,12 @@ def preview(model, clips, path):
     painted[hidden] = (colours * var[hidden].sqrt() + mean[hidden]).flatten(1).clamp(0, 1)
     views = (unpatchify(x, grid, p, t)[:, :, ::2 * t].transpose(1, 2).cpu() for x in (patches, seen, painted))
     frames, seen, painted = views                                       # of every second tubelet, (B, n, 3, H, W)
-    maps = F.interpolate(map_to_rgb(motion), frames.shape[-2:])[:, None].expand_as(frames)
-    frames, maps = ([draw_box(x, box) if has else x for x, box, has in zip(images, boxes, found)]
-                    for images in (frames, maps))
-    rows = [frames, [flow_picture(x) for x in flow[:, ::2]], maps, seen, painted]           # each B x (n, 3, h, w)
+    rows = [frames, seen, painted]                                                          # each B x (n, 3, h, w)
+    if flow is not None:
+        maps = F.interpolate(map_to_rgb(motion), frames.shape[-2:])[:, None].expand_as(frames)
+        frames, maps = ([draw_box(x, box) if has else x for x, box, has in zip(images, boxes, found)]
+                        for images in (frames, maps))
+        rows = [frames, [flow_picture(x) for x in flow[:, ::2]], maps, seen, painted]
     save_sheet(path, [torch.cat([row[i], row[i + 1]]) for i in range(0, len(clips), 2) for row in rows])
 
 
@@ -344,7 +346,9 @@ def main(cfg):
     plan = plan_run(cfg, len(listing.items), env)
     out, checkpoint = open_run("mofo", cfg, env, listing, plan)
 
-    flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, env.device, env.amp, cfg.compile)
+    flow = None
+    if cfg.inside_ratio is not None:
+        flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, env.device, env.amp, cfg.compile)
     model = MOFO(flow, cfg.mask_ratio, cfg.inside_ratio, image_size=cfg.image_size, frames=cfg.frames,
                  patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size, **VITS[cfg.model]).to(env.device)
     optimizer = make_optimizer("adamw", model, plan.lr, cfg.weight_decay, env.device)

@@ -1,10 +1,10 @@
 """What the methods learn: each against its own baseline, with the same network, data, steps and read-outs.
 
-    python tests/evidence.py --size cpu --seeds 3           # toy data; goes on where it stopped
+    python tests/evidence.py --size cpu --seeds 3           # toy data; goes on where evidence.csv ends
     python tests/evidence.py --size gpu --seeds 3           # longer, on more videos
     python tests/evidence.py --size cpu --data DIR --groups 'seq(\\d+)'    # real videos, one group left out at a time
     python tests/evidence.py --size cpu --table             # the table and the figure, from evidence.csv
-    python tests/evidence.py --size toy --seeds 1 --no-labels          # the toy recipes as they are: a first look
+    python tests/evidence.py --size toy --no-labels         # the toy recipes as they are: the README's table
 
 A cell is a row of ROWS and a seed: pre-training, then all read-outs.  Each figure of it becomes a line of
 tests/evidence.csv, in percent unless said.  Read-outs, fixed before any result was seen, on `test`
@@ -15,7 +15,7 @@ tests/evidence.csv, in percent unless said.  Read-outs, fixed before any result 
     retrieval       is the nearest video of `train` (cosine) one of the same motion?
     few labels      fine-tuning on 256 labelled videos, motion
 
-Mechanism, by the truth of the toy data, also of each network with random weights:
+Mechanism, by the truth of the toy data, where it has a meaning also of the network with random weights:
 
     same sprite     cosine x 100 of a clip's feature, less the mean over clips, to that of the clip on the still
                     background of another one: 100 = the feature ignores the background
