@@ -26,7 +26,7 @@ Differs from the paper and its released code, and why
     colours are normalised with ImageNet's mean and deviation (released: Kinetics'), or those of --init.  Both views
     go through the query encoder together.
  6. The schedule is a cosine (the released code's; the paper divides by 10 at epochs 120 and 180), per step instead
-    of per epoch.  Videos shorter than a clip repeat their last frame.
+    of per epoch.  Videos shorter than a clip repeat their last frame; the two clips of a video may coincide.
  7. Unlike in a masked autoencoder, how a batch is spread matters: backgrounds come from clips of the same forward
     pass, batch norm sees one pass (of all GPUs), and with accumulation a pass finds the keys of the one before.
  8. I3D, the paper's other network, is not here; s3d is the nearest.
@@ -65,6 +65,7 @@ class Config(RunConfig):
     frames: int = 16                   # frames of a clip, in [2, 1e9]
     stride: int = 2                    # video frames from one frame of the clip to the next
     min_crop: float = 0.2              # smallest area of a crop, in (0, 1]
+    flip: float = 0.5                  # probability of mirroring a clip, in [0, 1]; 0 where left and right are classes
     colour: float = 1.0                # strength of colour jitter and frequency of grey clips; 1 = published
     merge: bool = True                 # paste foregrounds on other backgrounds; --no-merge = MoCo
     beta: float = 0.5                  # share of the frame that is foreground, in [0, 1]
@@ -87,7 +88,7 @@ RECIPES = {
     "k400": {},                                      # the defaults above
     "ucf101": dict(queue=2048),                      # the released code's queue; published with I3D only
     # our choice from here on
-    "ssv2": {}, "epic": {},
+    "ssv2": dict(flip=0.0), "epic": {},
     "hmdb51": dict(queue=2048),
     # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40),
@@ -185,19 +186,19 @@ class FAME(MomentumContrast):
     """MoCo whose first view is merged: clips (2 B, 3, T, H, W) uint8, the two views of each video in turn -> loss,
     stats: similarity of the pairs, and how often of all clips in the batch the own one is the most similar."""
 
-    def __init__(self, encoder, merge=True, beta=0.5, colour=1.0, queue=65536, momentum=0.999, temperature=0.1,
-                 outputs=128):
+    def __init__(self, encoder, merge=True, beta=0.5, flip=0.5, colour=1.0, queue=65536, momentum=0.999,
+                 temperature=0.1, outputs=128):
         super().__init__(momentum)
         self.encoder = encoder
         self.head = nn.Sequential(nn.Linear(encoder.dim, encoder.dim), nn.ReLU(), nn.Linear(encoder.dim, outputs))
         self.keys = copy.deepcopy(nn.ModuleDict(dict(encoder=encoder, head=self.head))).requires_grad_(False)
         self.queue = Queue(queue, outputs)
-        self.merge, self.beta, self.colour, self.temperature = merge, beta, colour, temperature
+        self.merge, self.beta, self.flip, self.colour, self.temperature = merge, beta, flip, colour, temperature
 
     def views(self, clips, generator=None):
         """The two views of each video as the network gets them, (B, 3, T, H, W) each."""
         first, second = to_float01(clips).contiguous().unflatten(0, (-1, 2)).unbind(1)
-        first, second = flip(first, generator)[0], flip(second, generator)[0]
+        first, second = (flip(x, generator, self.flip)[0] for x in (first, second))
         if self.merge:
             mask, _ = foreground_mask(first, self.beta)
             first = merge(first, mask, derangement(len(first), generator, clips.device))
@@ -258,7 +259,8 @@ def main(cfg):
     out, checkpoint = open_run("fame", cfg, env, listing, plan)
 
     encoder = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width)
-    model = FAME(encoder, cfg.merge, cfg.beta, cfg.colour, cfg.queue, cfg.momentum, cfg.temperature).to(env.device)
+    model = FAME(encoder, cfg.merge, cfg.beta, cfg.flip, cfg.colour, cfg.queue, cfg.momentum,
+                 cfg.temperature).to(env.device)
     optimizer = make_optimizer(cfg.optimizer, model, plan.lr, cfg.weight_decay, env.device)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)

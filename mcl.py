@@ -16,20 +16,22 @@ Differs from the paper and its released code, and why
  1. Flow is computed in the training step, so clips of a video are not ranked: of two random ones that with more motion
     is taken with probability 0.7, else any: .68 of them are from the upper half of the video's (published: .85).
  2. A clip's motion map is the mean of four pairs of neighbouring frames (released: windows of 8 flows around each
-    frame), and is not rounded to 8 bits; strong motion there wraps around to none.
+    frame; clips are ranked by flow summed over all of them), and is not rounded to 8 bits; strong motion there wraps
+    around to none.
  3. The target is flipped with its clip (released: 37.5 % of all targets are mirrored in one component or both).
  4. The spatio-temporal term weights time steps by their share of the motion.  The published softmax over raw sums
-    picks one step and depends on units: --attention softmax, for flow over --stride frames.
+    picks one step and depends on units: --attention softmax (over --stride frames, so twice as sharp at stride 2).
  5. Keys are encoded with running statistics instead of shuffling clips across GPUs, as in fame.py.  Batch
     norm of the queries is over all processes.
  6. Of a frame, the largest part of 4:3 is used (--frame-height, --frame-width), at a random place per sample.
     Colour jitter is one affine map per clip.  If a crop's size never fits, the largest that does is taken.
- 7. The weight of the order loss grows per step, not per epoch.
+ 7. The weight of the order loss grows per step, not per epoch.  All videos are used (released: those of at least 64
+    frames), and --init takes a MoCo head over for --data ucf101, too.
  8. ViT (our choice): features are LayerNorm(mean of tokens), and the aligned layer is the first one of the last
     block's MLP.  Of a ViT's or a longer clip's finer map, means over cells are aligned.
 
 Run    python mcl.py                                         # toy data; 2.1 minutes of CPU time
-       torchrun --nproc_per_node=4 mcl.py --data ucf101 --root DIR --init moco_v2_200ep_pretrain.pth.tar
+       torchrun --nproc_per_node=4 mcl.py --data ucf101 --root DIR --init moco_v2_200ep_pretrain.pth.tar  # not run yet
        python mcl.py --data DIR_OF_VIDEOS                    # your own, labels not needed
 """
 import copy
@@ -70,6 +72,7 @@ class Config(RunConfig):
     motion_clips: bool = True          # prefer clips with motion; --no-motion-clips = random clips
     motion_crops: bool = True          # crops must hold the motion; --no-motion-crops = random crops
     min_crop: float = 0.2              # smallest area of a crop, in (0, 1]
+    flip: float = 0.5                  # probability of mirroring a clip, in [0, 1]; 0 where left and right are classes
     colour: float = 1.0                # strength of colour jitter and frequency of grey clips; 1 = published
     queue: int = 131072                # keys of earlier clips to tell apart from
     momentum: float = 0.999            # of the key encoder, in [0, 1]
@@ -93,7 +96,7 @@ RECIPES = {
     "k400": {},                                      # the defaults above
     "ucf101": dict(epochs=200, lr=0.08, order_weight=1.0),
     # our choice from here on
-    "ssv2": {}, "epic": {},
+    "ssv2": dict(flip=0.0), "epic": {},
     "hmdb51": dict(epochs=200, lr=0.08, order_weight=1.0, queue=16384),
     # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, min_lr=0.0, weight_decay=0.1, warmup_epochs=40),
@@ -266,9 +269,9 @@ class MCL(MomentumContrast):
     first clip gives the query and the first key, the others a key each.  The last frame is only for flow.  steps and
     warmup, in steps of the optimiser, set the course of the weights."""
 
-    def __init__(self, encoder, flow, steps, warmup=0, motion_clips=True, motion_crops=True, min_crop=0.2, colour=1.0,
-                 queue=131072, momentum=0.999, temperature=0.1, order_weight=0.0, align_weight=1.0, attention="l1",
-                 outputs=128):
+    def __init__(self, encoder, flow, steps, warmup=0, motion_clips=True, motion_crops=True, min_crop=0.2, flip=0.5,
+                 colour=1.0, queue=131072, momentum=0.999, temperature=0.1, order_weight=0.0, align_weight=1.0,
+                 attention="l1", outputs=128):
         super().__init__(momentum)
         self.encoder, self.flow, dim = encoder, flow, encoder.dim
         self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, outputs))
@@ -277,7 +280,7 @@ class MCL(MomentumContrast):
         self.keys = copy.deepcopy(nn.ModuleDict(dict(encoder=encoder, heads=self.heads))).requires_grad_(False)
         self.queue = Queue(queue, outputs)
         self.steps, self.warmup, self.motion_clips, self.motion_crops = steps, warmup, motion_clips, motion_crops
-        self.min_crop, self.colour, self.temperature = min_crop, colour, temperature
+        self.min_crop, self.flip, self.colour, self.temperature = min_crop, flip, colour, temperature
         self.order_weight, self.align_weight, self.attention = order_weight, align_weight, attention
 
     def choose(self, clips, generator=None):
@@ -299,7 +302,7 @@ class MCL(MomentumContrast):
         """A random view of clips (B, 3, T, H, W): normalised (B, 3, T, side, side), its box and whether mirrored."""
         B, _, T, H, W = clips.shape
         box = motion_crop(motion * self.motion_crops, H, W, generator, self.min_crop)       # no motion: anywhere
-        flipped = rand(B, generator=generator, device=clips.device) < 0.5
+        flipped = rand(B, generator=generator, device=clips.device) < self.flip
         side = self.encoder.config["image_size"]
         view = crop_resize(to_float01(clips).flatten(1, 2), box, side, flipped).unflatten(1, (3, T))
         c = self.colour
@@ -444,7 +447,7 @@ def main(cfg):
     encoder = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width, norms=("fc_norm",))
     flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, env.device, env.amp, cfg.compile)
     model = MCL(encoder, flow, plan.steps, plan.warmup, cfg.motion_clips, cfg.motion_crops,
-                cfg.min_crop, cfg.colour, cfg.queue, cfg.momentum, cfg.temperature, cfg.order_weight,
+                cfg.min_crop, cfg.flip, cfg.colour, cfg.queue, cfg.momentum, cfg.temperature, cfg.order_weight,
                 cfg.align_weight, cfg.attention).to(env.device)
     optimizer = make_optimizer(cfg.optimizer, model, plan.lr, cfg.weight_decay, env.device)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())

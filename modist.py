@@ -73,6 +73,7 @@ class Config(RunConfig):
     max_shift: float = 10.0            # at most
     min_crop: float = 0.2              # smallest area of a crop, in (0, 1]
     max_crop: float = 0.766            # largest area of a crop, in (0, 1]
+    flip: float = 0.5                  # probability of mirroring a clip, in [0, 1]; 0 where left and right are classes
     colour: float = 1.0                # strength of colour jitter and frequency of grey clips; 1 = published for MoCo
     queue: int = 65536                 # keys of earlier clips to tell apart from, per modality
     momentum: float = 0.999            # of the key encoders, in [0, 1]
@@ -93,7 +94,7 @@ RECIPES = {   # all but k400 are our choice
     "k400": {},                                      # the defaults above
     "ucf101": dict(queue=4096),
     "hmdb51": dict(queue=2048),
-    "ssv2": {}, "epic": {},
+    "ssv2": dict(flip=0.0), "epic": {},
     # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40),
     # some hundred videos; for large data the published --queue 65536 --momentum 0.999 --batch 64 --epochs 200
@@ -171,7 +172,8 @@ class MoDist(MomentumContrast):
     """
 
     def __init__(self, encoder, motion, flow, rgb_step=2, motion_input="flow_edge", edge_clip=1.0, cross_weight=1.0,
-                 motion_motion=False, colour=1.0, queue=65536, momentum=0.999, temperature=0.1, outputs=128):
+                 motion_motion=False, flip=0.5, colour=1.0, queue=65536, momentum=0.999, temperature=0.1,
+                 outputs=128):
         super().__init__(momentum)
         networks = dict(encoder=encoder, head=projection(encoder.dim, outputs=outputs))
         if motion is not None:
@@ -181,13 +183,14 @@ class MoDist(MomentumContrast):
             self.add_module(name, network)
         self.keys = copy.deepcopy(nn.ModuleDict(networks)).requires_grad_(False)
         self.queue, self.flow = Queue(queue, outputs), flow
-        self.rgb_step, self.motion_input, self.edge_clip, self.colour = rgb_step, motion_input, edge_clip, colour
-        self.cross_weight, self.motion_motion, self.temperature = cross_weight, motion_motion, temperature
+        self.rgb_step, self.motion_input, self.edge_clip, self.flip = rgb_step, motion_input, edge_clip, flip
+        self.cross_weight, self.motion_motion, self.colour = cross_weight, motion_motion, colour
+        self.temperature = temperature
 
     def inputs(self, clips, generator=None):
         """The two moments for the networks: RGB (B, 3, T, H, W) each, motion maps (B, 3, F - 1, h, w) each or None."""
         first, second = clips.contiguous().unflatten(0, (-1, 2)).unbind(1)
-        first, second = flip(first, generator)[0], flip(second, generator)[0]
+        first, second = (flip(x, generator, self.flip)[0] for x in (first, second))
         c = self.colour
         strengths = dict(brightness=0.6 * c, contrast=0.6 * c, saturation=0.6 * c, hue=0.15 * c, grey=0.2 * c)
         rgb = [to_float01(x[:, :, :-1:self.rgb_step]) for x in (first, second)]
@@ -308,7 +311,7 @@ def main(cfg):
         if cfg.motion_input != "frame_diff":
             flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, env.device, env.amp, cfg.compile)
     model = MoDist(encoder, motion, flow, cfg.stride // cfg.motion_stride, cfg.motion_input, cfg.edge_clip,
-                   cfg.cross_weight, cfg.motion_motion, cfg.colour, cfg.queue, cfg.momentum,
+                   cfg.cross_weight, cfg.motion_motion, cfg.flip, cfg.colour, cfg.queue, cfg.momentum,
                    cfg.temperature).to(env.device)
     optimizer = make_optimizer(cfg.optimizer, model, plan.lr, cfg.weight_decay, env.device, nesterov=True)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())

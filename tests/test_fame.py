@@ -201,7 +201,7 @@ def slow_info_nce(query, key, negatives, T):
 def test_only_the_first_view_is_merged_after_the_flip_and_before_colours_change(monkeypatch):
     for name in ("blur", "normalize"):
         monkeypatch.setattr(fame, name, lambda clips, *_: clips)
-    monkeypatch.setattr(fame, "flip", lambda clips, generator: (clips.flip(-1), None))
+    monkeypatch.setattr(fame, "flip", lambda clips, generator, p: (clips.flip(-1) if p else clips, None))
     monkeypatch.setattr(fame, "colour_jitter", lambda clips, generator, **strengths: 1 - clips)
     clips = (moving_square(8, 4, 20, 20) * 255).byte()
     mirrored = to_float01(clips.flip(-1))
@@ -210,6 +210,7 @@ def test_only_the_first_view_is_merged_after_the_flip_and_before_colours_change(
     assert torch.equal(first, 1 - merge(mirrored[::2], mask, partner)) and torch.equal(second, 1 - mirrored[1::2])
     first, second = tiny("fame", merge=False).views(clips, seeded(5))
     assert torch.equal(first, 1 - mirrored[::2]) and torch.equal(second, 1 - mirrored[1::2])
+    assert torch.equal(tiny("fame", merge=False, flip=0.0).views(clips)[0], 1 - mirrored[::2].flip(-1))
 
 
 @pytest.mark.parametrize("merged", [True, False])

@@ -387,6 +387,7 @@ def test_a_view_is_the_crop_mirrored_or_not_and_normalised(monkeypatch):
     clips, m = videos(40, 1)["clips"][:40, :, :4], peaks(40)
     view, box, flipped = tiny(colour=0.0).view(clips, m, seeded(3))
     assert view.shape == (40, 3, 4, 16, 16) and 0.25 < flipped.float().mean() < 0.75
+    assert not tiny(flip=0.0).view(clips, m, seeded(3))[2].any()
     for t in range(4):
         expected = crop_resize(clips[:, :, t].float() / 255, box, 16)
         expected = torch.stack([e.flip(-1) if f else e for e, f in zip(expected, flipped)])
