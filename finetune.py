@@ -498,7 +498,9 @@ class Classifier(nn.Module):
         self.erasing = transforms.RandomErasing(cfg.erasing, (0.02, 1 / 3), (0.3, 3.3), value="random")
         self.mixing = [kind(alpha=alpha) for kind, alpha in ((transforms.MixUp, cfg.mixup),
                                                              (transforms.CutMix, cfg.cutmix)) if alpha]
-        self.fixed = cfg.mode == "linear"                                      # only the head is trained
+        self.fixed = cfg.mode == "linear"
+        if self.fixed:                                                         # only the head is trained
+            network.requires_grad_(False).head.requires_grad_(True)
 
     def train(self, mode=True):
         super().train(mode)
@@ -522,8 +524,7 @@ class Classifier(nn.Module):
             patches = F.max_pool2d(inside[:, 0], p).flatten(1) > 0             # (B, H' W'): any pixel of it
             x = network.fc_norm(network.local_MCA[0](tokens, patches.repeat(1, T)))
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.fixed):
-                x = network.pooled(clips)
+            x = network.pooled(clips)
         x = F.normalize(x, dim=1) if c.unit_features else x
         return network.head(F.dropout(x, c.dropout, self.training)).float()
 
@@ -1124,9 +1125,6 @@ def classification(cfg, env, content):
     if cfg.mode == "test" and classes is test.classes:
         print0(f"{cfg.init} does not name its classes: they are taken to be the data's, in the same order")
     model = build_classifier(cfg, env, content, classes)
-    if cfg.mode == "linear":
-        for name, p in model.network.named_parameters():
-            p.requires_grad = name.startswith("head.")
     sample = partial(train_clips, cfg=cfg, size=cfg.image_size, frames=cfg.frames)
     if cfg.mode == "test" or train(cfg, env, listing, model, sample):          # else a signal stopped it
         scores, read, errors = classify(model.eval(), test.items, cfg, env)
