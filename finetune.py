@@ -498,14 +498,8 @@ class Classifier(nn.Module):
         self.erasing = transforms.RandomErasing(cfg.erasing, (0.02, 1 / 3), (0.3, 3.3), value="random")
         self.mixing = [kind(alpha=alpha) for kind, alpha in ((transforms.MixUp, cfg.mixup),
                                                              (transforms.CutMix, cfg.cutmix)) if alpha]
-        self.fixed = cfg.mode == "linear"
-        if self.fixed:                                                         # only the head is trained
+        if cfg.mode == "linear":                                               # only the head is trained
             network.requires_grad_(False).head.requires_grad_(True)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.network.train(mode and not self.fixed)                            # running statistics stay as they are
-        return self
 
     def inside(self, clips):
         """Where MOFO's motion box is: clips (B, 3, T, H, W) uint8 -> (B, 1, 1, H, W), 1 inside and 0 outside."""
@@ -538,6 +532,8 @@ class Classifier(nn.Module):
 
     def forward(self, clips, labels, generator=None):
         c, heads, repeats = self.cfg, len(self.sizes), len(clips) // len(labels)
+        if c.mode == "linear":
+            self.network.eval()                                                # running statistics stay as they are
         labels = labels.view(-1, heads).repeat_interleave(repeats, 0)          # (B, heads)
         targets = torch.cat([F.one_hot(own, n).float() for own, n in zip(labels.T, self.sizes)], 1)
         with torch.no_grad():
