@@ -1939,16 +1939,23 @@ def step_batches(videos, plan, env, seed, start=0):
         yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
 
 
-def make_optimizer(name, model, lr, weight_decay, device, nesterov=False):
-    """adamw: betas 0.9 and 0.95, fused on GPUs, no weight decay on vectors (biases, norms) and the mask token; sgd:
-    momentum 0.9, weight decay on everything or, with Nesterov's momentum, not on vectors."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    vectors = [p for n, p in named if p.ndim <= 1 or "mask_token" in n]
-    matrices = [p for n, p in named if not (p.ndim <= 1 or "mask_token" in n)]
-    groups = [dict(params=matrices, weight_decay=weight_decay),
-              dict(params=vectors, weight_decay=0.0 if nesterov or name == "adamw" else weight_decay)]
-    return dict(adamw=partial(torch.optim.AdamW, betas=(0.9, 0.95), fused=device.type == "cuda"),
-                sgd=partial(torch.optim.SGD, momentum=0.9, nesterov=nesterov))[name](groups, lr=lr)
+def make_optimizer(name, model, lr, weight_decay, device, betas=(0.9, 0.95), layer_decay=1.0):
+    """adamw, fused on GPUs; sgd or nesterov, momentum 0.9.  Vectors (biases, norms) and the mask token have no weight
+    decay, except with sgd.  A group's `scale`, for its rate, falls by layer_decay per layer of a ViT below the head.
+    """
+    top, groups = len(getattr(model, "blocks", ())) + 1, {}            # layers: 0 = patch_embed .. top = head
+    for n, p in model.named_parameters():
+        layer = 0 if n.startswith("patch_embed") else top
+        if block := re.match(r"blocks\.(\d+)\.", n):
+            layer = int(block[1]) + 1
+        vector = p.ndim <= 1 or "mask_token" in n
+        decay = 0.0 if vector and name != "sgd" else weight_decay
+        if p.requires_grad:
+            groups.setdefault((layer_decay ** (top - layer), decay), []).append(p)
+    groups = [dict(params=params, scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr, betas, fused=device.type == "cuda")
+    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=name == "nesterov")
 
 
 def cosine_lr(step, steps, warmup, peak, floor, start=0.0, whole=False):

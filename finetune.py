@@ -63,9 +63,9 @@ from common import (BACKBONES, Clips, DATA_SETS, FILE_NAMES, FlowEstimator, HUGG
                     SPLIT_DIRS, RunConfig, StopSignal, UserError, VIDEO_FILES, ViT, VideoError, all_reduce_mean,
                     clip_indices, colour_jitter, cosine_lr, data_root, eagerly, find_videos, flip, hold_out,
                     init_linear, item_frames, list_files, load_file, load_weights, loader, make_backbone, make_listing,
-                    normalize, open_run, plan_run, print0, random_resized_crop, read_lines, read_views, replace_parts,
-                    resume_or_init, run, run_directory, save_checkpoint, setup, split_dir, step_batches, to_device,
-                    to_float01, wrap_model)
+                    make_optimizer, normalize, open_run, plan_run, print0, random_resized_crop, read_lines, read_views,
+                    replace_parts, resume_or_init, run, run_directory, save_checkpoint, setup, split_dir, step_batches,
+                    to_device, to_float01, wrap_model)
 from mofo import find_motion
 
 
@@ -600,19 +600,6 @@ def dilate(network):
             conv.dilation, conv.padding = (1, 2, 2), (0, 2, 2)
 
 
-def layer_decay_groups(network, lr, weight_decay, decay, vectors=0.0):
-    """Parameter groups whose learning rate falls by `decay` per transformer layer below the head (convolutional
-    networks: the same everywhere); weight decay on vectors is `vectors`."""
-    top, groups = len(getattr(network, "blocks", ())) + 1, {}                  # layers: 0 = patch_embed .. top = head
-    for name, p in [(name, p) for name, p in network.named_parameters() if p.requires_grad]:
-        layer = 0 if name.startswith("patch_embed") else top
-        if block := re.match(r"blocks\.(\d+)\.", name):
-            layer = int(block[1]) + 1
-        groups.setdefault((layer, weight_decay if p.ndim > 1 else vectors), []).append(p)
-    return [dict(params=params, lr=lr, weight_decay=wd, scale=decay ** (top - layer))
-            for (layer, wd), params in groups.items()]
-
-
 def build_network(cfg, content, outputs=0, classes=None):
     """The network that `content`, the checkpoint of --init, describes, with its weights (unless --random-init).
     Without outputs it has the norms of the file.  One that is trained takes the head over only for the same classes."""
@@ -955,12 +942,8 @@ def train(cfg, env, listing, model, sample):
     """Train what has gradients; the loop is that of the pre-training scripts -> False if a signal stopped it."""
     plan, network = plan_run(cfg, len(listing.items), env), model.network
     out, checkpoint = open_run(f"finetune-{cfg.mode}", cfg, env, listing, plan)
-    vectors = cfg.weight_decay if cfg.optimizer == "sgd" else 0.0
-    groups = layer_decay_groups(network, plan.lr, cfg.weight_decay, cfg.layer_decay, vectors)
-    if cfg.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=env.device.type == "cuda")
-    else:
-        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=cfg.optimizer == "nesterov")
+    optimizer = make_optimizer(cfg.optimizer, network, plan.lr, cfg.weight_decay, env.device, betas=(0.9, 0.999),
+                               layer_decay=cfg.layer_decay)
     drops = [float(epoch) for epoch in cfg.drops.split(",") if epoch]
     dataset = Clips(listing.items, sample, cfg.seed)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.amp == torch.float16)

@@ -313,7 +313,8 @@ def main(cfg):
     model = MoDist(encoder, motion, flow, cfg.stride // cfg.motion_stride, cfg.motion_input, cfg.edge_clip,
                    cfg.cross_weight, cfg.motion_motion, cfg.flip, cfg.colour, cfg.queue, cfg.momentum,
                    cfg.temperature).to(env.device)
-    optimizer = make_optimizer(cfg.optimizer, model, plan.lr, cfg.weight_decay, env.device, nesterov=True)
+    name = "nesterov" if cfg.optimizer == "sgd" else "adamw"
+    optimizer = make_optimizer(name, model, plan.lr, cfg.weight_decay, env.device)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples = example_clips(dataset)

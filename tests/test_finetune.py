@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import Compose
 
 import common
 import finetune
-from common import DATA_SETS, Item, UserError, load_file, make_backbone, parse_config
+from common import DATA_SETS, Item, UserError, load_file, make_backbone, make_optimizer, parse_config
 from finetune import Classifier, Config, Detector, KeyFrame, MotionFocus, RECIPES, person_clip, train_clips
 from conftest import FakeVideo, error_of, lines, miniature, put, run, scrambled, seeded
 
@@ -276,8 +276,8 @@ def test_layer_decay_and_what_vectors_get():
     network = small_vit()
     network.local_MCA = torch.nn.ModuleList([MotionFocus(24)])
     network.blocks[0].norm1.weight.requires_grad = False
-    for vectors in (0.0, 0.05, 0.01):
-        groups, seen = finetune.layer_decay_groups(network, 1.0, 0.05, 0.5, vectors), {}
+    for name, vectors in (("adamw", 0.0), ("sgd", 0.05), ("nesterov", 0.0)):
+        groups, seen = make_optimizer(name, network, 1.0, 0.05, ENV.device, layer_decay=0.5).param_groups, {}
         for group in groups:
             seen |= {id(p): (group["scale"], group["weight_decay"]) for p in group["params"]}
         assert sum(len(g["params"]) for g in groups) == len(seen) == len([*network.parameters()]) - 1
@@ -287,7 +287,8 @@ def test_layer_decay_and_what_vectors_get():
             if p.requires_grad:
                 scale = scales.get(re.match(r"blocks\.\d|\w+", name)[0], 1.0)
                 assert seen[id(p)] == (scale, vectors if p.ndim < 2 else 0.05), name
-    assert {g["scale"] for g in finetune.layer_decay_groups(small_resnet(), 1.0, 0.05, 0.5)} == {1.0}
+    resnet = make_optimizer("sgd", small_resnet(), 1.0, 0.05, ENV.device, layer_decay=0.5)
+    assert {g["scale"] for g in resnet.param_groups} == {1.0}
 
 
 # ---- 4. Which frames and which part of them --------------------------------------------------------------------------
