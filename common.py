@@ -976,25 +976,18 @@ def _toy_scene(rng, name, x, y):
     to shifts of a few px, and long waves: so a network can learn in minutes what belongs where it cannot see."""
     a, b, cx, cy, length = rng.uniform([-0.2, -0.2, 30, 30, 31], [0.2, 0.2, 34, 34, 33]).tolist()   # keep float32
     dx, dy, wave = x - cx, y - cy, 6.28 / length
-    match name:
-        case "gradient":
-            z = (dx * math.cos(a) + dy * math.sin(a)) / 40
-        case "vertical":
-            z = np.sin(wave * x + a)
-        case "horizontal":
-            z = np.sin(wave * y + a)
-        case "diagonal":
-            z = np.sin(wave * (x + y) / 1.41 + a)
-        case "checks":
-            z = np.sin(wave * x + a) * np.sin(wave * y + b)
-        case "rings":
-            z = np.sin(wave * np.hypot(dx, dy))
-        case "rays":  # faded at the centre, where they are too fine
-            z = np.sin(6 * np.arctan2(dy, dx) + a) * np.hypot(dx, dy) / (np.hypot(dx, dy) + 6)
-        case "blobs":
-            spots = ((-20, -18), (16, -22), (22, 14), (-14, 20), (0, 0))
-            z = 2 * sum(np.exp(-((dx - px) ** 2 + (dy - py) ** 2) / 100) for px, py in spots).clip(0, 1) - 1
-    z = np.tanh(4 * z)                                                       # two colours with soft edges: see FAME
+    spots = ((-20, -18), (16, -22), (22, 14), (-14, 20), (0, 0))             # of the blobs
+    scenes = {
+        "gradient": lambda: (dx * math.cos(a) + dy * math.sin(a)) / 40,
+        "vertical": lambda: np.sin(wave * x + a),
+        "horizontal": lambda: np.sin(wave * y + a),
+        "diagonal": lambda: np.sin(wave * (x + y) / 1.41 + a),
+        "checks": lambda: np.sin(wave * x + a) * np.sin(wave * y + b),
+        "rings": lambda: np.sin(wave * np.hypot(dx, dy)),
+        # faded at the centre, where they are too fine
+        "rays": lambda: np.sin(6 * np.arctan2(dy, dx) + a) * np.hypot(dx, dy) / (np.hypot(dx, dy) + 6),
+        "blobs": lambda: 2 * sum(np.exp(-((dx - u) ** 2 + (dy - v) ** 2) / 100) for u, v in spots).clip(0, 1) - 1}
+    z = np.tanh(4 * scenes[name]())                                          # two colours with soft edges: see FAME
     plaid = np.sin(0.5 * x + a) * np.sin(0.42 * y + b)  # faint: without it stripes and plain areas would
     return 0.5 + 0.4 * z + 0.1 * plaid                                       # not tell flow how they move
 
