@@ -143,8 +143,7 @@ class Config(RunConfig):
 DENSE = dict(sampling="dense", views="5x3", repeats=2, flip=True)
 PLAIN = dict(randaugment="none", erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0, repeats=1, layer_decay=1.0,
              drop_path=0.0)                          # crops and flips only
-TRAINED = dict(PLAIN, classifier="trained", dropout=0.0, weight_decay=0.0, warmup_epochs=0.0, min_lr=0.0, jitter=0.0,
-               grey=0.0, clip_grad=0.0, drops="")
+TRAINED = dict(classifier="trained", dropout=0.0, weight_decay=0.0, warmup_epochs=0.0, min_lr=0.0)
 
 # A recipe applies if all words of its key are among --data, --recipe and --mode; later ones override earlier ones.
 RECIPES = {
