@@ -818,8 +818,7 @@ def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
     (Q, classes)."""
     cosine = F.normalize(query, dim=1) @ F.normalize(gallery, dim=1).T         # (Q, N)
     similarity, nearest = cosine.topk(min(k, len(gallery)), 1)                 # (Q, k)
-    votes = F.one_hot(labels[nearest], classes).float()                        # (Q, k, C)
-    return ((similarity / temperature).exp()[..., None] * votes).sum(1)
+    return cosine.new_zeros(len(query), classes).scatter_add(1, labels[nearest], (similarity / temperature).exp())
 
 
 # ---- 8. Evaluation --------------------------------------------------------------------------------------------------
