@@ -863,9 +863,8 @@ def run_views(compute, items, cfg, env, views, what):
     views = tuple(map(int, views.split("x")))
     sample = partial(test_clips, cfg=cfg, size=cfg.test_size or cfg.image_size, frames=cfg.frames, views=views)
     results, errors = run_inference(compute, items, sample, cfg, env, what, math.prod(views))
-    out = torch.zeros(len(items), *next(iter(results.values())).shape)
-    for i, value in results.items():
-        out[i] = value
+    nothing = torch.zeros_like(next(iter(results.values())))
+    out = torch.stack([results.get(i, nothing) for i in range(len(items))])
     return out, torch.tensor([i in results for i in range(len(items))]), errors
 
 
