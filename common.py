@@ -1000,32 +1000,32 @@ def _toy_depth(truth, frame):
     return edge - np.linalg.norm(offset, truth["order"], axis=-3)
 
 
-def make_toy(root, split, count, size=64, frames=36, seed=0):
+def make_toy(root, split, count, size=64):
     """Write root/<split>/<index>.mp4, the truth of each as .npz, and root/<split>.csv with lines path,label,scene.
 
     The list is written last: if it holds `count` videos there is nothing to do, and videos that are there are kept.
-    One root holds one size, frames and seed; fewer videos are a prefix of more.  The global generator is left alone.
+    One root holds one size; fewer videos are a prefix of more.  The global generator is left alone.
     """
     root, listing = Path(root), Path(root, f"{split}.csv")
     if listing.exists() and len(listing.read_text().splitlines()) == count + 1:
         return
     (root / split).mkdir(parents=True, exist_ok=True)
     jobs = torch.utils.data.DataLoader(range(count), None, num_workers=os.cpu_count(), generator=torch.Generator(),
-                                       collate_fn=partial(_write_toy, root, split, size, frames, seed))
+                                       collate_fn=partial(_write_toy, root, split, size))
     rows = list(tqdm(jobs, f"writing toy videos, {split}", count, unit="video", disable=None))
     temporary = Path(f"{listing}.{os.getpid()}.tmp")
     temporary.write_text("\n".join(["path,label,scene", *rows]))
     temporary.replace(listing)
 
 
-def _write_toy(root, split, size, frames, seed, index):
+def _write_toy(root, split, size, index):
     """Write one video and its truth unless they are there -> its row of the list."""
     path = root / split / f"{index:06d}.mp4"
     temporary = f"{path}.{os.getpid()}.tmp"
     if path.exists():                                                        # written after its truth: both complete
         truth = np.load(path.with_suffix(".npz"))
     else:
-        video, truth = toy_video(seed, split, index, size, frames)
+        video, truth = toy_video(0, split, index, size)
         np.savez(path.with_suffix(".npz"), **truth)
         content = io.BytesIO()                                               # a full disk is then Python's OSError
         with av.open(content, "w", format="mp4") as file:

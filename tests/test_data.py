@@ -314,7 +314,7 @@ def test_a_run_that_writes_the_toy_data_starts_with_the_weights_of_one_that_find
 def test_toy_files_are_the_same_each_time(workplace, tmp_path):
     (tmp_path / "train").mkdir()
     for i in range(96):                                                 # in one process; those there are of a pool
-        common._write_toy(tmp_path, "train", 64, 36, 0, i % 24)
+        common._write_toy(tmp_path, "train", 64, i % 24)
         (tmp_path / f"train/{i % 24:06d}.mp4").rename(tmp_path / f"{i}.mp4")
     there = [(workplace / f"data/toy/64px/train/{i:06d}.mp4").read_bytes() for i in range(24)]
     assert [(tmp_path / f"{i}.mp4").read_bytes() == there[i % 24] for i in range(96)] == [True] * 96
