@@ -1739,8 +1739,7 @@ def weights_file(path):
 
 
 def huggingface_config(folder):
-    """dict(backbone=sizes, mean and std, classes=names, where there are some) from the .json files of Hugging Face's
-    VideoMAE."""
+    """The .json files of Hugging Face's VideoMAE -> dict(backbone=sizes, mean, std, classes=names if it has some)."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     backbone = {ours: int(config[theirs]) for ours, theirs in SIZES.items()}
     if (backbone["dim"], backbone["heads"]) == (384, 16):                          # their ViT-S was trained with 6
@@ -1922,8 +1921,7 @@ def plan_run(cfg, videos, env):
 def step_batches(videos, plan, env, seed, start=0):
     """Yields, from step `start` to the end, the batches of (epoch, index) that this process reads.
 
-    They are cut from one endless stream of shuffled epochs, the same for any number of processes, so a run can stop
-    and continue anywhere.
+    They are cut from one endless stream of shuffled epochs, the same for any number of processes and any start.
     """
     order = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(videos))
     for i in range(start * plan.accum, plan.steps * plan.accum):

@@ -373,8 +373,7 @@ def test_clips(video, item, rng, cfg, size, frames, views=(1, 1)):
     """All views (T, S) of a video -> uint8 (T * S, frames, size, size, 3), time slowest.
 
     Dense: T clips evenly over the video.  Uniform: T frames of each segment, each clip takes one.  S square crops
-    evenly along the long side; they hold the short side, or --test-size of --test-short pixels of it, or 224 pixels
-    with --raw-crop.
+    evenly along the long side hold the short side, or --test-size of --test-short pixels of it, or --raw-crop's 224.
     """
     first, last = item_frames(video, item)
     if cfg.sampling == "dense":
@@ -814,8 +813,7 @@ def squared_hinge_svm(features, labels, classes, C=1.0):
 
 
 def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
-    """Votes of the k nearest, of weight exp(cosine / temperature): gallery (N, D), labels (N,), query (Q, D) ->
-    (Q, classes)."""
+    """Votes of the k nearest, exp(cosine / temperature) each: gallery (N, D), labels (N,), query (Q, D) -> (Q, C)."""
     cosine = F.normalize(query, dim=1) @ F.normalize(gallery, dim=1).T         # (Q, N)
     similarity, nearest = cosine.topk(min(k, len(gallery)), 1)                 # (Q, k)
     return cosine.new_zeros(len(query), classes).scatter_add(1, labels[nearest], (similarity / temperature).exp())
@@ -1224,8 +1222,7 @@ def export_huggingface(network, classes, folder):
 
     With a head it is a VideoMAEForVideoClassification that knows the class names, without one a VideoMAEModel.  Its
     input is (B, T, 3, H, W), normalised.  The biases of q and v are written under both of their names: releases look
-    for one of them and leave the other 0 or random.  Logits differ by 1e-5, as the epsilons of fc_norm do.  Raises
-    UserError.
+    for one of them and leave the other 0 or random.  Logits differ by 1e-5, as the epsilons of fc_norm do.
     """
     head, c = isinstance(network.head, nn.Linear), network.config
     if not isinstance(network, ViT) or head != ("fc_norm" in c["norms"]):
