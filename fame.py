@@ -97,8 +97,8 @@ RECIPES = {
                    preview_every=50),
     "custom vit": dict(lr=8e-3, weight_decay=0.05, warmup_epochs=1),                     # for batches of 16 to 32
     # about two minutes of CPU time
-    "toy": dict(backbone="vit_tiny", image_size=64, frames=8, min_crop=1.0, colour=0.3, beta=0.3, queue=256,
-                momentum=0.99, epochs=7, batch=32, lr=8e-3, warmup_epochs=1, weight_decay=0.05, workers=2,
+    "toy": dict(backbone="vit_tiny", image_size=64, frames=8, min_crop=1.0, flip=0.0, colour=0.3, beta=0.3,
+                queue=256, momentum=0.99, epochs=7, batch=32, lr=8e-3, warmup_epochs=1, weight_decay=0.05, workers=2,
                 log_every=10, save_every=100, preview_every=100),
 }
 
