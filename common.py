@@ -157,6 +157,8 @@ def run(main, Config, recipes, argv=None):
             dist.destroy_process_group()
     except KeyboardInterrupt:
         raise UserError("stopped by a signal") from None
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{_first_line(error)} Lower --device-batch or, in a test, --test-batch") from None
     except OSError as error:
         text = [type(error).__name__, *str(error).splitlines()][-1]     # a worker's error holds its traceback
         raise UserError(f"{text}. Is the disk full, or are --out and --root not for you to write to?") from None
@@ -249,8 +251,7 @@ def rand(rows, *shape, generator=None, device="cpu"):
 # Frame n is the n-th frame that decoding the whole file yields.  The fast way trusts the packets and decodes from the
 # key packet before a wanted frame on.  What is odd takes the sure way: decode from the start and count.  mp4 and mov
 # list their packets in the header, so only the groups (a key packet up to the next one) that hold wanted frames are
-# read; of other files, and of MPEG-4 Part 2, all packets are, though not decoded: copy long ones once, `ffmpeg -i
-# a.mkv -c copy a.mp4`.
+# read; of other files, and of MPEG-4 Part 2, all packets: copy long ones once, `ffmpeg -i a.mkv -c copy a.mp4`.
 
 FAST = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4"}             # codecs in which a packet is a frame, as a rule
 
@@ -540,6 +541,7 @@ LAYOUTS = {
     "epic": "P01_01.MP4 ... files and EPIC_100_train.csv, EPIC_100_validation.csv",
 }
 DATA_SETS = ("toy", *LAYOUTS, "ava")
+youtube_id = partial(re.sub, r"^(.{11})_\d+_\d+$", r"\1")                # of a name of k400: without start and end
 LABELS = {"epic": ("verb", "noun", "action", "verb-noun"), "toy": ("motion", "scene")}         # the first by default
 
 
@@ -573,8 +575,8 @@ def find_videos(data, root=None, split="train", label="", toy=(), fold=1):
     files, videos = {}, {}                                                 # annotation file by name, video by stem
     for path in list_files(root):
         found, key = files, path.name.lower()
-        if path.suffix.lower() in VIDEO_FILES:                             # YouTube ids: 11 characters, also - and _
-            found, key = videos, path.stem[:11] if data == "k400" else path.stem.lower()
+        if path.suffix.lower() in VIDEO_FILES:
+            found, key = videos, youtube_id(path.stem) if data == "k400" else path.stem.lower()
         if not _size(found.get(key)):                                      # the first with content: k400's replacement/
             found[key] = path
     try:
@@ -648,7 +650,7 @@ def _k400(files, split, label, fold):
     path = next(path for name, path in files.items() if name.endswith(ends) and _size(path))
     if "youtube_id" not in read_lines(path)[0]:                            # VideoMAE's form: path label
         rows, classes = _list_rows(path)
-        return [(Path(video).stem[:11], number) for video, number in rows], classes
+        return [(youtube_id(Path(video).stem), number) for video, number in rows], classes
     table = csv.DictReader(read_lines(path))
     rows = [(row["youtube_id"].strip(), row["label"].replace("_", " ").strip()) for row in table]
     return rows, sorted({name for _, name in rows})
@@ -694,7 +696,7 @@ READERS = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "ssv2": _ssv2, "
 
 def read_lines(path):
     """The lines of a text file that are not empty, stripped."""
-    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    text = Path(path).read_text(encoding="utf-8-sig", errors=FILE_NAMES["errors"])
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
@@ -1101,7 +1103,7 @@ def colour_jitter(clips, generator=None, brightness=0.4, contrast=0.4, saturatio
     """
     draw = rand(len(clips), 6, generator=generator, device=clips.device)        # (B, 6)
     amount = (2 * draw[:, :4] - 1) * (draw[:, 4:5] < p)                         # in (-1, 1), 0 = as it is
-    b, c, s = (1 + x * most for x, most in zip(amount.unbind(1), (brightness, contrast, saturation)))
+    b, c, s = ((1 + x * most).clamp(min=0) for x, most in zip(amount.unbind(1), (brightness, contrast, saturation)))
     s, turn = s * (draw[:, 5] >= grey), 2 * math.pi * hue * amount[:, 3]
     yiq, back = constant(YIQ, clips.device), constant(FROM_YIQ, clips.device)
     x, y, zero = s * turn.cos(), s * turn.sin(), torch.zeros_like(s)
@@ -1628,10 +1630,8 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def update_keys(self, momentum=None):
-        """keys <- momentum * keys + (1 - momentum) * queries' networks, after every step of the optimiser.
-
-        Running statistics are averaged over the first updates instead, so that what they start with does not linger.
-        """
+        """keys <- momentum * keys + (1 - momentum) * queries' networks, after every step of the optimiser.  Running
+        statistics are averaged over the first updates instead, so that what they start with does not linger."""
         momentum = self.momentum if momentum is None else momentum
         self.updates += 1
         weight = (1 / self.updates).clamp(min=1 - momentum)
@@ -1643,12 +1643,9 @@ class MomentumContrast(nn.Module):
                 norm.running_mean.div_(1 - start)
                 norm.running_var.sub_(start).div_(1 - start)
             keys, queries = ([b for b in net.buffers() if b.is_floating_point()] for net in (key, query))
-            if keys:                                                 # as two vectors: single ones are 2,600 kernels
-                k, q = (torch.cat([b.flatten() for b in buffers]) for buffers in (keys, queries))
-                q = torch.where(q.isfinite(), q, k)                  # a step that was skipped may have left NaN there
-                for buffers, new in ((keys, k.lerp(q, weight)), (queries, q)):
-                    parts = new.split([b.numel() for b in buffers])
-                    torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers)])
+            if keys:
+                torch._foreach_mul_(keys, 1 - weight)
+                torch._foreach_add_(keys, torch._foreach_mul(queries, weight))
         self.from_scratch = False
 
 
@@ -1754,9 +1751,8 @@ def huggingface_config(folder):
 
 def load_file(path):
     """A checkpoint -> dict(model=its tensors by name, backbone=what is known of its network: norms, mean, std, perhaps
-    sizes, classes if it has them, and what else is there); no code of the file runs.  Raises UserError.
-
-    Takes torch.save's files and Hugging Face's model.safetensors, pytorch_model.bin or the folder that holds either.
+    sizes, classes if it has them, and what else is there); no code of the file runs.  Raises UserError.  Takes
+    torch.save's files and Hugging Face's model.safetensors, pytorch_model.bin or the folder that holds either.
     """
     path = weights_file(path)
     try:
@@ -1799,10 +1795,8 @@ def replace_parts(name, pairs):
 
 
 def convert_names(state):
-    """The tensors of a file under our names; those of our own files stay as they are.
-
-    Hugging Face's VideoMAE has q, k and v apart.  SlowFast, and with it MaCLR, and torchvision only have other names.
-    """
+    """The tensors of a file under our names; those of our own files stay as they are.  Hugging Face's VideoMAE has q,
+    k and v apart.  SlowFast, and with it MaCLR, and torchvision only have other names."""
     if any(".attention.attention.query." in k for k in state):
         base = "encoder." if any("decoder." in k for k in state) else ""           # pre-training files have both
         state = {replace_parts(k, HUGGING_FACE).replace("videomae.", base): x for k, x in state.items()}
@@ -2014,7 +2008,7 @@ def resume_or_init(checkpoint, init, model, optimizer, scaler):
             model.load_state_dict(checkpoint["model"])
             getattr(model, "encoder", model).config.update({k: checkpoint["backbone"][k] for k in ("mean", "std")})
             optimizer.load_state_dict(checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
+            scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())      # empty where there was no fp16
         except (KeyError, RuntimeError, ValueError) as error:    # e.g. of an older version of this script
             raise UserError(f"last.pt does not fit this script ({_first_line(error)}); --fresh starts over") from None
         print0(f"continuing at step {checkpoint['step']}")
@@ -2031,8 +2025,8 @@ def resume_or_init(checkpoint, init, model, optimizer, scaler):
 
 
 # Settings that may change when a run goes on; of --init the path, not the content.
-MAY_CHANGE = {"out", "fresh", "init", "init_sha256", "world", "root", "raft_weights", "device_batch", "workers",
-              "compile", "log_every", "save_every", "preview_every", "test_data", "part", "classes", "views",
+MAY_CHANGE = {"out", "fresh", "init", "init_sha256", "world", "root", "place", "raft_weights", "device_batch",
+              "workers", "compile", "log_every", "save_every", "preview_every", "test_data", "part", "classes", "views",
               "train_views", "test_size", "test_short", "raw_crop", "average", "test_batch", "neighbours", "l2",
               "center", "boxes", "min_score", "times_score"}
 
@@ -2074,6 +2068,8 @@ def open_run(name, cfg, env, listing, plan):
             fcntl.lockf(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out}: another run is writing there; --out names another directory") from None
+    if cfg.fresh and Path(cfg.init).resolve().parent == out.resolve():
+        raise UserError(f"--init {cfg.init}: lies in {out}, which --fresh moves aside; --out names another directory")
     if cfg.fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:        # torchrun's, after a crash
         old = [out / name for name in ("last.pt", "previous.pt", "log.jsonl")]
         once_per_disk(lambda: [os.replace(file, f"{file}.old") for file in old if file.exists()])
@@ -2086,6 +2082,7 @@ def open_run(name, cfg, env, listing, plan):
         with open(weights_file(cfg.init), "rb") as file:
             init_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     cfg.settings = dict(dataclasses.asdict(cfg), videos=len(listing.items), world=env.world,
+                        place="" if cfg.data in DATA_SETS else os.path.realpath(cfg.data),
                         init_sha256=init_sha256 * bool(cfg.init))
     differ = [f"{k}: {was[k]} there, {v} now" for k, v in cfg.settings.items()
               if k not in MAY_CHANGE and was.get(k, v) != v]
@@ -2185,11 +2182,15 @@ class Log:
                             f"{batch['errors'][-1]}. All are in {path}")
         return dict(batch, **{name: to_device(batch[name], self.env.device) for name in ("clips", "labels")})
 
-    def finite(self, loss, norm, names):
-        """False if the step must be skipped; after three of them in a row raises UserError with the videos' names."""
+    def finite(self, loss, norm, names, model):
+        """False if the step must be skipped, with what it left in running statistics; after three of them in a row
+        raises UserError with the videos' names."""
         self.not_finite = 0 if math.isfinite(loss + norm) else self.not_finite + 1
         if self.not_finite:
             print0(f"the loss is {loss}, the gradient's norm {norm}: step skipped")
+            for layer in batch_norms(model):
+                layer.running_mean.nan_to_num_(0, 0, 0)
+                layer.running_var.nan_to_num_(1, 1, 1)
         if self.not_finite == 3:
             raise UserError("loss or gradient is not finite for 3 steps in a row; last.pt is from before. Videos of "
                             f"the last batch: {', '.join(names)}")
@@ -2227,7 +2228,7 @@ class Log:
         self.bar.close()
         open_run.lock = None                                    # which closes it: other runs may begin
         files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
-        text = f"saved; the same command goes on from {files[0]}"
+        text = f"saved; the same command (without --fresh) goes on from {files[0]}"
         if self.killed:
             raise UserError(f"a loader worker was killed (out of memory? --workers sets their number). {text}")
         print0(f"stopped and {text}" if stopped else f"trained: {', '.join(str(f) for f in files if f.exists())}")

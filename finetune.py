@@ -194,12 +194,12 @@ RECIPES = {
     "modist retrieval": dict(stride=2, fps=0.0, frames=16, views="10x1", test_size=0),
     "modist linear": dict(TRAINED, optimizer="nesterov", lr=32.0, epochs=200, batch=256),
     "modist finetune ssv2": dict(sampling="uniform", frames=0, views="1x3", lr=0.48, drops="14,18", epochs=22,
-                                 warmup_epochs=0.19, warmup_start=1 / 1200, weight_decay=1e-6, flip=False,
-                                 jitter=0.0, grey=0.0),
+                                 warmup_epochs=0.19, warmup_start=1 / 1200, weight_decay=1e-6, jitter=0.0, grey=0.0),
     "modist linear k400": dict(lr=2.0, epochs=60, warmup_epochs=8.0, batch=64, stride=8, frames=8),
     "modist finetune ava": dict(frames=8, views="1x1", lr=1.2, drops="16,24,28", epochs=32, warmup_epochs=5.3,
                                 warmup_start=1 / 600, weight_decay=1e-7, jitter=0.0, grey=0.0, min_score=0.9,
                                 times_score=False),
+    **{f"{paper} ssv2": dict(flip=False) for paper in ("fame", "mcl", "modist")},      # left and right are classes
     # our choice from here on: your own data, and the toy data
     "custom": dict(sampling="dense", batch=16, workers=2, log_every=1),
     "custom finetune": dict(epochs=50, views="2x3", flip=True, warmup_epochs=2.0, drops=""),
@@ -622,6 +622,8 @@ def build_network(cfg, content, outputs=0, classes=None):
         report = load_weights(network, cfg.init, True if training else "all", new)
         print0(f"{cfg.init}: {len(report.loaded)} tensors loaded, new here {report.missing[:4]}, not used "
                f"{len(report.unexpected)} {report.unexpected[:3]}")
+    if isinstance(network, ViT) and cfg.test_size % network.patch_size:
+        raise UserError(f"--test-size {cfg.test_size}: must be a multiple of {network.patch_size}, the patch size")
     cfg.image_size, cfg.frames = network.config["image_size"], network.config["frames"]     # of the clips to read
     return network
 
@@ -767,7 +769,7 @@ def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=N
 def fit_linear(features, labels, classes, l2):
     """Multinomial logistic regression on features (N, D), standardised -> function from features to logits.
     Minimises mean cross-entropy + l2/2 |W|^2 by L-BFGS."""
-    mean, std = features.mean(0), features.std(0) + 1e-6
+    mean, std = features.mean(0), features.std(0, correction=0) + 1e-6
     x = (features - mean) / std
     W = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
     b = torch.zeros(classes, device=x.device, requires_grad=True)
@@ -814,9 +816,10 @@ def squared_hinge_svm(features, labels, classes, C=1.0):
 
 def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
     """Votes of the k nearest, exp(cosine / temperature) each: gallery (N, D), labels (N,), query (Q, D) -> (Q, C)."""
-    cosine = F.normalize(query, dim=1) @ F.normalize(gallery, dim=1).T         # (Q, N)
+    cosine = F.normalize(query.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T       # (Q, N), not in TF32
     similarity, nearest = cosine.topk(min(k, len(gallery)), 1)                 # (Q, k)
-    return cosine.new_zeros(len(query), classes).scatter_add(1, labels[nearest], (similarity / temperature).exp())
+    votes = (similarity / temperature).exp()
+    return votes.new_zeros(len(query), classes).scatter_add(1, labels[nearest], votes).float()
 
 
 # ---- 8. Evaluation --------------------------------------------------------------------------------------------------
@@ -966,7 +969,7 @@ def train(cfg, env, listing, model, sample):
         norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
         status = torch.stack([means.pop("loss"), norm, norm.new_tensor(float(stop.received))])
         total, norm, stopping = all_reduce_mean(status).tolist()               # the one wait for the device in a step
-        if log.finite(total, norm if not scaler.is_enabled() else 0.0, batch["names"]):    # fp16: the scaler's matter
+        if log.finite(total, 0.0 if scaler.is_enabled() else norm, batch["names"], model):  # fp16: the scaler's matter
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -995,14 +998,20 @@ def check(cfg):
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected e.g. {example}")
     if cfg.data == "ava" and (cfg.mode not in ("finetune", "test") or cfg.focused or cfg.repeats > 1 or cfg.split > 1):
         raise UserError(f"--data ava has --mode finetune and test, no --focused, --repeats or --split; got {cfg.mode}")
+    if cfg.focused and cfg.mode in ("linear", "knn", "retrieval", "extract"):
+        raise UserError(f"--focused: --mode {cfg.mode} reads the features of the network without MOFO's head")
+    if cfg.part not in ("", "all") and Path(cfg.data).is_file():
+        raise UserError(f"--part {cfg.part}: {cfg.data} is read whole")
 
 
 def inherit_settings(cfg, content):
     """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise."""
-    made = content["config"]
+    made, given = content["config"], getattr(cfg, "given", set())
     if cfg.mode in ("test", "predict", "export") and made.get("mode") in ("finetune", "linear"):
-        for name in set(TRAINED_WITH) - getattr(cfg, "given", set()):
+        for name in {*TRAINED_WITH, *["split"] * (made.get("data") == cfg.data)} - given:
             setattr(cfg, name, made.get(name, getattr(cfg, name)))
+    elif cfg.mode in ("test", "predict", "export") and "focused" not in given:             # MOFO's own files
+        cfg.focused = any("local_MCA." in name for name in content["model"])
 
 
 def named_classes(cfg, content):
@@ -1031,18 +1040,20 @@ def find_splits(cfg, content):
     listing = None if cfg.mode == "test" else read(cfg.data, cfg.train_split)
     test = read(cfg.test_data or cfg.data, "test")
     made = content["config"]
-    seen = os.path.abspath(made.get("data", "")) == os.path.abspath(cfg.data) and not made.get("test_data")
+    seen = os.path.realpath(made.get("place", made.get("data", ""))) == os.path.realpath(cfg.data)
     if whole(cfg.data) and not cfg.test_data and (listing or seen):
+        if not listing and made.get("test_data"):
+            raise UserError(f"--data {cfg.data}: {cfg.init} was trained on all of it; name others with --test-data")
         test = test._replace(items=hold_out(test.items, "test"))
-        listing = listing and listing._replace(items=[item for item in hold_out(listing.items, "train")
-                                                      if item.path not in listing.missing])
+        listing = listing and listing._replace(items=hold_out(listing.items, "train"))
         print0(f"{cfg.data}: has no split, {len(test.items)} of its videos are held out to test")
     if not test.items:
         raise UserError(f"--data {cfg.data}: has no split, and no class has two videos, of which to test on one")
     missing = list(dict.fromkeys([*(listing.missing if listing else ()), *test.missing]))
     test = test._replace(missing=missing)                                      # for the report
-    known = {(item.path, item.start) for item in listing.items} if listing else set()
-    if shared := [item.path for item in test.items if (item.path, item.start) in known]:
+    listing = listing and listing._replace(items=[item for item in listing.items if item.path not in listing.missing])
+    known = {(os.path.realpath(item.path), item.start) for item in listing.items} if listing else set()
+    if shared := [item.path for item in test.items if (os.path.realpath(item.path), item.start) in known]:
         raise UserError(f"{len(shared)} of the {len(test.items)} test videos are training videos, too; the first: "
                         f"{shared[0]}. Name others with --test-data or --data")
     return listing, test
@@ -1052,6 +1063,8 @@ def class_ids(test, classes, cfg):
     """Labels of a listing as places in `classes`, joined by the names of the classes -> (N,), or (N, 2) for two heads.
     Names that are numbers and no class of their own are places already, which a note says."""
     labels, columns = torch.tensor([item.label for item in test.items]).view(len(test.items), -1), []
+    if len(heads(classes)) != len(heads(test.classes)):
+        raise UserError(f"--label {cfg.label}: {cfg.init} was trained for another one")
     for column, own, names in zip(labels.T, heads(classes), heads(test.classes)):
         place = {str(i): i for i in range(len(own))} | {name: i for i, name in enumerate(own)}
         if unknown := sorted(set(names) - place.keys()):
@@ -1060,6 +1073,8 @@ def class_ids(test, classes, cfg):
         if set(names) - set(own):
             print0(f"note: classes that are numbers are taken as places: 0 = {own[0]}")
         columns.append(torch.tensor([place[names[i]] for i in column.tolist()]))
+        if len(columns[-1].unique()) < len(column.unique()):
+            raise UserError(f"--data {cfg.data}: two of its classes would be one of {own[:3]} ...; name them alike")
     return torch.stack(columns, 1).squeeze(1)
 
 
@@ -1108,7 +1123,8 @@ def classification(cfg, env, content):
 
 
 def detection(cfg, env, content):
-    """--data ava: finetune, test."""
+    """--data ava: finetune, test.  A key frame has one view."""
+    cfg.views = "1x1"
     listing = ava_listing(cfg.root, "train")[0] if cfg.mode == "finetune" else None
     test, truth = ava_listing(cfg.root, "test", cfg.boxes, cfg.min_score)
     model = Detector(build_network(cfg, content, classes=test.classes).to(env.device), cfg)
@@ -1155,7 +1171,7 @@ def report(cfg, env, result, errors, test):
         Path(cfg.out, "missing_videos.txt").write_text("\n".join([*test.missing, ""]), **FILE_NAMES)
     named = {f"{name}_{cfg.views}": value for name, value in result.items() if name != "per_class"}
     per_class = result.get("per_class", {})
-    settings = ("mode", "recipe", "init", "random_init", "data", "label", "train_split")
+    settings = ("mode", "recipe", "init", "random_init", "data", "label", "train_split", "split")
     results = named | dict(per_class=per_class) | {name: getattr(cfg, name) for name in settings}
     path = Path(cfg.out, "results.json")
     results |= dict(videos=len(test.items), missing=test.missing, unreadable=errors)
@@ -1166,12 +1182,17 @@ def report(cfg, env, result, errors, test):
     print0(f"{numbers}  on {len(test.items)} videos -> {path}")
 
 
+def name_of(item):
+    """The path of an example and, of a part of a video, from which to which second."""
+    return item.path if item.stop == math.inf else f"{item.path} {item.start:g}-{item.stop:g}"
+
+
 def save_scores(cfg, env, items, scores, read, labels, classes):
     """Write scores.npz, what every test video got, and per head a picture of the confusion matrix: a row per true
     class, from top to bottom, the share of its videos (white 0, black 1) that was given each class."""
     if env.rank:
         return
-    np.savez(Path(cfg.out, "scores.npz"), names=[item.path for item in items], scores=scores.numpy(),
+    np.savez(Path(cfg.out, "scores.npz"), names=[name_of(item) for item in items], scores=scores.numpy(),
              read=read.numpy(), labels=labels.numpy(), classes=classes)
     parts = scores.split([len(names) for names in heads(classes)], 1)
     for part, own, name in zip(parts, labels.view(len(labels), -1).T, ("", "_noun")):
@@ -1196,7 +1217,7 @@ def predict(cfg, env, content):
         best = part.topk(min(5, len(names)))
         for item, ok, values, places in zip(items, read.tolist(), best.values.tolist(), best.indices.tolist()):
             top, shares = ";".join(names[i] for i in places), ";".join(f"{value:.4f}" for value in values)
-            rows.append((item.path, names[places[0]], top, shares) if ok else (item.path, "", "", ""))
+            rows.append((name_of(item), names[places[0]], top, shares) if ok else (name_of(item), "", "", ""))
     if env.rank == 0:
         with open(path, "w", newline="", **FILE_NAMES) as file:
             csv.writer(file).writerows([("path", "label", "top5", "scores"), *rows])
@@ -1211,7 +1232,7 @@ def extract_features(cfg, env, content):
     network = build_network(cfg, content).to(env.device).eval()
     features, read, _ = extract(network, listing.items, cfg, env, cfg.views, "features")
     if env.rank == 0:
-        np.savez(path, names=[item.path for item in listing.items], features=features.mean(1).numpy(),
+        np.savez(path, names=[name_of(item) for item in listing.items], features=features.mean(1).numpy(),
                  views=features.numpy(), read=read.numpy(), labels=[item.label for item in listing.items],
                  classes=listing.classes)
     print0(f"{int(read.sum())} of {len(listing.items)} videos -> {path}")
@@ -1259,8 +1280,9 @@ def export_huggingface(network, classes, folder):
 
 def export(cfg, content):
     """Write a folder that Hugging Face transformers loads."""
-    if cfg.focused:
-        raise UserError("--mode export: MOFO's motion-focused head has no counterpart in Hugging Face's VideoMAE")
+    if cfg.focused or cfg.unit_features:
+        raise UserError("--mode export: MOFO's motion-focused head and features of unit length have no counterpart in "
+                        "Hugging Face's VideoMAE")
     head = re.compile(r"((module|backbone)\.)*(head|classifier)\.weight")
     outputs = next((len(x) for name, x in content["model"].items() if head.fullmatch(name)), 0)
     classes = named_classes(cfg, content) or [str(i) for i in range(outputs)]

@@ -450,7 +450,7 @@ def main(cfg):
         norm = clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
         status = torch.stack([means.pop("loss"), norm, norm.new_tensor(float(stop.received))])
         total, norm, stopping = all_reduce_mean(status).tolist()               # the one wait for the device in a step
-        if log.finite(total, norm if not scaler.is_enabled() else 0.0, batch["names"]):    # fp16: the scaler's matter
+        if log.finite(total, 0.0 if scaler.is_enabled() else norm, batch["names"], model):  # fp16: the scaler's matter
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -129,10 +129,10 @@ def read_out(network, cfg, videos):
                 retrieval=finetune.retrieval_recall(*got["train"], *got["test"])[1])
 
 
-def few_labels(checkpoint, kind, seed, out):
+def few_labels(checkpoint, kind, seed, out, videos):
     """Accuracy after fine-tuning on a few labels; of the supervised row after as many epochs on all of `train`."""
     extra = ["--random-init"] if kind else []
-    extra += [] if kind == "supervised" else ["--root", "few", "--toy-train", FEW, "--lr", FEW_LR]
+    extra += ["--toy-train", videos] if kind == "supervised" else ["--root", "few", "--toy-train", FEW, "--lr", FEW_LR]
     start("finetune", "--mode", "finetune", "--init", checkpoint, "--out", out, "--seed", seed, "--epochs", FEW_EPOCHS,
           *extra)
     return json.loads(Path(out, "results.json").read_text())["acc1_1x1"]
@@ -296,7 +296,7 @@ def run_cell(row, seed, a):
                                                                            cfg.env.device)
         if a.labels or kind == "supervised":
             name = "motion" if kind == "supervised" else "few labels"
-            figures[name] = few_labels(checkpoint, kind, seed, checkpoint.parent / "few")
+            figures[name] = few_labels(checkpoint, kind, seed, checkpoint.parent / "few", SIZES[a.size][1])
     else:
         figures, n = leave_one_out(network, cfg, a.data, a.groups)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True).stdout

@@ -487,6 +487,8 @@ def test_every_combination_is_a_valid_configuration():
     ("ucf101", "mcl", "linear", dict(classifier="svm", raw_crop=True, train_views="20x1", frames=16)),
     ("hmdb51", "modist", "finetune", dict(lr=0.04, warmup_epochs=34.0, stride=8, whole_cosine=True)),
     ("ucf101", "modist", "retrieval", dict(views="10x1", train_views="10x1", frames=16, stride=2, test_size=0)),
+    ("ssv2", "fame", "finetune", dict(flip=False, jitter=0.8)), ("ssv2", "mcl", "finetune", dict(flip=False)),
+    ("ssv2", "modist", "linear", dict(flip=False)), ("k400", "modist", "linear", dict(flip=True)),
     ("ucf101", "mme", "linear", dict(dropout=0.0, min_lr=1e-6, classifier="trained")),
     ("ava", "modist", "finetune", dict(optimizer="nesterov", min_score=0.9, times_score=False, drops="16,24,28")),
     ("mofo", "videomae", "finetune", dict(focused=False, batch=16, sampling="dense"))])                # a directory
@@ -939,7 +941,8 @@ def lists(place):
     most, few = ("\n".join(row for row in rows if ("other" in row) == rest) for rest in (False, True))
     files = {name: few.replace(" other", f" {label}") for name, label in (
         ("few.txt", "run"), ("numbers.txt", "1"), ("unknown.txt", "swim"))}
-    files |= {"all.txt": most, "overlap.txt": f"{few}\n{rows[0]}", "two.txt": f"{rows[0]}\n{rows[-1]}"}
+    files |= {"all.txt": most, "overlap.txt": f"{few}\n{rows[0]}", "two.txt": f"{rows[0]}\n{rows[-1]}",
+              "twisted.txt": f"{few}\n../lists/{rows[0]}"}
     return put(root, files)
 
 
@@ -959,6 +962,33 @@ def test_nothing_is_tested_on_its_own_training_videos(mode, data, argv, train, t
     if mode == "finetune" and not argv:  # and the same when tested again
         again, there = tune("--data", lists / data, "--mode", "test", init=out / "last.pt")
         assert again["acc1_1x1"] == results["acc1_1x1"] and set(scored(there)["names"]) == set(scored(out)["names"])
+        if not data:                                                           # by whatever name it is called
+            (lists.parent / "link").symlink_to(lists)
+            assert tune("--data", lists.parent / "link", "--mode", "test", init=out / "last.pt")[0]["videos"] == test
+    elif mode == "finetune":
+        with pytest.raises(UserError, match="trained on all of it"):
+            tune("--data", lists / data, "--mode", "test", init=out / "last.pt")
+
+
+def test_a_division_is_that_of_the_training(layouts, tune):
+    data = ["--data", "ucf101", "--root", layouts("ucf101"), "--views", "1x1", "--split"]
+    for first in list(layouts("ucf101").rglob("*list01.txt")):
+        first.with_name(first.name.replace("01", "02")).write_bytes(first.read_bytes())
+    results, out = tune(*data, 2)
+    assert tune(*data[:-1], "--mode", "test", init=out / "last.pt")[0]["split"] == results["split"] == 2
+
+
+def test_classes_that_would_become_one_are_refused():
+    test = common.Listing([Item("a.mp4", 0), Item("b.mp4", 1)], ["0", "1", "2"], [], "")
+    assert "would be one" in error_of(finetune.class_ids, test, ["1", "2", "3"], config())
+    assert finetune.class_ids(test._replace(items=test.items[:1]), ["1", "2", "3"], config()).tolist() == [0]
+
+
+def test_a_file_of_mofo_brings_its_head():
+    for mode, focused in (("test", True), ("predict", True), ("knn", False)):
+        cfg = config(mode=mode)
+        finetune.inherit_settings(cfg, dict(config={}, model={"local_MCA.0.norm1.weight": 0}))
+        assert cfg.focused == focused
 
 
 def test_testing_needs_no_training_videos_and_not_every_class(lists, tune, tmp_path, capsys):
@@ -1019,6 +1049,9 @@ def test_a_file_of_class_names(lists, tune, tmp_path, capsys):
     ("--init nowhere.pt", "nowhere.pt"),
     ("--data LISTS/all.txt --test-data LISTS/overlap.txt", "1 of the 7 test videos are training videos.*jump/1.mp4"),
     ("--data LISTS/all.txt --test-data LISTS/all.txt", "24 of the 24 test videos are training videos.*--test-data"),
+    ("--data LISTS/all.txt --test-data LISTS/twisted.txt", "1 of the 7 test videos are training videos"),
+    ("--data LISTS/all.txt --mode extract --part train", "is read whole"), ("--test-size 33", "patch size"),
+    ("--focused --mode knn", "without MOFO's head"), ("--mode export --unit-features", "unit length"),
     ("--data LISTS/two.txt", "no class has two videos"),
     ("--data LISTS/unknown.txt --mode test --init TUNED", r"has not: \['swim'\]; it has \['jump', 'other'"),
     ("--data LISTS/few.txt --test-data LISTS/unknown.txt --mode knn", "training videos")])

@@ -1,4 +1,5 @@
 """AVA key frames and EPIC-KITCHENS-100 with two labels, in miniature trees of the published layouts."""
+import os
 import re
 from itertools import product
 from types import SimpleNamespace
@@ -224,3 +225,15 @@ def test_a_subset_of_epic_without_file_is_empty_and_said_and_one_of_another_form
     for name, text in product(reversed(names), ("number\n18\n", "verb,noun\nput,plate\n", "x" * 200_000)):
         put(tmp_path, {f"csv/EPIC_100_{name}.csv": text})
         assert f"EPIC_100_{name}.csv: expected a column" in error_of(epic_subsets, tmp_path)
+
+
+def test_lists_and_kinetics_with_names_of_their_own(tmp_path):
+    """Latin-1 in a list, and copies of Kinetics that are not called by YouTube's id."""
+    names = ["kinetics_vid_0000", "kinetics_vid_0001", "abc-_567890_000010_000020"]
+    put(tmp_path, {"train.csv": "".join(f"train/{name}.mp4 {i}\n" for i, name in enumerate(names))},
+        [f"train/{name}.mp4" for name in names])
+    items = find_videos("k400", tmp_path).items
+    assert [(item.path, item.label) for item in items] == [(f"{tmp_path}/train/{n}.mp4", i) for i, n in enumerate(names)]
+    (tmp_path / "odd.txt").write_bytes(b"train/\xe9t\xe9.mp4 run\n")
+    (tmp_path / os.fsdecode(b"train/\xe9t\xe9.mp4")).write_bytes(b"x")
+    assert len(find_videos(str(tmp_path / "odd.txt")).items) == 1

@@ -234,7 +234,7 @@ def test_linear_probe_solves_what_is_linear_and_knn_votes():
     features = torch.randn(90, 8, generator=seeded()) + 4 * torch.eye(8)[labels]
     features[:, 7] *= 1e4                                                      # a loud feature that says nothing
     assert (fit_linear(features, labels, 3, 1e-3)(features).argmax(1) == labels).float().mean() > 0.98
-    f, mean, std = fit_linear(features, labels, 3, 0.1), features.mean(0), features.std(0)
+    f, mean, std = fit_linear(features, labels, 3, 0.1), features.mean(0), features.std(0, correction=0)
     W, x = f(mean + std * torch.eye(8)) - f(mean), (features - mean) / std     # of standardised features
     slope = x.T @ (f(features).softmax(1) - F.one_hot(labels, 3)) / 90 + 0.1 * W
     assert slope.abs().max() < 1e-3 < W.abs().max()                            # where its loss has its minimum

@@ -88,7 +88,7 @@ def test_stopped_and_started_again_gives_the_same_losses_bit_for_bit(script, ref
     with monkeypatch.context() as patched:
         patched.setattr(common.Log, "step", interrupted)
         run(script, *argv, "--save-every", 1000)
-    assert "same command goes on" in capsys.readouterr().out and len(losses(argv[-1])) < 5
+    assert "the same command (without --fresh) goes on" in capsys.readouterr().out and len(losses(argv[-1])) < 5
     run(script, *argv, "--workers", 2)                                  # another number of workers, too
     assert losses(argv[-1]) == reference(script)
 
@@ -172,6 +172,8 @@ def test_other_settings_and_other_first_weights_are_refused_and_fresh_starts_ove
     run("mofo", *argv, "--init", tmp_path / "a.pt")                     # nor that the file is still there
     shutil.copy(tmp_path / "b.pt", tmp_path / "a.pt")
     assert "init: weights of" in error_of(run, "mofo", *argv, "--init", tmp_path / "a.pt")
+    last = tmp_path / "out/last.pt"
+    assert "moves aside" in error_of(run, "mofo", *argv, "--fresh", "--init", last) and last.exists()
     run("mofo", *argv, "--lr", 0.1, "--fresh")
     assert json.loads((tmp_path / "out/config.json").read_text())["lr"] == 0.1
     assert (tmp_path / "out/last.pt.old").exists()                      # nothing is lost
@@ -275,8 +277,11 @@ def test_three_losses_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
     log = common.Log(tmp_path, CPU, PLAN, 0, 1)
     nan, inf = float("nan"), float("inf")
     steps = ((1.0, 1.0), (nan, 1.0), (1.0, 1.0), (inf, 1.0), (1.0, nan))            # loss, norm of the gradient
-    assert [log.finite(*step, ["a"]) for step in steps] == [True, False, True, False, False]
-    message = error_of(log.finite, nan, 1.0, ["c.mp4"])
+    norm = torch.nn.BatchNorm3d(2)
+    norm.running_mean.fill_(3)[0] = norm.running_var[1] = nan
+    assert [log.finite(*step, ["a"], norm) for step in steps] == [True, False, True, False, False]
+    assert norm.running_mean.tolist() == [0, 3] and norm.running_var.tolist() == [1, 1]      # of steps that are skipped
+    message = error_of(log.finite, nan, 1.0, ["c.mp4"], norm)
     assert "last.pt" in message and "c.mp4" in message
 
 
@@ -301,6 +306,14 @@ def test_fp16_with_a_scaler_skips_what_overflows_and_goes_on(script, reference, 
     assert losses(out)[0] == pytest.approx(reference(script)[0], rel=0.01)
     assert all(map(math.isfinite, losses(out).values())) and math.isfinite(lines(out)[-1]["grad_norm"])
     assert 0 < torch.load(out / "last.pt", weights_only=True)["scaler"]["scale"] <= 65536
+    shutil.copytree(f"runs/reference-{script}", f"{out}-later")                         # begun without a scaler
+    run(script, *TINY, *EXACT[script], "--out", f"{out}-later")
+
+
+def test_a_full_gpu_is_one_line_that_says_what_to_lower():
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+    assert "out of memory. Lower --device-batch" in error_of(common.run, full, mofo.Config, mofo.RECIPES, [])
 
 
 def test_without_a_c_compiler_it_runs_eagerly_and_says_so(monkeypatch, capsys):
