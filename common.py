@@ -1643,9 +1643,10 @@ class MomentumContrast(nn.Module):
                 norm.running_mean.div_(1 - start)
                 norm.running_var.sub_(start).div_(1 - start)
             keys, queries = ([b for b in net.buffers() if b.is_floating_point()] for net in (key, query))
-            if keys:
-                torch._foreach_mul_(keys, 1 - weight)
-                torch._foreach_add_(keys, torch._foreach_mul(queries, weight))
+            if keys:                                                 # as two vectors: single ones are 2,600 kernels
+                k, q = (torch.cat([b.flatten() for b in buffers]) for buffers in (keys, queries))
+                parts = k.lerp(q, weight).split([b.numel() for b in keys])
+                torch._foreach_copy_(keys, [part.view_as(b) for part, b in zip(parts, keys)])
         self.from_scratch = False
 
 
@@ -1795,8 +1796,7 @@ def replace_parts(name, pairs):
 
 
 def convert_names(state):
-    """The tensors of a file under our names; those of our own files stay as they are.  Hugging Face's VideoMAE has q,
-    k and v apart.  SlowFast, and with it MaCLR, and torchvision only have other names."""
+    """A file's tensors under our names.  Hugging Face's VideoMAE has q, k and v apart; SlowFast and torchvision do not."""
     if any(".attention.attention.query." in k for k in state):
         base = "encoder." if any("decoder." in k for k in state) else ""           # pre-training files have both
         state = {replace_parts(k, HUGGING_FACE).replace("videomae.", base): x for k, x in state.items()}
@@ -1925,9 +1925,8 @@ def step_batches(videos, plan, env, seed, start=0):
 
 
 def make_optimizer(name, model, lr, weight_decay, device, betas=(0.9, 0.95), layer_decay=1.0):
-    """adamw, fused on GPUs; sgd or nesterov, momentum 0.9.  Vectors (biases, norms) and the mask token have no weight
-    decay, except with sgd.  A group's `scale`, for its rate, falls by layer_decay per layer of a ViT below the head.
-    """
+    """adamw, fused on GPUs; sgd, nesterov: momentum 0.9.  Vectors (biases, norms) and the mask token have no weight
+    decay, except with sgd.  A group's `scale`, of its rate, falls by layer_decay per layer of a ViT below the head."""
     top, groups = len(getattr(model, "blocks", ())) + 1, {}            # layers: 0 = patch_embed .. top = head
     for n, p in model.named_parameters():
         layer = 0 if n.startswith("patch_embed") else top

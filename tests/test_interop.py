@@ -450,7 +450,7 @@ def test_our_own_files_and_hugging_face_s_say_what_their_networks_have_seen(tmp_
 
 
 def test_a_run_that_goes_on_keeps_the_statistics_it_began_with(tmp_path):
-    nothing = Namespace(load_state_dict=lambda _: None)
+    nothing = Namespace(load_state_dict=lambda _: None, state_dict=dict)
     save_ours(tmp_path / "init", ViT(**SIZES, **ODD))
     new, again = (fame.FAME(make_backbone(**SIZES), queue=8) for _ in range(2))
     assert common.resume_or_init(None, str(tmp_path / "init"), new, nothing, nothing) == 0
