@@ -1796,7 +1796,7 @@ def replace_parts(name, pairs):
 
 
 def convert_names(state):
-    """A file's tensors under our names.  Hugging Face's VideoMAE has q, k and v apart; SlowFast and torchvision do not."""
+    """A file's tensors under our names.  Of Hugging Face's, q, k and v are apart; the others only have other names."""
     if any(".attention.attention.query." in k for k in state):
         base = "encoder." if any("decoder." in k for k in state) else ""           # pre-training files have both
         state = {replace_parts(k, HUGGING_FACE).replace("videomae.", base): x for k, x in state.items()}
