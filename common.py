@@ -313,8 +313,6 @@ class Video(contextlib.AbstractContextManager):
         times = [first.pts, *(frame.pts for frame in frames)]
         self.first, self.total, self.counted = _upright(first), len(times), True
         self.times = sorted(int(n / self.rate / tick) if None in times else t for n, t in enumerate(times))
-        if self.times[-1] > self.times[0]:                                  # the header's rate may be that of packets
-            self.rate = (len(times) - 1) / ((self.times[-1] - self.times[0]) * tick)
 
     def _list_packets(self):
         self._open()
@@ -342,8 +340,11 @@ class Video(contextlib.AbstractContextManager):
 
     @property
     def info(self):
-        seconds = max(0, self.file.duration or 0) / 1e6 or self.total / self.rate
-        return VideoInfo(self.total, float(self.rate), self.first.height, self.first.width, float(seconds))
+        rate, times = self.rate, self.times or [0]
+        mean = (len(times) - 1) / max(1, (times[-1] - times[0])) / self.stream.time_base
+        rate = mean if mean and abs(mean / rate - 1) > 0.02 else rate       # the header's may be that of packets
+        seconds = max(0, self.file.duration or 0) / 1e6 or self.total / rate
+        return VideoInfo(self.total, float(rate), self.first.height, self.first.width, float(seconds))
 
     def _group(self, n):
         """The group that holds frame n -> [(packet, frame number)] in decode order; fails if it is not as listed."""

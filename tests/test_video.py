@@ -256,6 +256,7 @@ def test_equals_decoding_everything(name, tmp_path):
             assert all(np.array_equal(image, frames[i]) for image, i in zip(video.read(indices), indices)), indices
         assert name not in FAST or not video.counted
         if name in MADE or name in REAL and name != "ucf_style.avi":    # its times are out of order
+            assert n == 1 or info.fps == pytest.approx((n - 1) / (times[-1] - times[0]), rel=0.021)
             for i in rng.sample(range(n), min(n, 12)):
                 stop = times[i + 1] if i + 1 < n else times[i] + 9
                 assert video.index_at(times[i] - times[0]) == i
