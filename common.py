@@ -1933,8 +1933,7 @@ def make_optimizer(name, model, lr, weight_decay, device, betas=(0.9, 0.95), lay
         layer = 0 if n.startswith("patch_embed") else top
         if block := re.match(r"blocks\.(\d+)\.", n):
             layer = int(block[1]) + 1
-        vector = p.ndim <= 1 or "mask_token" in n
-        decay = 0.0 if vector and name != "sgd" else weight_decay
+        decay = 0.0 if name != "sgd" and (p.ndim <= 1 or "mask_token" in n) else weight_decay
         if p.requires_grad:
             groups.setdefault((layer_decay ** (top - layer), decay), []).append(p)
     groups = [dict(params=params, scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
@@ -2091,10 +2090,11 @@ def open_run(name, cfg, env, listing, plan):
     if differ:
         raise UserError(f"{last} was made with other settings ({'; '.join(differ)}). Use them again, or --out for "
                         f"another run, or --fresh to start over, or --init {last} --out DIR for its weights alone")
-    steps = all_gather(torch.tensor([checkpoint["step"] if checkpoint else 0], device=env.device)).tolist()
-    if len(set(steps)) > 1:
-        raise UserError(f"{last} is at steps {steps} for processes 0, 1, ... (0: not there). Nodes without a shared "
-                        "disk must hold the same file: copy it")
+    state = [checkpoint["step"] if checkpoint else 0, len(listing.items)]
+    steps, videos = all_gather(torch.tensor([state], device=env.device)).T.tolist()
+    if len({*steps}) + len({*videos}) > 2:
+        raise UserError(f"{last} is at steps {steps} (0: not there) and there are {videos} videos for processes 0, 1, "
+                        "...: nodes without a shared disk must hold the same files, copy them")
     if env.rank == 0:
         about = dict(cfg.settings, method=name, accumulation=plan.accum, steps_planned=plan.steps,
                      peak_lr=plan.lr, torch=str(torch.__version__))

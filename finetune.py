@@ -1035,7 +1035,8 @@ def find_splits(cfg, content):
     def read(data, split):
         listing = find_listing(cfg, data, "all" if whole(data) else split, cfg.label)
         if not listing.classes:
-            raise UserError(f"--data {data}: has no labels, which --mode {cfg.mode} needs")
+            raise UserError(f"--data {data}: has no labels, which --mode {cfg.mode} needs: a directory for each class, "
+                            "no videos beside these, or a list file with labels")
         return listing
     listing = None if cfg.mode == "test" else read(cfg.data, cfg.train_split)
     test = read(cfg.test_data or cfg.data, "test")

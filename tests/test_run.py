@@ -148,6 +148,9 @@ def test_nodes_without_a_shared_disk_agree_on_the_step_or_stop(tmp_path, monkeyp
     codes, texts = nodes("mofo", *argv)
     assert codes == [0, 0] and "continuing at step 1" in texts[0], texts
     assert [len(losses(f"node{k}/runs/mofo-toy")) for k in (0, 1)] == [2, 1]            # only the first writes
+    Path("node1/data/toy/64px/train/000000.mp4").unlink()
+    codes, texts = nodes("mofo", *argv, "--fresh")
+    assert 0 not in codes and "there are [8, 7] videos" in texts[0], texts
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
