@@ -232,8 +232,8 @@ def test_lists_and_kinetics_with_names_of_their_own(tmp_path):
     names = ["kinetics_vid_0000", "kinetics_vid_0001", "abc-_567890_000010_000020"]
     put(tmp_path, {"train.csv": "".join(f"train/{name}.mp4 {i}\n" for i, name in enumerate(names))},
         [f"train/{name}.mp4" for name in names])
-    items = find_videos("k400", tmp_path).items
-    assert [(item.path, item.label) for item in items] == [(f"{tmp_path}/train/{n}.mp4", i) for i, n in enumerate(names)]
+    found = [(item.path, item.label) for item in find_videos("k400", tmp_path).items]
+    assert found == [(f"{tmp_path}/train/{name}.mp4", i) for i, name in enumerate(names)]
     (tmp_path / "odd.txt").write_bytes(b"train/\xe9t\xe9.mp4 run\n")
     (tmp_path / os.fsdecode(b"train/\xe9t\xe9.mp4")).write_bytes(b"x")
     assert len(find_videos(str(tmp_path / "odd.txt")).items) == 1
