@@ -341,8 +341,9 @@ class Video(contextlib.AbstractContextManager):
     @property
     def info(self):
         rate, times = self.rate, self.times or [0]
-        mean = (len(times) - 1) / max(1, (times[-1] - times[0])) / self.stream.time_base
-        rate = mean if mean and abs(mean / rate - 1) > 0.02 else rate       # the header's may be that of packets
+        span = (times[-1] - times[0]) * self.stream.time_base
+        mean = (len(times) - 1) / span if span else rate
+        rate = mean if abs(mean / rate - 1) > 0.02 else rate                # the header's may be that of packets
         seconds = max(0, self.file.duration or 0) / 1e6 or self.total / rate
         return VideoInfo(self.total, float(rate), self.first.height, self.first.width, float(seconds))
 
@@ -1914,10 +1915,8 @@ def plan_run(cfg, videos, env):
 
 
 def step_batches(videos, plan, env, seed, start=0):
-    """Yields, from step `start` to the end, the batches of (epoch, index) that this process reads.
-
-    They are cut from one endless stream of shuffled epochs, the same for any number of processes and any start.
-    """
+    """Yields, from step `start` to the end, the batches of (epoch, index) that this process reads: cut from one
+    endless stream of shuffled epochs, which is the same for any number of processes and any start."""
     order = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(videos))
     for i in range(start * plan.accum, plan.steps * plan.accum):
         first = (i * env.world + env.rank) * plan.micro

@@ -1041,7 +1041,7 @@ def find_splits(cfg, content):
     listing = None if cfg.mode == "test" else read(cfg.data, cfg.train_split)
     test = read(cfg.test_data or cfg.data, "test")
     made = content["config"]
-    seen = os.path.realpath(made.get("place", made.get("data", ""))) == os.path.realpath(cfg.data)
+    seen = made and os.path.realpath(made.get("place") or made["data"]) == os.path.realpath(cfg.data)
     if whole(cfg.data) and not cfg.test_data and (listing or seen):
         if not listing and made.get("test_data"):
             raise UserError(f"--data {cfg.data}: {cfg.init} was trained on all of it; name others with --test-data")
