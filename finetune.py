@@ -1007,10 +1007,12 @@ def check(cfg):
 def inherit_settings(cfg, content):
     """Let test, predict and export go on with what a checkpoint was trained with, unless a flag says otherwise."""
     made, given = content["config"], getattr(cfg, "given", set())
-    if cfg.mode in ("test", "predict", "export") and made.get("mode") in ("finetune", "linear"):
+    if cfg.mode not in ("test", "predict", "export"):
+        return
+    if made.get("mode") in ("finetune", "linear"):
         for name in {*TRAINED_WITH, *["split"] * (made.get("data") == cfg.data)} - given:
             setattr(cfg, name, made.get(name, getattr(cfg, name)))
-    elif cfg.mode in ("test", "predict", "export") and "focused" not in given:             # MOFO's own files
+    elif "focused" not in given:                                               # MOFO's own files
         cfg.focused = any("local_MCA." in name for name in content["model"])
 
 

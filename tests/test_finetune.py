@@ -219,7 +219,7 @@ def test_a_clip_is_mixed_with_one_of_another_video():
     model.logits = lambda clips, inside: (seen.append(common.unnormalize(clips).mean((2, 3, 4))), logits)[-1]
     for seed in range(3):
         loss, _ = model.train()(clips, torch.arange(3), seeded(seed))
-        assert torch.equal((seen[-1] > 1e-3).sum(1), torch.full((6,), 2))                
+        assert torch.equal((seen[-1] > 1e-3).sum(1), torch.full((6,), 2))
         torch.testing.assert_close(loss, -(seen[-1] * logits.log_softmax(1)).sum(1).mean(), rtol=1e-3, atol=1e-3)
 
 
