@@ -44,6 +44,7 @@ import torchvision
 from torch import nn
 from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_large, raft_small
 from torchvision.models.optical_flow.raft import upsample_flow
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid, save_image
 from tqdm import tqdm
 
@@ -1992,6 +1993,16 @@ def eagerly():
         yield
 
 
+def matmul_rate(env, n=8192):
+    """Operations per second of a large matrix product in the type in which networks compute: the practical peak."""
+    a, seconds = torch.arange(n * n, device=env.device).sin().view(n, n).to(env.amp or torch.float32), []
+    for _ in range(20):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()                                    # waits for it
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / min(seconds)
+
+
 def check_finite(tensors, what):
     """Raise UserError if one of the tensors, pairs of name and tensor, is nan or infinite."""
     broken = [name for name, x in tensors if not x.isfinite().all()]
@@ -2147,6 +2158,8 @@ class Log:
     def __init__(self, out, env, plan, start, every):
         self.out, self.env, self.plan, self.every = out, env, plan, every
         self.tried = self.bad = self.not_finite = self.killed = 0
+        self.counter, self.counting = FlopCounterMode(display=False), contextlib.ExitStack()
+        self.best = matmul_rate(env) if env.device.type == "cuda" else None     # before the loader's workers want the CPU
         self.waited, self.began, self.logged = 0.0, time.perf_counter(), start
         if env.rank == 0:
             path = out / "log.jsonl"                            # forget what was logged after the checkpoint
@@ -2163,6 +2176,9 @@ class Log:
         """
         began = time.perf_counter()
         batch = next(batches)
+        if self.best and not self.tried:                        # the first step runs eagerly: its operations are counted
+            self.counting.enter_context(eagerly())
+            self.counting.enter_context(self.counter)
         self.waited += time.perf_counter() - began
         self.tried += len(batch["names"]) + len(batch["errors"])
         self.bad += len(batch["errors"])
@@ -2198,6 +2214,7 @@ class Log:
     def step(self, step, loss, flow=None, **values):
         """Log a step: its loss, the given numbers or 0-d tensors (means over the processes), and the run's speed."""
         self.bar.update()
+        self.counting.close()
         if (step + 1) % self.every and step + 1 != self.plan.steps:
             return
         names = sorted(values)
@@ -2210,7 +2227,8 @@ class Log:
                     step_ms=round(1000 * seconds / steps, 1),
                     data_wait_pct=round(100 * self.waited / seconds, 1),
                     flow_pct=round(100 * flow_seconds / seconds, 1))
-        if self.env.device.type == "cuda":
+        if self.best:
+            line["peak_pct"] = round(100 * self.counter.get_total_flops() * steps / seconds / self.best, 1)
             line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         self.began, self.waited, self.logged = now, 0.0, step + 1
         if self.env.rank == 0:

@@ -21,11 +21,14 @@ sys.path.insert(0, str(REPO))
 import common
 from common import RowGenerator, UserError, VideoInfo, to_float01, toy_video
 
-if not any("test_cuda" in word for word in sys.argv):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""                                # fp32 of the CPU is compared with loops
 torch.set_num_threads(1)                                                   # as `start` does: the same numbers
 inspect.getsource = functools.cache(inspect.getsource)                     # slow, and each Config needs it
 SHARED = REPO.parent / "shared"                                            # golden numbers, real clips: or tests skip
+
+
+def pytest_configure(config):
+    if not any("test_cuda" in str(word) for word in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""                            # fp32 of the CPU is compared with loops
 
 
 def golden_arrays(name):
