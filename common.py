@@ -680,8 +680,8 @@ def _epic(files, split, label, fold):
     for row in tables[split]:
         verb, noun = int(row["verb_class"]), int(row["noun_class"])
         target = {"verb": verb, "noun": noun, "action": f"{verb}:{noun}", "verb-noun": (verb, noun)}[label]
-        start, stop = _seconds(row["start_timestamp"]), _seconds(row["stop_timestamp"])
-        rows.append((row["video_id"].lower(), target, start, stop))
+        stamps = ([float(x) for x in row[f"{end}_timestamp"].split(":")] for end in ("start", "stop"))
+        rows.append((row["video_id"].lower(), target, *(3600 * h + 60 * m + s for h, m, s in stamps)))
     return rows, classes[label]
 
 
@@ -701,11 +701,6 @@ def read_lines(path):
     """The lines of a text file that are not empty, stripped."""
     text = Path(path).read_text(encoding="utf-8-sig", errors=FILE_NAMES["errors"])
     return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def _seconds(stamp):
-    h, m, s = stamp.split(":")
-    return 3600 * int(h) + 60 * int(m) + float(s)
 
 
 def _toy(root, split, label, train=1024, test=256, size=64):
@@ -1792,10 +1787,7 @@ def load_file(path):
 
 def replace_parts(name, pairs):
     """Replace parts of a dotted name: pairs (old, new), each beginning with a dot."""
-    name = "." + name
-    for old, new in pairs:
-        name = name.replace(old, new)
-    return name[1:]
+    return functools.reduce(lambda name, pair: name.replace(*pair), pairs, "." + name)[1:]
 
 
 def convert_names(state):
@@ -1993,16 +1985,6 @@ def eagerly():
         yield
 
 
-def matmul_rate(env, n=8192):
-    """Operations per second of a large matrix product in the type in which networks compute: the practical peak."""
-    a, seconds = torch.arange(n * n, device=env.device).sin().view(n, n).to(env.amp or torch.float32), []
-    for _ in range(20):
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()                                    # waits for it
-        seconds.append(time.perf_counter() - began)
-    return 2 * n ** 3 / min(seconds)
-
-
 def check_finite(tensors, what):
     """Raise UserError if one of the tensors, pairs of name and tensor, is nan or infinite."""
     broken = [name for name, x in tensors if not x.isfinite().all()]
@@ -2159,7 +2141,6 @@ class Log:
         self.out, self.env, self.plan, self.every = out, env, plan, every
         self.tried = self.bad = self.not_finite = self.killed = 0
         self.counter, self.counting = FlopCounterMode(display=False), contextlib.ExitStack()
-        self.best = matmul_rate(env) if env.device.type == "cuda" else None     # before the loader's workers want the CPU
         self.waited, self.began, self.logged = 0.0, time.perf_counter(), start
         if env.rank == 0:
             path = out / "log.jsonl"                            # forget what was logged after the checkpoint
@@ -2176,7 +2157,7 @@ class Log:
         """
         began = time.perf_counter()
         batch = next(batches)
-        if self.best and not self.tried:                        # the first step runs eagerly: its operations are counted
+        if self.env.device.type == "cuda" and not self.tried:   # the first step runs eagerly: its operations are counted
             self.counting.enter_context(eagerly())
             self.counting.enter_context(self.counter)
         self.waited += time.perf_counter() - began
@@ -2227,8 +2208,8 @@ class Log:
                     step_ms=round(1000 * seconds / steps, 1),
                     data_wait_pct=round(100 * self.waited / seconds, 1),
                     flow_pct=round(100 * flow_seconds / seconds, 1))
-        if self.best:
-            line["peak_pct"] = round(100 * self.counter.get_total_flops() * steps / seconds / self.best, 1)
+        if self.env.device.type == "cuda":
+            line["tflops"] = round(self.counter.get_total_flops() * steps / seconds / 1e12, 1)
             line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         self.began, self.waited, self.logged = now, 0.0, step + 1
         if self.env.rank == 0:

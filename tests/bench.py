@@ -46,7 +46,7 @@ import mme
 import modist
 import mofo
 from common import (Clips, Env, FlowEstimator, Item, ResNet3D, VIDEO_FILES, VITS, VideoError, loader, make_backbone,
-                    make_optimizer, matmul_rate, probe, setup, to_device, wrap_model)
+                    make_optimizer, probe, setup, to_device, wrap_model)
 
 CONFIG = mofo.Config()                                             # 16 frames, 224 pixels, crops as in training
 
@@ -301,9 +301,16 @@ def first_step(env, case):
     print(json.dumps([seconds, memory and memory / 1e9]))
 
 
+def product_rate(env, reps=20):
+    """Operations per second of a large matrix product in the type in which networks compute."""
+    n = 8192 if env.device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=env.device, dtype=env.amp or torch.float32)
+    return 2 * n**3 / medians({"product": lambda k: a @ b}, reps, partial(clock, env))["product"]
+
+
 def bench_steps(env, modes, cases, reps):
     """Rows of speed, rows of the first step and memory (not on a GPU: compiling twice would take half an hour)."""
-    speed, start, most = [], [], matmul_rate(env, 8192 if env.device.type == "cuda" else 1024)
+    speed, start, most = [], [], product_rate(env)
     for case in cases:
         text = f"{case['script']}, {case['model']}, {case['clips']} x {case['image_size']}^2, {case['flow'] or 'no flow'}"
         inner = 10 if env.device.type == "cuda" else 1

@@ -55,7 +55,7 @@ from pathlib import Path
 out = Path(sys.argv[1])
 tests = out / "tests.txt"
 print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}: {tests.read_text().splitlines()[-1] if tests.exists() else 'no tests'}\n")
-print("| script, published recipe | first 10 steps, s | clips/s | data wait, % | flow, % | of a matrix product's rate, % | memory, GB |")
+print("| script, published recipe | first 10 steps, s | clips/s | data wait, % | flow, % | TFLOP/s | memory, GB |")
 print("|---|---|---|---|---|---|---|")
 for name in ("mofo", "mme", "fame", "mcl", "modist", "finetune"):
     log = out / name / "log.jsonl"
@@ -65,6 +65,6 @@ for name in ("mofo", "mme", "fame", "mcl", "modist", "finetune"):
         continue
     first, line = lines[0], lines[2]                               # the third ten: compiled, and no preview in between
     print("|", " | ".join(map(str, (name, f"{first['step_ms'] / 100:.0f}", *(line[key] for key in (
-        "clips_per_s", "data_wait_pct", "flow_pct", "peak_pct", "memory_gb"))))), "|")
+        "clips_per_s", "data_wait_pct", "flow_pct", "tflops", "memory_gb"))))), "|")
 END
 cat "$out/steps.txt" "$out/flow.txt" 2> /dev/null | grep -v Warning
