@@ -1175,9 +1175,9 @@ class FlowEstimator:
         side = (H, W) if self.name == "tvl1" else tuple(max(128, round(s / 8) * 8) for s in (H, W))
         if side != (H, W):
             video = F.interpolate(video.flatten(0, 1), side, mode="bilinear", antialias=True).unflatten(0, (B, T))
-        some, flow = self.chunk(*side), []
-        clips_at_once = max(1, some // (T - 1))                                               # or, if even one is too
-        even = max(n for n in range(1, clips_at_once + 1) if B % n == 0)                      # long, a part of it
+        some, flow = self.chunk(*side), []                                                    # pairs at a time
+        clips_at_once = max(1, some // (T - 1))                                               # a longer clip in pieces
+        even = max(n for n in range(1, clips_at_once + 1) if B % n == 0)                      # divides B
         estimate = self._tvl1 if self.name == "tvl1" else self._raft
         with torch.autocast(self.device.type, enabled=False):
             for part in video.split(even if 2 * even > clips_at_once else clips_at_once):     # even: one graph for all
@@ -1434,8 +1434,8 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Joint space-time transformer (VideoMAE): normalised clips (B, 3, T, H, W) -> (B, dim) or (B, num_classes).
 
-    norms says which there are of `norm`, of the tokens (pre-training), and `fc_norm`, of their mean.  With num_classes
-    it is fc_norm alone, before `head`: VideoMAE fine-tunes so.  State-dict names are those of its checkpoints.
+    norms names the layer norms that exist: `norm` on the tokens (pre-training), `fc_norm` on their mean.  With
+    num_classes only fc_norm does, before `head`, as VideoMAE fine-tunes.  State-dict names: those of its checkpoints.
     """
 
     def __init__(self, image_size, frames, patch_size, tubelet_size, dim, depth, heads, num_classes=0, drop_path=0.0,
@@ -2157,7 +2157,7 @@ class Log:
         """
         began = time.perf_counter()
         batch = next(batches)
-        if self.env.device.type == "cuda" and not self.tried:   # the first step runs eagerly: its operations are counted
+        if self.env.device.type == "cuda" and not self.tried:   # the first step runs eagerly, its operations counted
             self.counting.enter_context(eagerly())
             self.counting.enter_context(self.counter)
         self.waited += time.perf_counter() - began

@@ -138,8 +138,8 @@ def colour_bins(images, hue_scale=1.0):
 
 
 def foreground_mask(clips01, beta=0.5, hue_scale=1.0):
-    """What moves, and what has its colours: clips (B, 3, T, H, W) in [0, 1] -> mask (B, H, W), 1 in exactly
-    int(beta H W) pixels and 0 elsewhere; soft (B, H, W) in [0, 1], which it cuts.
+    """What moves, and what has its colours: clips (B, 3, T, H, W) in [0, 1] -> mask (B, H, W), 1 in the int(beta H W)
+    pixels where the soft map is largest and 0 elsewhere; the soft map (B, H, W) in [0, 1].
 
     The half of the frame with the largest differences is taken for foreground, the tenth with the smallest for
     background.  A pixel's colour (of the mean frame) then has a likelihood in each, from their colour histograms; the
@@ -162,12 +162,12 @@ def foreground_mask(clips01, beta=0.5, hue_scale=1.0):
 
 
 def merge(clips01, mask, permutation):
-    """Keep clips (B, 3, T, H, W) where mask (B, H, W) is 1, elsewhere show the clip that permutation (B,) names."""
+    """Keep clips (B, 3, T, H, W) where mask (B, H, W) is not 0, elsewhere show the clip that permutation (B,) names."""
     return torch.where(mask[:, None, None] > 0, clips01, clips01[permutation])
 
 
 def derangement(count, generator=None, device="cpu"):
-    """A random partner for each of `count` clips, never itself: the next one in a random cycle -> (count,)."""
+    """A random partner for each of `count` clips, never itself: the one before in a random cycle -> (count,)."""
     cycle = rand(count, generator=generator, device=device).argsort()
     return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
 
@@ -183,8 +183,8 @@ def info_nce(query, key, negatives, temperature):
 
 
 class FAME(MomentumContrast):
-    """MoCo whose first view is merged: clips (2 B, 3, T, H, W) uint8, the two views of each video in turn -> loss,
-    stats: similarity of the pairs, and how often of all clips in the batch the own one is the most similar."""
+    """MoCo whose view 1 is merged: clips (2 B, 3, T, H, W) uint8, the two views of each video in turn -> loss =
+    (NCE(q1, k2) + NCE(q2, k1)) / 2, stats: similarity of q1 and k2, how often (%) k2 is q1's nearest in the batch."""
 
     def __init__(self, encoder, merge=True, beta=0.5, flip=0.5, colour=1.0, queue=65536, momentum=0.999,
                  temperature=0.1, outputs=128):

@@ -7,26 +7,26 @@ the motion map in space and time.
 
     Paper                                             Code                                    Section
     motion map (boundaries of flow)                   motion_boundary(), motion_target()      2
-    temporal sampling                                 sample_clips(), tournament()            3, 6
-    spatial sampling                                  motion_crop()                           3
-    inter- and intra-video losses, order loss         MCL                                     4
+    temporal sampling                                 random_starts(), tournament()           7, 3
+    spatial sampling                                  hot_box(), motion_crop()                3
+    inter- and intra-video losses, order loss         MCL                                     5
     motion alignment loss                             alignment_map(), alignment_loss()       4
 
 Differs from the paper and its released code, and why
- 1. Flow is computed in the training step, so clips of a video are not ranked: of two random ones that with more motion
-    is taken with probability 0.7, else any: .68 of them are from the upper half of the video's (published: .85).
- 2. A clip's motion map is the mean of four pairs of neighbouring frames (released: windows of 8 flows around each
-    frame; clips are ranked by flow summed over all of them), and is not rounded to 8 bits; strong motion there wraps
-    around to none.
+ 1. Flow is computed in the training step, so clips of a video are not ranked: of two random ones the one with more
+    motion is taken with probability 0.7, else either: .68 of those taken are in the upper half (published: .85).
+ 2. A clip's motion map is the mean over four pairs of its frames, --stride apart (released: windows of 8 flows, 4 on
+    Kinetics, of neighbouring video frames; clips are ranked by all their flow summed).  It is not rounded to 8 bits,
+    which in the released code makes strong motion wrap around to none.
  3. The target is flipped with its clip (released: 37.5 % of all targets are mirrored in one component or both).
  4. The spatio-temporal term weights time steps by their share of the motion.  The published softmax over raw sums
-    picks one step and depends on units: --attention softmax (over --stride frames, so twice as sharp at stride 2).
+    (--attention softmax) picks one step and depends on units; our flow is over --stride frames, so its sums are larger.
  5. Keys are encoded with running statistics instead of shuffling clips across GPUs, as in fame.py.  Batch
     norm of the queries is over all processes.
  6. Of a frame, the largest part of 4:3 is used (--frame-height, --frame-width), at a random place per sample.
-    Colour jitter is one affine map per clip.  If a crop's size never fits, the largest that does is taken.
- 7. The weight of the order loss grows per step, not per epoch.  All videos are used (released: those of at least 64
-    frames), and --init takes a MoCo head over for --data ucf101, too.
+    Colour jitter is one affine map per clip.  If none of 20 crop sizes fits, the first is cut to the frame.
+ 7. The weight of the order loss grows per step, not per epoch.  All videos are used (released: UCF101's from 64 frames
+    on, Kinetics' of more than 32), and --init takes a MoCo head over for --data ucf101, too.
  8. ViT (our choice): features are LayerNorm(mean of tokens), and the aligned layer is the first one of the last
     block's MLP.  Of a ViT's or a longer clip's finer map, means over cells are aligned.
 
@@ -55,7 +55,7 @@ from common import (Bottleneck, Clips, FlowEstimator, Log, MomentumContrast, Que
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
-# Defaults are the published pre-training on Kinetics-400.
+# Defaults are the published pre-training on Kinetics-400, but for its start: --init, ImageNet weights of MoCo v2.
 
 @dataclass
 class Config(RunConfig):
@@ -208,8 +208,8 @@ def split(encoder, clips):
     """Run a network on normalised clips up to its last linear map before a non-linearity and the mean over positions
     -> that map's output X (B, C, t, h, w), and the rest of the network as a function from X to features (B, dim).
 
-    The rest can be differentiated twice: it has no compiled code and no fused attention.
-    Call it in fp32, because gradients with respect to X underflow in fp16.
+    The rest can be differentiated twice: it has no compiled code and no fused attention.  Call the rest, unlike
+    `split`, in fp32: gradients with respect to X underflow in fp16.
     """
     if isinstance(encoder, ViT):
         *blocks, last = encoder.blocks
@@ -264,10 +264,10 @@ def alignment_loss(P, M, attention="l1"):
 # ---- 5. Model ------------------------------------------------------------------------------------------------------
 
 class MCL(MomentumContrast):
-    """dict of clips (6 B, 3, T + 1, H, W) uint8, two candidates for each of three clips of every video, and order
-    (B,) (1: the first clip comes before the others) -> loss, stats.  Without motion_clips: one candidate each.  The
-    first clip gives the query and the first key, the others a key each.  The last frame is only for flow.  steps and
-    warmup, in steps of the optimiser, set the course of the weights."""
+    """dict of clips (6 B, 3, T + 1, H, W) uint8, two candidates (without motion_clips one) for each of three clips of
+    every video, and order (B,) (1: the first clip comes before the others) -> loss = inter + intra + order_weight *
+    updates / steps * order + align_weight * align, for `warmup` updates 2 align_weight; stats.  The first clip gives
+    the query and the first key, the others a key each.  The last frame is only for flow."""
 
     def __init__(self, encoder, flow, steps, warmup=0, motion_clips=True, motion_crops=True, min_crop=0.2, flip=0.5,
                  colour=1.0, queue=131072, momentum=0.999, temperature=0.1, order_weight=0.0, align_weight=1.0,
@@ -338,10 +338,10 @@ class MCL(MomentumContrast):
             self.keys.eval()                                                    # running statistics, see 5. above
         with torch.no_grad():
             _, keys = self.embed(self.keys["encoder"], self.keys["heads"], torch.cat(views[1:]))
-        X, q = self.embed(self.encoder, self.heads, views[0])                   # each (B, outputs)
+        X, q = self.embed(self.encoder, self.heads, views[0])                   # (B, C, t, h, w); by head (B, outputs)
         t, progress = self.temperature, self.updates / self.steps
         with torch.autocast(X.device.type, enabled=False):
-            # Inter: the video's three keys against those of other videos.
+            # Inter: InfoNCE of three keys against the queue; softplus(log sum e^n - p) = -log(e^p / (e^p + sum e^n)).
             k = keys["inter"].unflatten(0, (3, -1)).transpose(0, 1)             # (B, 3, outputs)
             own = torch.einsum("bd,bjd->bj", q["inter"], k)                     # (B, 3)
             other = q["inter"] @ self.queue.keys.clone().T                      # (B, K)
@@ -405,9 +405,9 @@ cosine_lr = partial(cosine_lr, start=0.01)           # warm-up begins at a hundr
 
 
 def random_starts(first, last, span, candidates, rng):
-    """First frames of the clips to compare, which span frames start .. start + span: `candidates` for the anchor from
-    one half of a video's frames first .. last, twice as many, in order, for the two others from the other half
-    -> starts (3, candidates), does the anchor come first?  In too short a video the anchor is at one end."""
+    """First frames of a video's three clips, which end at start + span -> (3, candidates), does the anchor come first?
+    Row 0 is the anchor's, in one half of frames first .. last; rows 1 and 2, ascending, are the others', in the other
+    half.  Where half a video is shorter than a clip: three starts anywhere, the anchor's first or last of them."""
     before, half = rng.random() < 0.5, (first + last + 1) // 2
     if half - 1 - span >= first:
         halves = [(first, half - 1 - span), (half, last - span)]

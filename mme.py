@@ -130,7 +130,7 @@ def trajectories(flow, starts, length, cell=8):
         where = (points * 2 / most - 1).movedim(2, -1)                          # (B, S, gh, gw, 2) in [-1, 1]
         step = F.grid_sample(field.flatten(0, 1), where.flatten(0, 1), padding_mode="border", align_corners=False)
         steps.append(step.unflatten(0, (B, S)))                                 # (B, S, 2, gh, gw)
-        points = points + steps[-1]
+        points = points + steps[-1]                                             # p_{k+1} = p_k + flow_k(p_k)
     return torch.stack(steps, 2), valid
 
 
@@ -209,8 +209,8 @@ def shape_target(maps, displacement, starts, cell=8):
 
 
 def position_loss(prediction, target, valid):
-    """Squared error of hidden tokens (B, n, 8 L), summed as if L were 4, and 0 where not valid (B, n); mean over
-    tokens.  With z-scores, predicting no motion costs at most 24.  Source: MME's code."""
+    """Squared error of hidden tokens (B, n, 8 L): mean over the values x 32 (their sum at L = 4), 0 where not valid
+    (B, n), mean over all tokens.  With z-scores, predicting no motion costs at most 24.  Source: MME's code."""
     error = (prediction - target).square().mean(-1) * 32                        # (B, n)
     return (error * valid).mean()
 
@@ -280,10 +280,10 @@ class MME(MaskedAutoencoder):
         """Follow the points of each tubelet from its first frame -> displacement (B, T', L, 2, gh, gw), valid
         (B, T', gh, gw), the frames (B, 3, F', H, W) that they pass, and in which of these each tubelet starts."""
         S, L, span = self.encoder.grid[0], self.length, self.encoder.tubelet_size * self.step
-        if L < span:                                                            # skip the flow between trajectories
+        if L < span:       # tubelets start `span` frames apart, trajectories are shorter: skip the flow between them
             windows = clips.unfold(2, L + 1, span)[:, :, :S].movedim(-1, 3)     # (B, 3, T', L + 1, H, W)
             pieces, frames = windows.transpose(1, 2).flatten(0, 1), windows[:, :, :, :-1].flatten(2, 3)
-            span = L
+            span = L                                                            # in `frames`, which has F' = T' L
         else:
             pieces = clips[:, :, :(S - 1) * span + L + 1]
             frames = pieces[:, :, :-1]

@@ -21,8 +21,8 @@ settle a question we follow them.  Our own choices, and where we differ, and why
  3. Each query is compared with the queue of its key's modality; the two cross-modal directions are summed.
  4. Keys are encoded with running statistics instead of shuffling clips across GPUs, as in fame.py.  Batch
     norm of the queries is over all processes.
- 5. Optimiser, schedule and crops are those that Feichtenhofer et al. (2021, https://arxiv.org/abs/2104.14558) use for
-    MoCo on the same network; the momentum of the keys is constant.  Colour jitter is one affine map per clip.
+ 5. Optimiser, schedule, crops, colours and blur are those of MoCo on this network in Feichtenhofer et al. (2021,
+    https://arxiv.org/abs/2104.14558; released: jitter .4, no hue); key momentum is constant, jitter affine per clip.
  6. RGB is normalised with ImageNet's mean and deviation or those of --init (released: .45 and .225).
 
 Run    python modist.py                                      # toy data; 1.9 minutes of CPU time
@@ -123,10 +123,10 @@ def flow_edges(flow, clip=1.0):
 
 
 def motion_maps(clips, flow, kind="flow_edge", clip=1.0):
-    """Clips (B, 3, T, H, W) uint8 or in [0, 1] -> what the motion network sees (B, 3, T-1, H', W').
+    """Clips (B, 3, T, H, W) uint8 or in [0, 1], flow: a FlowEstimator -> the motion network's input (B, 3, T-1, h, w).
 
-    kind   flow_edge: flow_edges, three times over
-           flow: the flow's two components and length, in units of an eleventh of the width, cut at 1
+    kind   flow_edge: flow_edges, three times over, cut at `clip`
+           flow: the flow's two components and length, over an eleventh of the width (20 px of 224), cut at -1 and 1
            frame_diff: |difference| of neighbouring frames, mean over colours, three times over; needs no flow
     """
     if kind == "frame_diff":
@@ -146,7 +146,7 @@ def info_nce(query, key, negatives, temperature):
     """-log of the share of the own key in the softmax over it and all negatives: query, key (B, D) and negatives
     (K, D), all of length 1 -> scalar."""
     own, other = (query * key).sum(1) / temperature, query @ negatives.T / temperature     # (B,), (B, K)
-    return F.softplus(other.logsumexp(1) - own).mean()
+    return F.softplus(other.logsumexp(1) - own).mean()              # = -log(e^own / (e^own + sum e^other))
 
 
 def top1(query, key):
@@ -163,8 +163,8 @@ def projection(dim, hidden=2048, outputs=128):
 
 
 class MoDist(MomentumContrast):
-    """Clips (2 B, 3, F, H, W) uint8, two moments of each video in turn -> loss, stats: top1, how often (%) of all
-    second moments in the batch the own one is the most similar, RGB to RGB and motion to RGB.
+    """Clips (2 B, 3, F, H, W) uint8, two moments of each video in turn, RGB v1, v2, motion m1, m2 -> loss = NCE(v1, v2)
+    + cross_weight (NCE(v1, m2) + NCE(m1, v2)); stats: its terms, how often (%) v2 is v1's (m1's) nearest in the batch.
 
     encoder       of RGB: every `rgb_step`-th of the first F - 1 frames
     motion        of the F - 1 motion maps, or None = MoCo
@@ -270,8 +270,8 @@ cosine_lr = partial(cosine_lr, start=0.01, whole=True)
 
 
 def two_starts(room, fps, rng, least=0.5, most=10.0):
-    """First frames of two clips of a video, in random order, for `room` + 1 possible ones: `least` to `most` seconds
-    apart, or as far as the video allows.  Source: the released default settings."""
+    """First frames, from 0 to `room`, of two clips of a video, in random order: `least` to `most` seconds apart, or as
+    far as `room` (in frames) allows.  Source: the released default settings."""
     least, most = math.ceil(least * fps), math.floor(most * fps)
     shift = int(rng.integers(min(least, room), min(max(least, most), room), endpoint=True))
     start = int(rng.integers(room - shift, endpoint=True))

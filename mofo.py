@@ -16,7 +16,7 @@ hidden, the rest of the 90 % comes from outside.
 Differs from the paper, and why
  1. Flow is estimated in-line, on the very crop that the network sees, by RAFT instead of TV-L1: no offline pass over
     the data set, and the box needs no transforming.  `--flow tvl1` is the paper's estimator (the toy data's default).
- 2. Flow of one pair of frames per tubelet, half of the pairs: flow is the dearest part that the method adds.
+ 2. Flow of one pair of frames per tubelet, --stride apart (paper: of every pair of neighbours): flow costs most.
  3. The motion map averages the flow over windows of 2 pairs (8 video frames at stride 2, as many as the paper's, but
     not sliding), and the lengths of the gradients over the windows.  One sum over the clip would cancel what goes and
     returns.
@@ -131,8 +131,8 @@ def motion_box(motion, image_size, blur=0.03, relative=0.15, floor=0.3, tail=0.0
     smooth = F.conv2d(F.conv2d(motion[:, None], kernel, padding="same"), kernel.mT, padding="same")[:, 0]
     smooth = (smooth - smooth.flatten(1).median(1).values[:, None, None]).clamp(min=0)
     peak = smooth.amax((1, 2))                                                  # (B,)
-    height = peak * math.sqrt(2 * math.pi) * sigma                              # of the edge that blurs to this peak
-    found = height > floor * min(h, w) / 224
+    jump = peak * math.sqrt(2 * math.pi) * sigma                                # of flow at an edge that blurs to peak
+    found = jump > floor * min(h, w) / 224                                      # (B,)
     mass = torch.where(smooth >= relative * peak[:, None, None], smooth, 0.0)
     sides = []
     for total, scale in ((mass.sum(1), W / w), (mass.sum(2), H / h)):   # along x, along y
@@ -231,7 +231,7 @@ class MaskedAutoencoder(nn.Module):
 
     def predict(self, clips, hidden, count=None):
         """Clips (B, 3, T, H, W), normalised, hidden (B, N), as many per clip -> prediction of the hidden tokens
-        (B, N_hidden, D), and which these are, masked (B, N_hidden).
+        (B, N_hidden, D), and their indices among the N, masked (B, N_hidden).
 
         count is N_hidden where the caller knows it; asking the GPU would make the host wait.
         """
@@ -240,8 +240,8 @@ class MaskedAutoencoder(nn.Module):
         order = hidden.byte().argsort(dim=1, stable=True)                       # visible tokens, then hidden ones
         visible, masked = order[:, :-count], order[:, -count:]                  # (B, N_visible), (B, N_hidden)
         z = self.encoder.tokens(patchify(clips, p, t), visible)                 # (B, N_visible, dim)
-        there, gone = (self.positions.take_along_dim(index[..., None], 1) for index in (visible, masked))
-        z = torch.cat([self.encoder_to_decoder(z) + there, self.mask_token + gone], 1)      # (B, N, decoder_dim)
+        p_visible, p_masked = (self.positions.take_along_dim(index[..., None], 1) for index in (visible, masked))
+        z = torch.cat([self.encoder_to_decoder(z) + p_visible, self.mask_token + p_masked], 1)  # (B, N, decoder_dim)
         return self.decoder(z, count), masked
 
     def forward(self, clips, hidden, count=None):

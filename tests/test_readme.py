@@ -24,7 +24,7 @@ GUIDE = (
     ("FAME: other backgrounds", "m x + (1 − m) x_other", "fame.merge"),
     ("MoCo: contrast with a queue", "−log exp(q·k/τ) / (exp(q·k/τ) + Σ exp(q·n/τ))", "modist.info_nce"),
     ("MCL: motion boundary", "\\|∇ Σ_t u\\| + \\|∇ Σ_t v\\|", "mcl.motion_boundary"),
-    ("MCL: crops with motion", "cover of the hottest cells ≥ 0.9, 0.8, 0.7", "mcl.motion_crop"),
+    ("MCL: crops with motion", "cover of the hottest cells' box ≥ 0.9, 0.8, 0.7", "mcl.hot_box"),
     ("MCL: where the network looks", "ReLU(Σ_c mean_hw(g_c) g_c), g = ∂ similarity / ∂X", "mcl.alignment_map"),
     ("MCL: it should look at motion", "3 − cos_st − cos_s − cos_t", "mcl.alignment_loss"),
     ("MoDist: flow edges", "min(\\|∇flow\\| / clip, 1)", "modist.flow_edges"),
