@@ -2100,11 +2100,9 @@ def open_run(name, cfg, env, listing, plan):
 
 
 def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler):
-    """Write everything that continuing needs, as plain dicts and tensors.
-
-    It goes to a temporary file that then takes the name, and the one before stays as previous.pt, so an interrupted
-    write loses nothing.  Raises UserError if it cannot be written, or if the weights are not finite.
-    """
+    """Write everything that continuing needs, as plain dicts and tensors, to a temporary file that then takes the name;
+    the one before stays as previous.pt, so nothing is ever lost.  Raises UserError if it cannot be written, or if the
+    weights are not finite."""
     check_finite(model.named_parameters(), f"{path}: not written")
     content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
                    backbone=backbone.config, classes=listing.classes, torch=str(torch.__version__), config=cfg.settings)
@@ -2120,18 +2118,19 @@ def save_checkpoint(path, cfg, listing, step, model, backbone, optimizer, scaler
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a flag: the loop finishes its step and saves.  A second one ends at once."""
-
-    received = False
+    """Turns SIGTERM and SIGINT into a flag: the loop finishes its step and saves.  One more SIGINT ends at once, if it
+    comes later: torchrun repeats signals that reached all processes."""
 
     def __init__(self):
+        self.received = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        if self.received:
+        if not self.received:
+            self.received, self.at = True, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() > self.at + 2:
             signal.default_int_handler(number, frame)
-        self.received = True
 
 
 class Log:
@@ -2151,13 +2150,12 @@ class Log:
         self.bar = tqdm(total=plan.steps, initial=start, unit="step", disable=True if env.rank else None)
 
     def next_batch(self, batches):
-        """The next batch of the loader (see `collate`), on the device; counts the wait and the broken videos.
-
-        Raises UserError when more than a fifth of the videos is broken.
-        """
+        """The next batch of the loader (see `collate`), on the device; counts the wait and the broken videos.  Raises
+        UserError when these are more than a fifth."""
         began = time.perf_counter()
         batch = next(batches)
-        if self.env.device.type == "cuda" and not self.tried:   # the first step runs eagerly, its operations counted
+        # On one GPU a new run's first step is eager, to count its operations.  (Eager SyncBatchNorm takes more memory.)
+        if self.env.device.type == "cuda" and self.env.world == 1 and self.logged == self.tried == 0:
             self.counting.enter_context(eagerly())
             self.counting.enter_context(self.counter)
         self.waited += time.perf_counter() - began
@@ -2209,8 +2207,9 @@ class Log:
                     data_wait_pct=round(100 * self.waited / seconds, 1),
                     flow_pct=round(100 * flow_seconds / seconds, 1))
         if self.env.device.type == "cuda":
-            line["tflops"] = round(self.counter.get_total_flops() * steps / seconds / 1e12, 1)
             line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        if flop := self.counter.get_total_flops():
+            line["tflops"] = round(flop * steps / seconds / 1e12, 1)
         self.began, self.waited, self.logged = now, 0.0, step + 1
         if self.env.rank == 0:
             self.file.write(json.dumps(line) + "\n")
@@ -2225,6 +2224,8 @@ class Log:
         """Say how the run ended and, if it was stopped, how to go on."""
         self.bar.close()
         open_run.lock = None                                    # which closes it: other runs may begin
+        if dist.is_initialized():                               # torchrun ends all when one has failed: the first saves
+            dist.barrier()
         files = [self.out / name for name in ("last.pt", "log.jsonl", "preview.png")]
         text = f"saved; the same command (without --fresh) goes on from {files[0]}"
         if self.killed:

@@ -816,8 +816,9 @@ def squared_hinge_svm(features, labels, classes, C=1.0):
 
 def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
     """Votes of the k nearest, exp(cosine / temperature) each: gallery (N, D), labels (N,), query (Q, D) -> (Q, C)."""
-    cosine = F.normalize(query.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T       # (Q, N), not in TF32
-    similarity, nearest = cosine.topk(min(k, len(gallery)), 1)                 # (Q, k)
+    gallery, rows = F.normalize(gallery.double(), dim=1), max(1, 2**24 // len(gallery))        # as in retrieval_recall
+    found = [(F.normalize(some.double(), dim=1) @ gallery.T).topk(min(k, len(gallery))) for some in query.split(rows)]
+    similarity, nearest = map(torch.cat, zip(*found))                          # (Q, k)
     votes = (similarity / temperature).exp()
     return votes.new_zeros(len(query), classes).scatter_add(1, labels[nearest], votes).float()
 

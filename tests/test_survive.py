@@ -74,15 +74,26 @@ def test_a_restart_by_torchrun_goes_on_in_spite_of_fresh(tmp_path, monkeypatch, 
 
 
 def test_a_signal_to_the_process_group_saves(tmp_path):
-    """As `timeout` and a terminal's Ctrl-C send it: the workers get it, too, and must go on until the step is done."""
+    """As `timeout` and a terminal's Ctrl-C send it: the workers get it, too, and must go on until the step is done.
+    torchrun then repeats it."""
     flags = [*SMALL, "--workers", 2, "--steps", 500, "--save-every", 500, "--out", tmp_path]
     process = subprocess.Popen([sys.executable, REPO / "mofo.py", *map(str, flags)], text=True, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for line in process.stdout:
         if line.startswith("step 2/"):
-            os.killpg(process.pid, signal.SIGTERM)
+            [os.killpg(process.pid, number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert process.wait() == 0 and "stopped and saved" in line, line
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == len(losses(tmp_path)) >= 2
+
+
+def test_ctrl_c_ends_at_once_where_it_is_repeated_later(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    stop = common.StopSignal()
+    stop._receive(signal.SIGINT, None), stop._receive(signal.SIGINT, None)
+    stop.at -= 2
+    stop._receive(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop._receive(signal.SIGINT, None)
 
 
 def test_a_killed_loader_worker_ends_the_step_and_saves(tmp_path, monkeypatch):
