@@ -187,17 +187,6 @@ def test_flips_are_shared_by_the_modalities_and_drawn_per_moment_and_colours_are
     assert sum(counts) == 60 and min(counts) >= 4                               # all four, 15 expected of each
 
 
-def test_forward_gives_each_network_what_it_should_see():
-    model, clips, seen = tiny("modist", edge_clip=4.0), clips_uint8(8, 9), []
-    (v1, v2), (m1, m2) = model.inputs(clips, seeded(2))
-    for network in (model.encoder, model.keys["encoder"], model.motion, model.keys["motion"]):
-        network.register_forward_pre_hook(lambda network, args: seen.append((network, args[0])))
-    model(clips, seeded(2))
-    expected = {model.encoder: v1, model.keys["encoder"]: v2, model.motion: m1, model.keys["motion"]: m2}
-    assert len(seen) == 4 and all(torch.equal(x, expected[network]) for network, x in seen)
-    torch.testing.assert_close(torch.cat([m1, m2]), motion_maps(model.flow.asked[0], FakeFlow(), "flow_edge", 4.0))
-
-
 # ---- moments of a video and clips ------------------------------------------------------------------------------------
 
 def test_two_starts_are_uniform_within_their_bounds_and_come_in_both_orders():
