@@ -896,14 +896,14 @@ TOY_SCENES = ("gradient", "vertical", "horizontal", "diagonal", "checks", "rings
 TOY_SPLITS = ("train", "test", "train_biased")
 
 
-def toy_video(seed, split, index, size=64, frames=36, label=None):
+def toy_video(seed, split, index, size=64, frames=36, label=None, sprite=True):
     """One clip -> (video uint8 (F, H, W, 3), truth).  Same arguments, same clip.
 
     A sprite of one of four textures and three shapes, so that its looks do not tell its video, moves over a textured
     background while the camera pans; the class is only the sprite's motion.  In "train" and "test" the scene is
     independent of it; in "train_biased" the scene is the class with probability 0.9, else uniform over the other
-    seven.  `label` overrides the class and changes nothing else; -1 = the sprite stands still in the scene.  Lengths
-    are made for 64 pixels and grow with `size`; a clip holds the whole motion, however many `frames`.
+    seven.  `label` overrides the class and changes nothing else; -1 = the sprite stands still in the scene, which
+    without `sprite` is empty.  Lengths grow with `size` from 64 pixels; a clip holds the whole motion at any `frames`.
 
     truth: label, scene, size; order and radius of the sprite (see `_toy_depth`); per frame its centre (F, 2), scale
     (F,) and box (F, 4), clipped to the frame; camera (F, 2), the pan so far.  In pixels; pixel i covers [i, i + 1).
@@ -939,10 +939,9 @@ def toy_video(seed, split, index, size=64, frames=36, label=None):
     angle, wave = texture.uniform(0, 6.28), 6.28 / texture.uniform(8, 14)    # the texture moves and zooms with it
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     plaid = 0.5 + 0.5 * np.sin(wave * u) * np.sin(wave * v)
-    alpha = (_toy_depth(truth, slice(None)) + 0.5).clip(0, 1)[..., None]     # an edge that moves by fractions of a px
+    alpha = (_toy_depth(truth, slice(None)) + 0.5).clip(0, 1)[..., None] * sprite  # the edge moves by fractions of a px
     background = dark + (middle - dark) * ground[..., None]
-    sprite = bright + (fourth - bright) * plaid[..., None]
-    video = (1 - alpha) * background + alpha * sprite
+    video = (1 - alpha) * background + alpha * (bright + (fourth - bright) * plaid[..., None])
     return (video * 255).round().clip(0, 255).astype(np.uint8), truth
 
 
