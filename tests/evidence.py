@@ -76,8 +76,8 @@ FEW, FEW_EPOCHS, FEW_LR = 256, 16, 0.07        # of 0.0027 to 0.07 where random 
 BASELINES = {"MOFO": ("random, as MOFO", "VideoMAE"), "MME": ("random, as MME", "MME, pixels"),
              "FAME": ("random, as FAME and MCL", "MoCo"), "MCL": ("random, as MCL", "MCL, unaligned"),
              "MoDist": ("random, as MoDist", "MoDist, RGB alone")}
-BARS = {"motion": 12.5, "shortcut": 12.5, "few labels": 12.5, "same sprite": 0, "align": 50, "find": 50,
-        "direction": 0}
+BARS = {"motion": 12.5, "one frame": 12.5, "shortcut": 12.5, "few labels": 12.5, "same sprite": 0, "align": 50,
+        "find": 50, "direction": 0}
 
 
 def start(script, *flags):
