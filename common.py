@@ -42,9 +42,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_large, raft_small
 from torchvision.models.optical_flow.raft import upsample_flow
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid, save_image
 from tqdm import tqdm
 

@@ -301,7 +301,7 @@ def first_step(env, case):
     print(json.dumps([seconds, memory and memory / 1e9]))
 
 
-def product_rate(env, reps=20):
+def product_rate(env, reps=9):
     """Operations per second of a large matrix product in the type in which networks compute."""
     n = 8192 if env.device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=env.device, dtype=env.amp or torch.float32)

@@ -117,17 +117,17 @@ def load_network(checkpoint, kind, seed):
 
 def read_out(network, cfg, videos):
     """Probes and retrieval -> figures."""
-    got = {}
+    got, listed = {}, {}
     for split in ("train", "train_biased", "test"):
         motion, scene = (find_videos("toy", "", split, label, (videos, 256, 64)).items for label in ("motion", "scene"))
         features = finetune.extract(network, motion, cfg, cfg.env, "1x1", split)[0].mean(1)
         got[split], got[f"{split} scene"] = ((features, torch.tensor([item.label for item in items]))
                                              for items in (motion, scene))
-
+        listed[split] = motion
     frozen = network.register_forward_pre_hook(lambda _, clips: clips[0][:, :, 4:5].expand_as(clips[0]))
     for split in ("train", "test"):
-        items = find_videos("toy", "", split, "motion", (videos, 256, 64)).items
-        got[f"{split} frame"] = finetune.extract(network, items, cfg, cfg.env, "1x1", split)[0].mean(1), got[split][1]
+        features = finetune.extract(network, listed[split], cfg, cfg.env, "1x1", split)[0].mean(1)
+        got[f"{split} frame"] = features, got[split][1]
     frozen.remove()
 
     def probe(train, test):

@@ -2,9 +2,7 @@
 have a shape, a type and a device, but no data, so whatever would make the host wait for numbers raises an error."""
 import copy
 import functools
-import json
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,8 +169,7 @@ def step(name, amp, compile=False):
         if hasattr(flow, "raft"):
             model.flow.raft.load_state_dict(flow.raft.state_dict())
     state, net = copy.deepcopy(model.state_dict()), wrap_model(model, env, compile)
-    waits = bool(getattr(model, "randaugment", None))                       # torchvision's does, when the GPU is idle
-    for mode in ("default", "default" if waits else "error"):
+    for mode in ("default", "default" if getattr(model, "randaugment", None) else "error"):     # torchvision's waits
         model.load_state_dict(state)
         model.zero_grad()
         torch.manual_seed(0)
@@ -202,22 +199,6 @@ def test_a_compiled_step_is_the_same(name):
     assert step(name, torch.bfloat16, True) == pytest.approx(step(name, torch.bfloat16), rel=0.05)
 
 
-class Pretended(str):
-    """A device that is a CPU but says that it is a GPU."""
-    type = "cuda"
-
-
-def test_the_log_tells_operations_per_second(tmp_path):
-    env, plan = Env(Pretended("cpu"), 0, 1, None), SimpleNamespace(steps=4, per_epoch=4, batch=1, repeats=1)
-    log, x, layer = common.Log(tmp_path, env, plan, 0, 2), torch.ones(5000, 1000), torch.nn.Linear(1000, 2000)
-    for step in range(4):
-        log.next_batch(iter([dict(names=["a"], errors=[], read=x, clips=x, labels=x)]))
-        layer(x).sum().backward()                                          # the gradient of x is not needed
-        log.step(step, 0.0, lr=0.0)
-    for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()):
-        assert line["tflops"] == pytest.approx(0.04 / (line["step_ms"] / 1000), rel=0.01, abs=0.051)
-
-
 @needs_gpu
 def test_flow_is_that_of_a_cpu():
     pair = clips(2, 3)
@@ -231,7 +212,7 @@ def test_flow_is_that_of_a_cpu():
 @pytest.mark.parametrize("script, flags", [("mofo", ""), ("fame", "--backbone slow_r50 --width 0.0625 --image-size 32"),
                                            ("modist", "--backbone slow_r50 --width 0.0625 --image-size 32"),
                                            ("finetune", "--image-size 64 --views 1x2 --test-batch 3")])
-def test_no_graph_is_added_after_the_second_step(script, flags, here, tmp_path, monkeypatch):
+def test_no_graph_is_added_after_the_first_compiled_step(script, flags, here, tmp_path, monkeypatch):
     """Neither by previews and tests, which have sizes of their own, nor once batch norms have seen a batch."""
     counts, log, init = [], common.Log.step, tmp_path / "init"
     if script == "finetune":
@@ -247,4 +228,5 @@ def test_no_graph_is_added_after_the_second_step(script, flags, here, tmp_path, 
     flags = [*flags.split(), "--compile", "--workers", 0, "--batch", 8, "--out", tmp_path]
     more = ["--epochs", 1, "--init", init / "last.pt"] if script == "finetune" else ["--steps", 3, "--preview-every", 2]
     run(script, *flags, *more, "--toy-train", 24, "--toy-test", 16)
-    assert 0 < counts[1] == counts[-1] == torch._dynamo.utils.counters["stats"]["unique_graphs"], counts
+    first = counts[torch.cuda.is_available()]                               # on a GPU the first step is eager
+    assert 0 < first == counts[-1] == torch._dynamo.utils.counters["stats"]["unique_graphs"], counts

@@ -13,8 +13,8 @@ import common
 import fame
 from common import Item, Video, parse_config, to_float01, toy_video
 from conftest import golden_arrays, noise, numbers, seeded, tiny_video
-from fame import (RECIPES, Config, colour_bins, derangement, foreground_mask, frame_difference, merge, sample_clips,
-                  spread)
+from fame import (RECIPES, Config, colour_bins, derangement, foreground_mask, frame_difference, merge, preview,
+                  sample_clips, spread)
 from test_contrast import tiny
 
 
@@ -242,3 +242,17 @@ def test_pairs_of_clips_have_the_frames_of_their_stride_and_starts_of_their_own(
         clips = sample_clips(video, Item(""), np.random.default_rng(0), cfg)
     shown = numbers(clips)
     assert clips.shape == (4, 4, 16, 16, 3) and (np.diff(shown) == 3).all() and len(set(shown[:, 0])) > 2
+
+
+def test_preview_shows_each_step_from_the_frame_to_the_merged_clip(monkeypatch):
+    kept, clips = [], (moving_square(6, 5) * 255).byte()
+    monkeypatch.setattr(fame, "save_sheet", lambda *args: kept.extend(args))
+    preview(tiny("fame", beta=0.3), clips, "x.png")
+    (path, rows), first = kept, to_float01(clips)[::2]
+    mask, soft = foreground_mask(first, 0.3)
+    for b, other in enumerate(first.roll(1, 0)):
+        maps = [x[b] / x[b].max() for x in (frame_difference(first), soft, mask)]
+        merged = [torch.where(mask[b] > 0, first[b, :, t], other[:, t]) for t in (0, 2, 4)]
+        expected = [first[b, :, 0], *[m.expand(3, -1, -1) for m in maps], other[:, 0], *merged]
+        torch.testing.assert_close(rows[b], torch.stack(expected))
+    assert path == "x.png" and len(rows) == 3

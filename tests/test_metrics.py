@@ -247,7 +247,7 @@ def test_linear_probe_solves_what_is_linear_and_knn_votes():
             votes[q, labels[i]] += torch.exp(features[q] @ features[i] / 0.07)
     torch.testing.assert_close(knn_scores(3 * features, labels, 2 * features, 3, k=5), votes, rtol=1e-3, atol=1e-3)
     assert knn_scores(features, labels, features, 3, k=200).equal(knn_scores(features, labels, features, 3, k=90))
-    assert knn_scores(features, labels, features.repeat(2100, 1), 3, k=5)[-90:].allclose(votes, 1e-3, 1e-3)     # in parts
+    assert knn_scores(features, labels, features.repeat(2100, 1), 3, k=5)[-90:].allclose(votes, 1e-3, 1e-3)  # in parts
 
 
 def pooled_features(seed, rows=80, dim=12, classes=4, apart=1.0):

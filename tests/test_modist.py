@@ -170,13 +170,13 @@ def test_rgb_gets_every_nth_frame_but_the_last_and_motion_every_pair(step, expec
 def test_flips_are_shared_by_the_modalities_and_drawn_per_moment_and_colours_are_rgb_s_alone(motion_input):
     clips = torch.full((120, 3, 3, 10, 10), 40, dtype=torch.uint8)              # only the bright left half changes
     clips[:, :, 0, :, :5], clips[:, :, 1, :, :5], clips[:, :, 2, :, :5] = 120, 160, 120
-    models = [tiny("modist", motion_input=motion_input, rgb_step=1, colour=c) for c in (0.0, 1.0)]
+    models = [tiny("modist", motion_input=motion_input, edge_clip=4.0, rgb_step=1, colour=c) for c in (0.0, 1.0)]
     (rgb, maps), (other, same) = (model.inputs(clips, seeded()) for model in models)
     assert all(torch.equal(a, b) for a, b in zip(maps, same)) and not torch.allclose(rgb[0], other[0], atol=0.1)
     assert not torch.equal(other[0][:, :, :, :, 4], other[1][:, :, :, :, 4]), "each moment has colours of its own"
     if motion_input == "flow_edge":                                             # edges say nothing about the side
         asked, = models[0].flow.asked
-        assert asked.dtype == torch.uint8
+        assert asked.dtype == torch.uint8 and motion_maps(asked, FakeFlow(), "flow_edge", 4.0).equal(torch.cat(maps))
         maps = asked.float().diff(dim=2).abs().chunk(2)
     flipped = []
     for x, m in zip(rgb, maps):

@@ -222,10 +222,13 @@ def test_a_mistake_gets_one_line_that_names_it(script, argv, words, reference, t
     assert "motion" not in argv or not (tmp_path / "out").exists()      # found before anything is written
 
 
-def test_the_one_line_is_all_that_is_printed():
+def test_the_one_line_is_all_that_is_printed_and_of_a_full_gpu_says_what_to_lower():
     process = start("mofo", "--data", "nowhere")
     text = process.communicate()[0]
     assert process.returncode == 1 and text.startswith("error: --data nowhere") and text.count("\n") == 1
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+    assert "out of memory. Lower --device-batch" in error_of(common.run, full, mofo.Config, mofo.RECIPES, [])
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "finetune"])
@@ -288,6 +291,17 @@ def test_three_losses_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
     assert "last.pt" in message and "c.mp4" in message
 
 
+def test_operations_per_second_are_logged_on_a_gpu(tmp_path):
+    gpu = CPU._replace(device=type("Pretended", (str,), dict(type="cuda"))("cpu"))      # a CPU that says that it is one
+    log, x, layer = common.Log(tmp_path, gpu, PLAN, 0, 2), torch.ones(5000, 1000), torch.nn.Linear(1000, 2000)
+    for step in range(4):
+        log.next_batch(iter([dict(names=["a"], errors=[], read=x, clips=x, labels=x)]))
+        layer(x).sum().backward()                                       # the gradient of x is not needed
+        log.step(step, 0.0, lr=0.0)
+    for line in lines(tmp_path):
+        assert line["tflops"] == pytest.approx(0.04 / (line["step_ms"] / 1000), rel=0.01, abs=0.051)
+
+
 @pytest.mark.parametrize("script, method", [("mofo", mofo.MOFO), ("fame", fame.FAME)])
 def test_a_step_that_is_not_finite_changes_no_weight(script, method, monkeypatch):
     forward, seen = method.forward, []
@@ -311,12 +325,6 @@ def test_fp16_with_a_scaler_skips_what_overflows_and_goes_on(script, reference, 
     assert 0 < torch.load(out / "last.pt", weights_only=True)["scaler"]["scale"] <= 65536
     shutil.copytree(f"runs/reference-{script}", f"{out}-later")                         # begun without a scaler
     run(script, *TINY, *EXACT[script], "--out", f"{out}-later")
-
-
-def test_a_full_gpu_is_one_line_that_says_what_to_lower():
-    def full(cfg):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
-    assert "out of memory. Lower --device-batch" in error_of(common.run, full, mofo.Config, mofo.RECIPES, [])
 
 
 def test_without_a_c_compiler_it_runs_eagerly_and_says_so(monkeypatch, capsys):

@@ -74,8 +74,7 @@ def test_a_restart_by_torchrun_goes_on_in_spite_of_fresh(tmp_path, monkeypatch, 
 
 
 def test_a_signal_to_the_process_group_saves(tmp_path):
-    """As `timeout` and a terminal's Ctrl-C send it: the workers get it, too, and must go on until the step is done.
-    torchrun then repeats it."""
+    """As `timeout` and Ctrl-C send it, and torchrun repeats it: workers get it, too, and must go on until the save."""
     flags = [*SMALL, "--workers", 2, "--steps", 500, "--save-every", 500, "--out", tmp_path]
     process = subprocess.Popen([sys.executable, REPO / "mofo.py", *map(str, flags)], text=True, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
