@@ -1139,14 +1139,15 @@ class FlowEstimator:
     weights  a file with RAFT's weights under torchvision's names; None downloads torchvision's own
     amp      autocast type of RAFT's convolutions; correlations and coordinates stay fp32 (TF32 where the GPU has it)
     compile  compile the parts that run many times
+    size     what the shorter side of larger frames is scaled to first
 
     Call with clips (B, 3, T, H, W), uint8 or float in [0, 1] -> flow (B, T-1, 2, h, w): the (x, y) displacement in
-    pixels of the (h, w) grid from frame t to frame t+1.  The grid is that of the clips; RAFT's has sides of multiples
-    of 8, at least 128.  Raises UserError if the weights cannot be had.
+    pixels of the (h, w) grid from frame t to frame t+1.  The grid is that of the (scaled) clips; RAFT's has sides of
+    multiples of 8, at least 128.  Raises UserError if the weights cannot be had.
     """
 
-    def __init__(self, name, weights=None, updates=6, device="cpu", amp=None, compile=False):
-        self.name, self.updates, self.device, self.amp = name, updates, torch.device(device), amp
+    def __init__(self, name, weights=None, updates=6, device="cpu", amp=None, compile=False, size=math.inf):
+        self.name, self.updates, self.device, self.amp, self.size = name, updates, torch.device(device), amp, size
         self._marks = []                                         # when each call began and ended
         compile = compile and can_compile()
         self.inner = torch.compile(_tvl1_inner, dynamic=False) if compile else _tvl1_inner
@@ -1171,7 +1172,8 @@ class FlowEstimator:
         began = self._now()
         video = to_float01(clips).transpose(1, 2).float()                                     # (B, T, 3, H, W)
         B, T, _, H, W = video.shape
-        side = (H, W) if self.name == "tvl1" else tuple(max(128, round(s / 8) * 8) for s in (H, W))
+        scale, (least, multiple) = min(1, self.size / min(H, W)), (1, 1) if self.name == "tvl1" else (128, 8)
+        side = tuple(max(least, round(s * scale / multiple) * multiple) for s in (H, W))
         if side != (H, W):
             video = F.interpolate(video.flatten(0, 1), side, mode="bilinear", antialias=True).unflatten(0, (B, T))
         some, flow = self.chunk(*side), []                                                    # pairs at a time

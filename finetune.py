@@ -138,6 +138,7 @@ class Config(RunConfig):
     flow: Literal["raft_small", "raft_large", "tvl1"] = "raft_small"  # for --focused
     raft_weights: str = ""             # file with torchvision's RAFT weights; default: download
     flow_updates: int = 6              # refinement steps of RAFT
+    flow_size: int = 128               # side of the frames in which flow is estimated, or less
 
 
 DENSE = dict(sampling="dense", views="5x3", repeats=2, flip=True)
@@ -632,7 +633,8 @@ def build_classifier(cfg, env, content, classes):
     """A Classifier on the device, with a linear head for each of heads(classes)."""
     network, flow = build_network(cfg, content, len(classes), classes).to(env.device), None
     if cfg.focused:
-        flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, env.device, env.amp, cfg.compile)
+        flow = FlowEstimator(cfg.flow, cfg.raft_weights, cfg.flow_updates, env.device, env.amp, cfg.compile,
+                             cfg.flow_size)
     return Classifier(network, [len(names) for names in heads(classes)], cfg, flow).eval()
 
 

@@ -17,6 +17,7 @@ Test videos are made on the spot.  RAFT gets random weights, which cost what tra
 import argparse
 import importlib
 import json
+import math
 import os
 import platform
 import random
@@ -231,7 +232,8 @@ class Step:
 
     def __init__(self, env, script, model, image_size, patch_size, clips, flow, weights, compile):
         self.env, frames, views = env, CONFIG.frames, dict(fame=2, mcl=6, modist=2).get(script, 1)
-        self.flow = flow and FlowEstimator(flow, weights.get(flow), CONFIG.flow_updates, env.device, env.amp, compile)
+        self.flow = flow and FlowEstimator(flow, weights.get(flow), CONFIG.flow_updates, env.device, env.amp, compile,
+                                           CONFIG.flow_size if script == "mofo" else math.inf)
         if script == "fame":
             self.model = fame.FAME(make_backbone(model, image_size, frames)).to(env.device)
         elif script == "mcl":
@@ -344,15 +346,15 @@ def bench_steps(env, modes, cases, reps):
 
 
 def bench_flow(env, modes, weights, pairs, reps):
-    clips = to_device(torch.randint(256, (pairs, 2, 224, 224, 3), dtype=torch.uint8), env.device)       # as MOFO calls it
-    cases = [("raft_small", 6), ("raft_small", 12), ("raft_large", 6), ("tvl1", 0)]
-    flows = {(*case, mode): FlowEstimator(case[0], weights.get(case[0]), case[1], env.device, env.amp, mode)
+    clips = to_device(torch.randint(256, (pairs, 2, 224, 224, 3), dtype=torch.uint8), env.device)
+    cases = [("raft_small", 6, 224), ("raft_small", 6, 128), ("raft_small", 12, 224), ("raft_large", 6, 224), ("tvl1", 0, 224)]
+    flows = {(*case, mode): FlowEstimator(case[0], weights.get(case[0]), case[1], env.device, env.amp, mode, case[2])
              for case in cases for mode in modes}
     times = medians({key: lambda k, flow=flow: flow(clips) for key, flow in flows.items()}, reps, partial(clock, env))
-    for name, updates in cases:
-        eager, compiled = (times[name, updates, m] / pairs * 1e3 if m in modes else None for m in (False, True))
-        yield (f"{name}, {updates} updates" if updates else name, eager, compiled, over(eager, compiled),
-               times["raft_small", 6, modes[-1]] / times[name, updates, modes[-1]])
+    for case in cases:
+        eager, compiled = (times[*case, m] / pairs * 1e3 if m in modes else None for m in (False, True))
+        yield (f"{case[0]}, {case[1]} updates, at {case[2]}", eager, compiled, over(eager, compiled),
+               times[*cases[0], modes[-1]] / times[*case, modes[-1]])
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------

@@ -93,14 +93,15 @@ def shifted_pair(height, width, dx=5, dy=3):
 
 
 @needs_raft
-@pytest.mark.parametrize("height, width, grid", [
-    (224, 224, (224, 224)), (132, 156, (128, 160)), (100, 182, (128, 184)), (64, 64, (128, 128))])
-def test_raft_finds_the_shift_of_a_real_frame_in_pixels_of_its_grid(height, width, grid):
-    flow = FlowEstimator("raft_small", RAFT)(shifted_pair(height, width, 4, 2))
+@pytest.mark.parametrize("height, width, size, grid", [
+    (224, 224, 300, (224, 224)), (132, 156, 132, (128, 160)), (100, 182, 100, (128, 184)), (64, 64, 64, (128, 128)),
+    (224, 288, 144, (144, 184))])                                   # 288 * 144 / 224 = 185
+def test_raft_finds_the_shift_of_a_real_frame_in_pixels_of_its_grid(height, width, size, grid):
+    flow = FlowEstimator("raft_small", RAFT, size=size)(shifted_pair(height, width, 4, 2))
     expected = torch.tensor([4 * grid[1] / width, 2 * grid[0] / height])        # a multiple of 8, at least 128
     assert flow.shape == (1, 1, 2, *grid)
     torch.testing.assert_close(flow[0, 0].flatten(1).median(1).values, expected, atol=0.75, rtol=0.1)
-    if height == 224:
+    if width == 224:
         assert (flow[0, 0] - expected.view(2, 1, 1)).norm(dim=0)[16:-16, 16:-16].mean() < 0.3
 
 

@@ -398,9 +398,10 @@ def toy_mofo(flow="tvl1", inside_ratio=0.75):
                 heads=3, decoder_dim=12, decoder_depth=1, decoder_heads=1)
 
 
-def test_the_box_covers_what_the_toy_sprite_sweeps():
+@pytest.mark.parametrize("size", [64, 48])
+def test_the_box_covers_what_the_toy_sprite_sweeps(size):
     clips, truths = toys(64)
-    _, _, _, boxes, found = toy_mofo().mask(clips)
+    _, _, _, boxes, found = toy_mofo(FlowEstimator("tvl1", size=size)).mask(clips)
     covered = []
     for truth, box, has in zip(truths, boxes.tolist(), found.tolist()):
         swept = np.zeros((64, 64), bool)
