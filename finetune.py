@@ -675,11 +675,6 @@ def retrieval_recall(gallery, gallery_labels, query, query_labels, ks=(1, 5, 10,
     return {k: 100 * ((before < min(k, len(gallery))) & read).double().mean().item() for k in ks}
 
 
-def in_top_k(scores, own, k):
-    """Is own (N,), one of each row of scores (N, C), among the k largest?  Not if the next one ties, not if nan."""
-    return own > (scores.topk(k + 1).values[:, k] if k < scores.shape[1] else -math.inf)
-
-
 def epic_accuracy(verb_logits, noun_logits, verb, noun, read=None, tail=None, unseen=None):
     """EPIC-KITCHENS-100 from a verb and a noun head -> {verb, noun, action}_{top1, top5} in percent.
 
@@ -700,7 +695,8 @@ def epic_accuracy(verb_logits, noun_logits, verb, noun, read=None, tail=None, un
     result = {}
     for name, scores, own, rare in (("verb", verbs, of_verb, rare_verb), ("noun", nouns, of_noun, rare_noun),
                                     ("action", pairs, of_verb + of_noun, rare_verb | rare_noun)):
-        top1, top5 = (in_top_k(scores, own, k) & read for k in (1, 5))
+        rank = (scores >= own[:, None]).sum(1)                                 # (N,) 1 is best, last of those that tie
+        top1, top5 = ((rank <= k) & (own > -math.inf) & read for k in (1, 5))  # nan is above nothing
         for figure, right, rows in ((f"{name}_top1", top1, every), (f"{name}_top5", top5, every),
                                     (f"tail_{name}_top1", top1, rare), (f"unseen_{name}_top1", top1, unseen)):
             if rows.any():
