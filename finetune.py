@@ -704,12 +704,6 @@ def epic_accuracy(verb_logits, noun_logits, verb, noun, read=None, tail=None, un
     return result
 
 
-def action_to_verb_noun(probabilities, pairs):
-    """MOFO's single head: p of actions (N, A), their verb and noun ids (A, 2) -> p of verbs (N, V), p of nouns (N, M):
-    the sum over its actions; a verb or noun of no action gets 0 (MOFO's code: the p of action 0)."""
-    return [probabilities @ F.one_hot(ids).to(probabilities) for ids in pairs.T]
-
-
 def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=None):
     """Frame-mAP of AVA at one IoU -> (mAP, {class id: AP}), both in [0, 1]; nan for a class without ground truth.
 
@@ -921,10 +915,10 @@ def compute_metrics(scores, read, labels, classes, test, cfg):
     logs = scores if cfg.average == "logits" else scores.log()                 # -inf where a probability is 0
     if len(sizes) == 2:
         (verb_logs, noun_logs), (verb, noun) = logs.split(sizes, 1), labels.T
-    else:
-        pairs = torch.tensor([[int(part) for part in name.split(":")] for name in classes])
-        verb, noun = pairs[labels].T
-        verb_logs, noun_logs = (part.log() for part in action_to_verb_noun(logs.softmax(1), pairs))
+    else:                                                                      # p of a verb: the sum over its actions,
+        pairs = torch.tensor([[int(part) for part in name.split(":")] for name in classes])    # 0 if there are none
+        verb, noun = pairs[labels].T                                           # (MOFO's code: the p of action 0)
+        verb_logs, noun_logs = ((logs.softmax(1) @ F.one_hot(ids).to(logs)).log() for ids in pairs.T)
     verbs, nouns, people = epic_subsets(data_root(cfg.data, cfg.root))
     unseen = torch.tensor([Path(item.path).stem[:3].upper() in people for item in test.items])     # P18_01.MP4
     epic = epic_accuracy(verb_logs, noun_logs, verb, noun, read, (verbs, nouns), unseen)

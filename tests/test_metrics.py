@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError
-from finetune import (accuracy, action_to_verb_noun, ava_mean_ap, epic_accuracy, fit_linear, knn_scores,
-                      retrieval_recall, squared_hinge_svm)
+from finetune import (accuracy, ava_mean_ap, epic_accuracy, fit_linear, knn_scores, retrieval_recall,
+                      squared_hinge_svm)
 from conftest import seeded
 
 KS = (1, 5, 10, 20, 50)
@@ -129,18 +129,6 @@ def test_epic_by_hand():
     assert epic_accuracy(impossible, good, zero, zero)["verb_top5"] == 0
     assert epic_accuracy(impossible, good, zero + 1, zero)["action_top1"] == 100
     assert len(epic_accuracy(good, good, zero, zero, tail=([], [3]), unseen=zero > 0)) == 6    # there are no such rows
-
-
-def test_verbs_and_nouns_of_one_action_head():
-    g = seeded(3)
-    pairs = torch.tensor(sorted({(v, n) for v, n in torch.randint(12, (40, 2), generator=g).tolist() if v != 4}))
-    p = torch.randn(5, len(pairs), generator=g).softmax(1)
-    verbs, nouns = action_to_verb_noun(p, pairs)
-    assert not verbs[:, 4].any()                                               # of no action
-    for found, ids in ((verbs, pairs[:, 0]), (nouns, pairs[:, 1])):
-        assert found.shape == (5, ids.max() + 1)
-        for row, i in product(range(5), range(found.shape[1])):
-            assert found[row, i].item() == pytest.approx(sum(p[row, ids == i].tolist()), abs=1e-6)
 
 
 # ---- AVA -----------------------------------------------------------------------------------------------------------
