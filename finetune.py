@@ -1,22 +1,15 @@
 """What a pre-trained network is worth: the downstream protocols of the five papers, on any labelled data set.
 
-    python finetune.py --init runs/mofo-toy/last.pt --mode linear       # features fixed, a linear classifier on top
-    python finetune.py --init runs/mofo-toy/last.pt --mode knn          # features fixed, vote of the 20 nearest
-    python finetune.py --init runs/mofo-toy/last.pt --mode retrieval    # features fixed, recall among the k nearest
+    python finetune.py --init runs/mofo-toy/last.pt --mode linear       # or knn, retrieval, extract: features fixed
     python finetune.py --init runs/mofo-toy/last.pt --mode finetune     # everything trained
     torchrun --nproc_per_node=8 finetune.py --data ssv2 --init runs/mofo-ssv2/last.pt --recipe mofo
-    python finetune.py --mode test --init runs/finetune-finetune-toy-mofo-toy/last.pt      # test it again
-    python finetune.py --mode predict --init runs/finetune-finetune-toy-mofo-toy/last.pt --data my_videos
-    python finetune.py --mode extract --init runs/mofo-toy/last.pt --data my_videos        # -> features.npz
-    python finetune.py --mode export --init runs/finetune-finetune-toy-mofo-toy/last.pt    # -> a Hugging Face folder
+    python finetune.py --init runs/finetune-finetune-toy-mofo-toy/last.pt --mode test      # or predict, export
 
 --recipe names the paper whose protocol is followed; together with --data and --mode it sets everything below, and
-flags override it.  --init takes checkpoints of this project, public VideoMAE, MOFO, MME, MoCo-style and torchvision
-files, and Hugging Face VideoMAE folders (where the file does not say it, name the network with --model).
+flags override it.  README.md has a command for every mode and published figure, and says which files --init takes.
 
 A video that is missing, empty or broken counts as wrong and is reported.  Results go to the terminal and to
-results.json in the run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops in space.  A
-classifier also leaves scores.npz, what every video got, and confusion.png, who is taken for whom.
+results.json in the run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops in space.
 
 Differs from the published protocols, and why
  1. RandAugment, random erasing, mixup and cutmix are torchvision's, and work on the crop, on the device (published:
