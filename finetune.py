@@ -600,8 +600,7 @@ def build_network(cfg, content, outputs=0, classes=None):
     backbone |= {key: value for key in ("image_size", "frames") if (value := getattr(cfg, key))}
     backbone |= dict(norms=("norm",)) if cfg.data == "ava" else {}             # of the tokens: there is no mean
     training = cfg.mode == "finetune" or cfg.mode == "linear" and outputs
-    drop_path = cfg.drop_path if cfg.mode == "finetune" else 0.0
-    network = make_backbone(**backbone, num_classes=outputs, drop_path=drop_path)
+    network = make_backbone(**backbone, num_classes=outputs, drop_path=cfg.drop_path)
     if cfg.data == "ava":
         network.head = nn.Linear(network.dim, 80)
         init_linear(network.head, nn.init.normal_, std=0.01)
