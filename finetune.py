@@ -1157,13 +1157,11 @@ def report(cfg, env, result, errors, test):
         return
     if test.missing:
         Path(cfg.out, "missing_videos.txt").write_text("\n".join([*test.missing, ""]), **FILE_NAMES)
-    named = {f"{name}_{cfg.views}": value for name, value in result.items() if name != "per_class"}
-    per_class = result.get("per_class", {})
+    per_class, path = result.pop("per_class", {}), Path(cfg.out, "results.json")
+    named = {f"{name}_{cfg.views}": value for name, value in result.items()}
     settings = ("mode", "recipe", "init", "random_init", "data", "label", "train_split", "split")
-    results = named | dict(per_class=per_class) | {name: getattr(cfg, name) for name in settings}
-    path = Path(cfg.out, "results.json")
-    results |= dict(videos=len(test.items), missing=test.missing, unreadable=errors)
-    path.write_text(json.dumps(results, indent=1))
+    about = {name: getattr(cfg, name) for name in settings} | dict(videos=len(test.items), missing=test.missing)
+    path.write_text(json.dumps(named | about | dict(unreadable=errors, per_class=per_class), indent=1))
     for name, value in sorted(per_class.items(), key=lambda pair: pair[1]):
         print0(f"  {value:6.2f}  {name}")
     numbers = "  ".join(f"{name} {value:.2f}" for name, value in named.items())
