@@ -283,11 +283,10 @@ def ava_listing(root, split, boxes="", min_score=0.8):
         rows = [row for row in read_ava(source, "video,second,x1,y1,x2,y2,label,score") if row[3] >= min_score]
     there = {item.label: item.path for item in listing.items if item.path not in listing.missing}
     items = key_frames([row for row in rows if row[0][:-5] in there and row[0] not in excluded], there)
-    note = f"ava {split}: {len(items)} key frames, boxes of {source}"
     if not items:
-        raise UserError(f"{note}, with score >= {min_score}: nothing to read. Is that file of this split?")
-    print0(note)
-    return listing._replace(items=items, summary=f"{listing.summary}; {note}"), truth
+        raise UserError(f"ava {split}: no boxes with score >= {min_score} in {source}. Is that file of this split?")
+    print0(f"ava {split}: {len(items)} key frames, boxes of {source}")
+    return listing._replace(items=items), truth
 
 
 def key_frames(rows, paths):
