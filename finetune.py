@@ -811,8 +811,7 @@ def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
 @torch.no_grad()
 def run_inference(compute, items, sample, cfg, env, what, views=1):
     """Apply compute(clips on the device, n) -> n results, CPU tensors, to all items, sampled by `sample`, so many views
-    of each -> dict from index to result, without those that could not be read, and what went wrong with them, which is
-    printed, too.
+    of each -> dict from index to result, without those that could not be read, and the errors of these, also printed.
     Every process takes its share of the batches.  A batch holds key frames of one video, which have one size."""
     dataset, batches, size = Clips(items, sample, cfg.seed, replace=False), [], max(1, cfg.test_batch // views)
     for _, group in itertools.groupby(range(len(items)), key=lambda i: items[i].path if cfg.data == "ava" else 0):
@@ -842,12 +841,15 @@ def run_inference(compute, items, sample, cfg, env, what, views=1):
     return results, errors
 
 
-def run_views(compute, items, cfg, env, views, what):
-    """run_inference on clips (n V, 3, T, H, W), the V views, such as "2x3", of n videos in turn -> results (N, ...),
-    0 where there is none, read (N,) bool: where there is one, errors."""
+def run_views(compute, items, cfg, env, views, what, mean=False):
+    """Apply compute(clips (n V, 3, T, H, W) uint8) -> (n V, D) to the V views, such as "2x3", of videos -> results
+    (N, V, D) or, with `mean`, (N, D), 0 where there is none, read (N,) bool: where there is one, errors."""
+    def by_video(clips, n):
+        out = compute(clips).float().cpu().unflatten(0, (n, -1))               # (n, V, D)
+        return out.mean(1) if mean else out
     views = tuple(map(int, views.split("x")))
     sample = partial(test_clips, cfg=cfg, size=cfg.test_size or cfg.image_size, frames=cfg.frames, views=views)
-    results, errors = run_inference(compute, items, sample, cfg, env, what, math.prod(views))
+    results, errors = run_inference(by_video, items, sample, cfg, env, what, math.prod(views))
     nothing = torch.zeros_like(next(iter(results.values())))
     out = torch.stack([results.get(i, nothing) for i in range(len(items))])
     return out, torch.tensor([i in results for i in range(len(items))]), errors
@@ -855,16 +857,7 @@ def run_views(compute, items, cfg, env, views, what):
 
 def extract(network, items, cfg, env, views, what):
     """Features (N, views, dim) of listed videos, read (N,) bool, errors."""
-    def features(clips, n):
-        return network(normalize(clips, network.config)).float().cpu().unflatten(0, (n, -1))
-    return run_views(features, items, cfg, env, views, what)
-
-
-def classify(model, items, cfg, env, what="testing"):
-    """Scores (N, all classes), the mean over views, read (N,) bool, errors."""
-    def scores(clips, n):
-        return model.scores(clips).cpu().unflatten(0, (n, -1)).mean(1)
-    return run_views(scores, items, cfg, env, cfg.views, what)
+    return run_views(lambda clips: network(normalize(clips, network.config)), items, cfg, env, views, what)
 
 
 def detect(model, test, truth, cfg, env):
@@ -1103,7 +1096,7 @@ def classification(cfg, env, content):
     model = build_classifier(cfg, env, content, classes)
     sample = partial(train_clips, cfg=cfg, size=cfg.image_size, frames=cfg.frames)
     if cfg.mode == "test" or train(cfg, env, listing, model, sample):          # else a signal stopped it
-        scores, read, errors = classify(model.eval(), test.items, cfg, env)
+        scores, read, errors = run_views(model.eval().scores, test.items, cfg, env, cfg.views, "testing", mean=True)
         result = compute_metrics(scores, read, labels, classes, test, cfg)
         report(cfg, env, result, errors, test)
         save_scores(cfg, env, test.items, scores, read, labels, classes)
@@ -1195,7 +1188,7 @@ def predict(cfg, env, content):
     if not classes:
         raise UserError(f"--mode predict: {cfg.init} does not say its classes; name them with --classes FILE")
     model = build_classifier(cfg, env, content, classes)
-    scores, read, _ = classify(model, items, cfg, env, "predicting")
+    scores, read, _ = run_views(model.scores, items, cfg, env, cfg.views, "predicting", mean=True)
     rows = []
     for part, names in zip(scores.split(model.sizes, 1), heads(classes)):
         part = part.softmax(1) if cfg.average == "logits" else part
