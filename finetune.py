@@ -244,15 +244,13 @@ class KeyFrame(NamedTuple):
 
 
 def ava_listing(root, split, boxes="", min_score=0.8):
-    """List a split, train or test (= val), of AVA v2.2 below root, in any depth -> Listing of KeyFrames by video and
-    second, and the truth: a dict of ground_truth, class_ids and excluded as `ava_mean_ap` takes them.
+    """List a split, train or test (= val), of AVA v2.2 below root -> Listing of KeyFrames by video and second, and the
+    truth: a dict of ground_truth, class_ids and excluded as `ava_mean_ap` takes them.
 
-    train: ground-truth boxes; rows with the same box are one person with several actions.  test: boxes of a person
-    detector with score >= min_score (VideoMAE .8, MaCLR .9) from the file `boxes`, a path or a name below root; "" is
-    one of AVA_BOXES; "gt" tests on ground-truth boxes, an oracle.  Detections at seconds without annotation have
-    items, too: they are false positives.  The truth has all rows: those of videos that are not there count as missed.
-
-    No video is opened.  Raises UserError for what is not there, and with file and line for what is not as published.
+    train: ground-truth boxes.  test: boxes of a person detector with score >= min_score (VideoMAE .8, MaCLR .9) from
+    the file `boxes`, a path or a name below root, "" for one of AVA_BOXES, "gt" for the ground truth.  Detections at
+    seconds without annotation have items, too: they are false positives.  The truth has all rows: those of videos that
+    are not there count as missed.  Raises UserError for what is not there or, with file and line, not as published.
     """
     root = data_root("ava", root)
     files = {path.name.lower(): path for path in reversed(list(list_files(root)))}         # of several, the first
