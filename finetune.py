@@ -730,11 +730,8 @@ def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=N
         overlap = box_iou(box[rows], true_box[truth[frame]])                   # (detections, true boxes)
         overlap[label[rows][:, None] != true_label[truth[frame]]] = 0
         most, theirs = overlap.max(1)                                          # of equal ones the first
-        taken = set()
-        for row, value, mine in zip(rows.tolist(), most.tolist(), theirs.tolist()):
-            right[row] = value >= iou and mine not in taken
-            if right[row]:
-                taken.add(mine)
+        rows, theirs = rows[most >= iou], theirs[most >= iou]
+        right[rows[np.unique(theirs.numpy(), return_index=True)[1]]] = True    # the best detection of each true box
     counted, ap = torch.tensor([i for rows in truth.values() for i in rows]), {}
     kept, right, label = (column[order] for column in (kept, right, label))
     for c in class_ids:
