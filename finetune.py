@@ -705,23 +705,22 @@ def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=N
     script does.  Equal scores keep the order of rows, nan ranks last.  Raises UserError if no ground truth is left.
     """
     wanted, excluded = set(class_ids), set(excluded)
-    order = np.argsort(-np.asarray(detections["score"], np.float64), kind="stable")        # best first, nan last
-    box, true_box = (torch.from_numpy(np.asarray(table["box"], np.float64).reshape(-1, 4))
-                     for table in (detections, ground_truth))
-    label, true_label = (torch.as_tensor(table["label"]) for table in (detections, ground_truth))
 
-    def rows_of_frames(frames, labels, order):
-        """{frame: numbers of its rows that count, in this order}"""
-        rows, labels = {}, labels.tolist()
-        for i in order:
-            if labels[i] in wanted and frames[i] not in excluded:
-                rows.setdefault(frames[i], []).append(i)
-        return rows
-    truth = rows_of_frames(ground_truth["frame"], true_label, range(len(true_label)))
+    def ready(table, order):
+        """Boxes and labels of a table's rows in this order, {frame: numbers of its rows that count}"""
+        box = torch.from_numpy(np.asarray(table["box"], np.float64).reshape(-1, 4)[order])
+        label, rows = torch.as_tensor(table["label"])[order], {}
+        for row, (i, c) in enumerate(zip(order.tolist(), label.tolist())):
+            if c in wanted and table["frame"][i] not in excluded:
+                rows.setdefault(table["frame"][i], []).append(row)
+        return box, label, rows
+    best_first = np.argsort(-np.asarray(detections["score"], np.float64), kind="stable")           # nan last
+    box, label, found = ready(detections, best_first)
+    true_box, true_label, truth = ready(ground_truth, np.arange(len(ground_truth["label"])))
     if not truth:
         raise UserError("AVA: no ground truth of these classes on frames that count: is the class list of this data?")
-    kept, right = torch.zeros(2, len(order), dtype=torch.bool)
-    for frame, rows in rows_of_frames(detections["frame"], label, order.tolist()).items():
+    kept, right = torch.zeros(2, len(label), dtype=torch.bool)
+    for frame, rows in found.items():
         rows = torch.tensor(rows[:cap])
         rows = rows[(box[rows, :2] < box[rows, 2:]).all(1)]                    # after the cap, like the leaderboard
         kept[rows] = True
@@ -733,7 +732,6 @@ def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=N
         rows, theirs = rows[most >= iou], theirs[most >= iou]
         right[rows[np.unique(theirs.numpy(), return_index=True)[1]]] = True    # the best detection of each true box
     counted, ap = torch.tensor([i for rows in truth.values() for i in rows]), {}
-    kept, right, label = (column[order] for column in (kept, right, label))
     for c in class_ids:
         hits, total = right[kept & (label == c)], int((true_label[counted] == c).sum())
         precision = hits.cumsum(0) / torch.arange(1.0, len(hits) + 1, dtype=torch.float64)
