@@ -987,11 +987,10 @@ def inherit_settings(cfg, content):
 
 
 def named_classes(cfg, content):
-    """Names of the classes from --classes, else from a checkpoint; None if there are none."""
-    try:
-        return read_lines(cfg.classes) if cfg.classes else content.get("classes") or None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes {cfg.classes}: cannot be read ({error}); expected a name per line") from None
+    """Names of the classes from --classes, else from a checkpoint; None or [] if there are none."""
+    if cfg.classes and not Path(cfg.classes).is_file():
+        raise UserError(f"--classes {cfg.classes}: no such file; expected a name per line")
+    return read_lines(cfg.classes) if cfg.classes else content.get("classes")
 
 
 def find_listing(cfg, data, split, label):
