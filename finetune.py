@@ -208,23 +208,7 @@ RECIPES = {
 }
 
 
-# ---- 2. What only evaluation reads: EPIC's subsets, AVA -------------------------------------------------------------
-
-def epic_subsets(root):
-    """EPIC-KITCHENS-100 below root -> ids of the tail verbs, ids of the tail nouns, unseen participants ("P18" ...):
-    three sets, from EPIC_100_*.csv; a file that is not there gives an empty set and a note."""
-    files, sets = {path.name.lower(): path for path in reversed(list(list_files(root)))}, []
-    for column, name, kind in (("verb", "tail_verbs", int), ("noun", "tail_nouns", int),
-                               ("participant_id", "unseen_participant_ids_validation", str)):
-        path = files.get(f"epic_100_{name}.csv")
-        if path is None:
-            print0(f"note: no EPIC_100_{name}.csv below {root}: no results for that part of the test set")
-        try:
-            sets.append({kind(row[column]) for row in csv.DictReader(read_lines(path))} if path else set())
-        except (KeyError, ValueError, TypeError, csv.Error):
-            raise UserError(f"{path}: expected a column {column!r} of {kind.__name__}") from None
-    return tuple(sets)
-
+# ---- 2. What only evaluation reads: AVA -----------------------------------------------------------------------------
 
 AVA_BOXES = "ava_detection_val_boxes_and_labels.csv", "ava_val_predicted_boxes.csv"
 AVA_LAYOUT = ("Expected there, in any depth: videos named by YouTube id, whole or cut to seconds 900-1801, the files "
@@ -664,32 +648,24 @@ def retrieval_recall(gallery, gallery_labels, query, query_labels, ks=(1, 5, 10,
     return {k: 100 * ((before < min(k, len(gallery))) & read).double().mean().item() for k in ks}
 
 
-def epic_accuracy(verb_logits, noun_logits, verb, noun, read=None, tail=None, unseen=None):
+def epic_accuracy(verb_logits, noun_logits, verb, noun, read=None):
     """EPIC-KITCHENS-100 from a verb and a noun head -> {verb, noun, action}_{top1, top5} in percent.
 
     Logits (N, V), (N, M), or logarithms of probabilities averaged over views, -inf included; verb, noun (N,) are the
     true ids.  All V * M pairs compete as actions, occurring or not, by log p(verb) + log p(noun).  Rows with read
-    (N,) False are wrong, and so are ties.  tail = (tail verb ids, tail noun ids) adds tail_{verb, noun, action}_top1
-    over the rows whose verb, whose noun, either is in the tail; unseen (N,) bool, kitchens not trained on, adds
-    unseen_{...}_top1.  A subset without rows is left out.
+    (N,) False are wrong, and so are ties.
     """
-    every, nothing = torch.ones_like(verb, dtype=torch.bool), torch.zeros_like(verb, dtype=torch.bool)
-    read, unseen = every if read is None else read, nothing if unseen is None else unseen
+    read = torch.ones_like(verb, dtype=torch.bool) if read is None else read
     verbs, nouns = verb_logits.double().log_softmax(1), noun_logits.double().log_softmax(1)        # float32 would tie
-    of_verb, of_noun = verbs.gather(1, verb[:, None])[:, 0], nouns.gather(1, noun[:, None])[:, 0]
+    of_verb, of_noun = verbs.gather(1, verb[:, None]), nouns.gather(1, noun[:, None])              # (N, 1)
     v, n = (scores.topk(min(6, scores.shape[1])).values for scores in (verbs, nouns))
     pairs = (v[:, :, None] + n[:, None]).flatten(1)                            # (N, 36), the 6 best of all among them
-    rare_verb, rare_noun = (torch.isin(true, torch.tensor(sorted(ids)).to(true))
-                            for true, ids in zip((verb, noun), tail or ((), ())))
     result = {}
-    for name, scores, own, rare in (("verb", verbs, of_verb, rare_verb), ("noun", nouns, of_noun, rare_noun),
-                                    ("action", pairs, of_verb + of_noun, rare_verb | rare_noun)):
-        rank = (scores >= own[:, None]).sum(1)                                 # (N,) 1 is best, last of those that tie
-        top1, top5 = ((rank <= k) & (own > -math.inf) & read for k in (1, 5))  # nan is above nothing
-        for figure, right, rows in ((f"{name}_top1", top1, every), (f"{name}_top5", top5, every),
-                                    (f"tail_{name}_top1", top1, rare), (f"unseen_{name}_top1", top1, unseen)):
-            if rows.any():
-                result[figure] = 100 * right[rows].double().mean().item()
+    for name, scores, own in (("verb", verbs, of_verb), ("noun", nouns, of_noun), ("action", pairs, of_verb + of_noun)):
+        rank = (scores >= own).sum(1)                                          # (N,) 1 is best, last of those that tie
+        for k in (1, 5):
+            right = (rank <= k) & (own[:, 0] > -math.inf) & read               # nan is above nothing
+            result[f"{name}_top{k}"] = 100 * right.double().mean().item()
     return result
 
 
@@ -882,7 +858,7 @@ def heads(classes):
     return [verbs, classes[len(verbs):]] if verbs else [classes]
 
 
-def compute_metrics(scores, read, labels, classes, test, cfg):
+def compute_metrics(scores, read, labels, classes, cfg):
     """What the tables print, in percent, from scores (N, all classes) and labels (N,) or (N, 2)."""
     sizes, result = [len(names) for names in heads(classes)], {}
     if len(sizes) == 1:
@@ -896,9 +872,7 @@ def compute_metrics(scores, read, labels, classes, test, cfg):
         pairs = torch.tensor([[int(part) for part in name.split(":")] for name in classes])    # 0 if there are none
         verb, noun = pairs[labels].T                                           # (MOFO's code: the p of action 0)
         verb_logs, noun_logs = ((logs.softmax(1) @ F.one_hot(ids).to(logs)).log() for ids in pairs.T)
-    verbs, nouns, people = epic_subsets(data_root(cfg.data, cfg.root))
-    unseen = torch.tensor([Path(item.path).stem[:3].upper() in people for item in test.items])     # P18_01.MP4
-    epic = epic_accuracy(verb_logs, noun_logs, verb, noun, read, (verbs, nouns), unseen)
+    epic = epic_accuracy(verb_logs, noun_logs, verb, noun, read)
     if len(sizes) == 1:                                                        # actions are those of the head itself
         epic = {name: value for name, value in epic.items() if "action" not in name}
     return epic | result
@@ -1089,7 +1063,7 @@ def classification(cfg, env, content):
     sample = partial(train_clips, cfg=cfg, size=cfg.image_size, frames=cfg.frames)
     if cfg.mode == "test" or train(cfg, env, listing, model, sample):          # else a signal stopped it
         scores, read, errors = run_views(model.eval().scores, test.items, cfg, env, cfg.views, "testing", mean=True)
-        result = compute_metrics(scores, read, labels, classes, test, cfg)
+        result = compute_metrics(scores, read, labels, classes, cfg)
         report(cfg, env, result, errors, test)
         save_scores(cfg, env, test.items, scores, read, labels, classes)
 

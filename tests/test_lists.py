@@ -1,7 +1,6 @@
 """AVA key frames and EPIC-KITCHENS-100 with two labels, in miniature trees of the published layouts."""
 import os
 import re
-from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from common import Clips, VideoError, collate, find_videos, loader
-from finetune import ava_listing, epic_subsets, key_frame_indices
+from finetune import ava_listing, key_frame_indices
 from conftest import error_of, numbers, put, tiny_video
 
 # ---- 1. AVA ----------------------------------------------------------------------------------------------------------
@@ -206,25 +205,6 @@ def test_epic_with_two_labels(tmp_path, files, verbs, nouns):
 def test_epic_annotations_that_cannot_be_true_are_a_message(tmp_path, rows):
     put(tmp_path, {"EPIC_100_train.csv": HEAD + rows}, ["P01_11.MP4"])
     assert "is not as published" in error_of(find_videos, "epic", tmp_path)
-
-
-SUBSETS = {"tail_verbs": "verb\n18\n96\n18\n", "tail_nouns": "noun\r\n7\r\n299\r\n",
-           "unseen_participant_ids_validation": "participant_id\nP18\nP32\n"}
-IDS = {18, 96}, {7, 299}, {"P18", "P32"}
-
-
-@pytest.mark.parametrize("gone", [None, 0, 1, 2])
-def test_a_subset_of_epic_without_file_is_empty_and_said_and_one_of_another_form_a_message(tmp_path, capsys, gone):
-    names = list(SUBSETS)
-    put(tmp_path, {f"csv/EPIC_100_{name}.csv": text for i, (name, text) in enumerate(SUBSETS.items()) if i != gone})
-    if gone is None:
-        put(tmp_path, {"later/EPIC_100_tail_verbs.csv": "verb\n5\n"})             # of two, the first
-    assert epic_subsets(tmp_path) == tuple(set() if i == gone else ids for i, ids in enumerate(IDS))
-    said = re.findall(r"EPIC_100_(\w+)\.csv", capsys.readouterr().out)
-    assert said == ([] if gone is None else [names[gone]])
-    for name, text in product(reversed(names), ("number\n18\n", "verb,noun\nput,plate\n", "x" * 200_000)):
-        put(tmp_path, {f"csv/EPIC_100_{name}.csv": text})
-        assert f"EPIC_100_{name}.csv: expected a column" in error_of(epic_subsets, tmp_path)
 
 
 def test_lists_and_kinetics_with_names_of_their_own(tmp_path):

@@ -82,22 +82,17 @@ def test_recall_in_chunks():
 
 # ---- EPIC-KITCHENS -------------------------------------------------------------------------------------------------
 
-def slow_epic(verb_logits, noun_logits, verb, noun, read, tail, unseen):
+def slow_epic(verb_logits, noun_logits, verb, noun, read):
     """Softmax, outer product, sort: row by row."""
     rows, result = [], {}
-    columns = (verb, noun, verb_logits.exp(), noun_logits.exp(), read, unseen)
-    for v, n, p, q, known, new in zip(*(column.tolist() for column in columns)):
+    columns = (verb, noun, verb_logits.exp(), noun_logits.exp(), read)
+    for v, n, p, q, known in zip(*(column.tolist() for column in columns)):
         pairs = [a * b for a in p for b in q]
         rank = dict(verb=sum(x >= p[v] for x in p), noun=sum(x >= q[n] for x in q),
                     action=sum(x >= p[v] * q[n] for x in pairs))               # 1 = best, after all ties
-        rare = dict(verb=v in tail[0], noun=n in tail[1], action=v in tail[0] or n in tail[1])
-        rows.append((rank, known, rare, new))
-    for name in ("verb", "noun", "action"):
-        for figure, k, used in ((f"{name}_top1", 1, rows), (f"{name}_top5", 5, rows),
-                                (f"tail_{name}_top1", 1, [row for row in rows if row[2][name]]),
-                                (f"unseen_{name}_top1", 1, [row for row in rows if row[3]])):
-            if used:
-                result[figure] = 100 * sum(known and rank[name] <= k for rank, known, *_ in used) / len(used)
+        rows.append((rank, known))
+    for name, k in product(("verb", "noun", "action"), (1, 5)):
+        result[f"{name}_top{k}"] = 100 * sum(known and rank[name] <= k for rank, known in rows) / len(rows)
     return result
 
 
@@ -107,14 +102,13 @@ def test_epic_accuracy_is_that_of_all_pairs(verbs, nouns, rows):
     verb, noun = torch.randint(verbs, (rows,), generator=g), torch.randint(nouns, (rows,), generator=g)
     verb_logits = torch.randn(rows, verbs, generator=g, dtype=torch.float64) + 1.5 * F.one_hot(verb, verbs)
     noun_logits = torch.randn(rows, nouns, generator=g, dtype=torch.float64) + 1.5 * F.one_hot(noun, nouns)
-    read, unseen = torch.rand(rows, generator=g) > 0.1, torch.rand(rows, generator=g) > 0.6
-    tail = ({0, 2, 3}, [1, 2])
-    result = epic_accuracy(verb_logits, noun_logits, verb, noun, read, tail, unseen)
-    assert result == pytest.approx(slow_epic(verb_logits, noun_logits, verb, noun, read, tail, unseen))
+    read = torch.rand(rows, generator=g) > 0.1
+    result = epic_accuracy(verb_logits, noun_logits, verb, noun, read)
+    assert result == pytest.approx(slow_epic(verb_logits, noun_logits, verb, noun, read))
     plain = epic_accuracy(verb_logits + 700, noun_logits - 1e3 * torch.arange(rows)[:, None], verb, noun, read)
-    assert plain == pytest.approx({name: result[name] for name in plain}) and len(plain) == 6
+    assert plain == pytest.approx(result) and len(plain) == 6
     logs = verb_logits.softmax(1).log()
-    assert epic_accuracy(logs, noun_logits, verb, noun, read, tail, unseen) == pytest.approx(result)
+    assert epic_accuracy(logs, noun_logits, verb, noun, read) == pytest.approx(result)
 
 
 def test_epic_by_hand():
@@ -128,7 +122,6 @@ def test_epic_by_hand():
     impossible = torch.tensor([[-math.inf, 0, -math.inf, -math.inf]])          # log of probability 0
     assert epic_accuracy(impossible, good, zero, zero)["verb_top5"] == 0
     assert epic_accuracy(impossible, good, zero + 1, zero)["action_top1"] == 100
-    assert len(epic_accuracy(good, good, zero, zero, tail=([], [3]), unseen=zero > 0)) == 6    # there are no such rows
 
 
 # ---- AVA -----------------------------------------------------------------------------------------------------------
