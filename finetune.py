@@ -49,7 +49,6 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torchvision.ops import box_iou, roi_align
 from torchvision.transforms import v2 as transforms
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import (BACKBONES, Clips, DATA_SETS, FILE_NAMES, FlowEstimator, HUGGING_FACE, Log, Mlp, ResNet3D, SIZES,
@@ -1132,19 +1131,10 @@ def name_of(item):
 
 
 def save_scores(cfg, env, items, scores, read, labels, classes):
-    """Write scores.npz, what every test video got, and per head a picture of the confusion matrix: a row per true
-    class, from top to bottom, the share of its videos (white 0, black 1) that was given each class."""
-    if env.rank:
-        return
-    np.savez(Path(cfg.out, "scores.npz"), names=[name_of(item) for item in items], scores=scores.numpy(),
-             read=read.numpy(), labels=labels.numpy(), classes=classes)
-    parts = scores.split([len(names) for names in heads(classes)], 1)
-    for part, own, name in zip(parts, labels.view(len(labels), -1).T, ("", "_noun")):
-        n = part.shape[1]
-        counts = torch.bincount((own * n + part.argmax(1))[read], minlength=n * n).view(n, n)
-        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        save_image(1 - F.interpolate(share[None, None], scale_factor=max(1, 512 // n)),
-                   Path(cfg.out, f"confusion{name}.png"))
+    """Write scores.npz, what every test video got."""
+    if env.rank == 0:
+        np.savez(Path(cfg.out, "scores.npz"), names=[name_of(item) for item in items], scores=scores.numpy(),
+                 read=read.numpy(), labels=labels.numpy(), classes=classes)
 
 
 def predict(cfg, env, content):

@@ -997,17 +997,11 @@ def test_testing_needs_no_training_videos_and_not_every_class(lists, tune, tmp_p
 
 
 @pytest.mark.parametrize("mode", ["finetune", "knn"])
-def test_scores_and_the_confusion_of_every_video_are_kept(mode, lists, tune):
+def test_the_scores_of_every_video_are_kept(mode, lists, tune):
     results, out = tune("--data", lists, "--views", "1x1", "--mode", mode)
-    found, share, cell = scored(out), np.zeros((3, 3)), 512 // 3
+    found = scored(out)
     assert found["scores"].shape == (7, 3) and found["read"].all()
     assert 100 * (found["scores"].argmax(1) == found["labels"]).mean() == pytest.approx(results["acc1_1x1"])
-    for own, guess in zip(found["labels"], found["scores"].argmax(1)):
-        share[own, guess] += 1 / (found["labels"] == own).sum()
-    with av.open(str(out / "confusion.png")) as file:
-        image = next(file.decode(video=0)).to_ndarray(format="rgb24")[..., 0]
-    assert image.shape == (3 * cell, 3 * cell)
-    assert np.abs(image[cell // 2::cell, cell // 2::cell].astype(float) - 255 * (1 - share)).max() <= 1
 
 
 def test_a_file_of_class_names(lists, tune, tmp_path, capsys):
