@@ -994,8 +994,6 @@ def find_splits(cfg, content):
         print0(f"{cfg.data}: has no split, {len(test.items)} of its videos are held out to test")
     if not test.items:
         raise UserError(f"--data {cfg.data}: has no split, and no class has two videos, of which to test on one")
-    missing = list(dict.fromkeys([*(listing.missing if listing else ()), *test.missing]))
-    test = test._replace(missing=missing)                                      # for the report
     listing = listing and listing._replace(items=[item for item in listing.items if item.path not in listing.missing])
     known = {(os.path.realpath(item.path), item.start) for item in listing.items} if listing else set()
     if shared := [item.path for item in test.items if (os.path.realpath(item.path), item.start) in known]:
@@ -1112,8 +1110,6 @@ def report(cfg, env, result, errors, test):
     """Print the result and write it to results.json, its numbers named by the views that they were made with."""
     if env.rank:
         return
-    if test.missing:
-        Path(cfg.out, "missing_videos.txt").write_text("\n".join([*test.missing, ""]), **FILE_NAMES)
     per_class, path = result.pop("per_class", {}), Path(cfg.out, "results.json")
     named = {f"{name}_{cfg.views}": value for name, value in result.items()}
     settings = ("mode", "recipe", "init", "random_init", "data", "label", "train_split", "split")
