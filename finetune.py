@@ -24,8 +24,8 @@ Differs from the published protocols, and why
     fixed features there is nothing to tune but the penalty.  The papers' probes are recipes (MME's: without the
     drop path that is active there).
  5. MoDist's precise batch norm is left out; its head averages over space and time before the linear layer.
- 6. FAME's and MCL's centre crops of whole frames are crops of 224 pixels, scaled to the network's size.  Uniform
-    clips of a test take the middles of halves of a segment, as MME's do (VideoMAE's: their beginnings).
+ 6. FAME's and MCL's centre crops of 224 pixels of frames 240 high are scaled to the network's size.  Uniform clips of
+    a test take the middles of halves of a segment, as MME's do (VideoMAE's: their beginnings).
  7. AVA with VideoMAE's recipe: crops are SlowFast's, of frames scaled to 256 to 320 (VideoMAE: 256), and boxes are as
     annotated or detected (VideoMAE: shifted at random in training, enlarged by 10 and 5 % in a test).
 """
@@ -88,8 +88,7 @@ class Config(RunConfig):
     views: str = "2x3"                 # clips in time x crops in space, at test time
     train_views: str = "1x1"           # of training videos, where features are fixed
     test_size: int = 0                 # side of a test crop; 0 = --image-size
-    test_short: int = 0                # what the short side is scaled to before a test crop; 0: the crop holds it
-    raw_crop: bool = False             # test crops are 224 pixels of the frame as it is
+    test_crop: float = 1.0             # side of a test crop relative to the short side, in (0, 1]
     average: Literal["softmax", "logits"] = "softmax"  # what is averaged over views
     test_batch: int = 64               # clips per GPU and forward pass, at test time; at least the views of a video
     epochs: int = 50                   # passes over the training videos
@@ -163,7 +162,7 @@ RECIPES = {
     "mme linear": dict(classifier="trained", lr=1e-3, epochs=30, min_crop=0.25, repeats=2, layer_decay=1.0,
                        dropout=0.0, min_lr=1e-6),
     # FAME: R(2+1)D-18 or I3D
-    "fame": dict(PLAIN, sampling="dense", stride=2, frames=16, views="10x1", raw_crop=True, average="logits",
+    "fame": dict(PLAIN, sampling="dense", stride=2, frames=16, views="10x1", test_crop=224 / 240, average="logits",
                  min_crop=0.2, flip=True),
     "fame finetune": dict(optimizer="sgd", lr=0.05, min_lr=0.0, warmup_epochs=0.0, drops="60,120", epochs=150,
                           batch=128, weight_decay=1e-4, dropout=0.7, jitter=0.8, hue=0.1, grey=0.2),
@@ -175,9 +174,9 @@ RECIPES = {
                          weight_decay=1e-4, dropout=0.9, clip_grad=40.0, min_crop=0.2, flip=True,
                          randaugment="mcl-ucf101"),
     "mcl finetune hmdb51": dict(randaugment="mcl-hmdb51"),
-    "mcl linear": dict(classifier="svm", frames=16, views="20x1", train_views="20x1", raw_crop=True, test_size=0),
+    "mcl linear": dict(classifier="svm", frames=16, views="20x1", train_views="20x1", test_crop=224 / 240, test_size=0),
     "mcl linear k400": dict(TRAINED, optimizer="sgd", lr=32.0, epochs=100, batch=128, frames=32, unit_features=True,
-                            min_crop=0.2, flip=True, views="20x1", raw_crop=False, test_short=256),
+                            min_crop=0.2, flip=True, views="20x1", test_crop=224 / 256),
     "mcl retrieval": dict(frames=16, views="20x1", train_views="20x1", test_size=0),
     # MoDist: R3D-50; its strides are meant for 30 frames a second
     "modist": dict(PLAIN, sampling="dense", stride=8, fps=30.0, frames=32, views="10x3", test_size=256,
@@ -198,9 +197,8 @@ RECIPES = {
     "custom finetune": dict(epochs=50, views="2x3", flip=True, warmup_epochs=2.0, drops=""),
     **{f"custom {paper} finetune": dict(lr=8e-3) for paper in ("videomae", "mofo", "mme")},      # 5e-4 at a batch of 16
     "toy": dict(PLAIN, frames=0, sampling="dense", stride=2, fps=0.0, views="1x1", train_views="1x1", test_size=0,
-                test_short=0, raw_crop=False, epochs=16, batch=32, device_batch=32, min_lr=0.0,
-                warmup_epochs=2.0, drops="", dropout=0.0, min_crop=1.0, flip=False, jitter=0.0, grey=0.0,
-                flow="tvl1", workers=2, log_every=16),
+                test_crop=1.0, epochs=16, batch=32, device_batch=32, min_lr=0.0, warmup_epochs=2.0, drops="",
+                dropout=0.0, min_crop=1.0, flip=False, jitter=0.0, grey=0.0, flow="tvl1", workers=2, log_every=16),
     "toy finetune": dict(lr=8e-3),
     "toy linear": dict(optimizer="adamw", lr=8e-2, weight_decay=0.0),
     "toy fame finetune": dict(lr=0.16), "toy mcl finetune": dict(lr=0.16), "toy modist finetune": dict(lr=0.16),
@@ -347,7 +345,7 @@ def test_clips(video, item, rng, cfg, size, frames, views=(1, 1)):
     """All views (T, S) of a video -> uint8 (T * S, frames, size, size, 3), time slowest.
 
     Dense: T clips evenly over the video.  Uniform: T frames of each segment, each clip takes one.  S square crops
-    evenly along the long side hold the short side, or --test-size of --test-short pixels of it, or --raw-crop's 224.
+    evenly along the long side hold --test-crop of the short side.
     """
     first, last = item_frames(video, item)
     if cfg.sampling == "dense":
@@ -358,8 +356,7 @@ def test_clips(video, item, rng, cfg, size, frames, views=(1, 1)):
         indices = [segment_indices(first, last, frames, (t + 0.5) / views[0]) for t in range(views[0])]
     height, width = video.info.height, video.info.width
     short, long = sorted((height, width))
-    side = min(short, 224) if cfg.raw_crop else short
-    side = round(short * min(1, size / cfg.test_short)) if cfg.test_short else side
+    side = round(short * cfg.test_crop)
     across, crops = (short - side) // 2, []
     for shift in evenly_spaced(long - side, views[1]):
         x, y = (shift, across) if width >= height else (across, shift)
@@ -930,7 +927,7 @@ def train(cfg, env, listing, model, sample):
 
 # What testing takes over from the run that made a checkpoint, unless a flag says otherwise.
 TRAINED_WITH = ("label", "focused", "sampling", "stride", "fps", "frames", "image_size", "views", "test_size",
-                "test_short", "raw_crop", "average", "unit_features", "min_score", "times_score", "flow")
+                "test_crop", "average", "unit_features", "min_score", "times_score", "flow")
 
 
 def check(cfg):

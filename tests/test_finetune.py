@@ -304,9 +304,9 @@ def test_views_at_test_time(frames, first, last, height, width, views):
     video, (T, S), short = FakeVideo(frames, height, width), views, min(height, width)
     item = Item("video.mp4", 0, first / 10, math.inf if last + 1 == frames else last / 10)
     for sampling, stride, more, side in (
-            ("dense", 3, dict(), short), ("dense", 1, dict(raw_crop=True), min(short, 224)),
+            ("dense", 3, dict(), short), ("dense", 1, dict(test_crop=0.6), round(0.6 * short)),
             ("dense", 1.5, dict(stride=3, fps=20.0), short),  # as many seconds as at 20; this one has 10
-            ("dense", 3, dict(test_short=18), round(short * 16 / 18)), ("uniform", 4, dict(test_short=9), short)):
+            ("uniform", 4, dict(test_crop=224 / 240), round(short * 224 / 240))):
         cfg, steps = Config(**dict(sampling=sampling, stride=stride) | more), [round(stride * i) for i in range(8)]
         assert finetune.test_clips(video, item, None, cfg, 16, 8, views).shape == (T * S, 8, 16, 16, 3)
         expected = []
@@ -484,7 +484,7 @@ def test_every_combination_is_a_valid_configuration():
     ("k400", "mme", "finetune", dict(lr=1e-3, epochs=75, min_crop=0.25, views="7x3", mixup=0.8, min_lr=1e-6)),
     ("ucf101", "fame", "linear", dict(classifier="trained", unit_features=True, epochs=100, drops="60,80")),
     ("ucf101", "fame", "retrieval", dict(center=True, views="10x1", train_views="10x1", stride=2)),
-    ("ucf101", "mcl", "linear", dict(classifier="svm", raw_crop=True, train_views="20x1", frames=16)),
+    ("ucf101", "mcl", "linear", dict(classifier="svm", test_crop=224 / 240, train_views="20x1", frames=16)),
     ("hmdb51", "modist", "finetune", dict(lr=0.04, warmup_epochs=34.0, stride=8, whole_cosine=True)),
     ("ucf101", "modist", "retrieval", dict(views="10x1", train_views="10x1", frames=16, stride=2, test_size=0)),
     ("ssv2", "fame", "finetune", dict(flip=False, jitter=0.8)), ("ssv2", "mcl", "finetune", dict(flip=False)),
@@ -525,7 +525,7 @@ def test_testing_again_follows_the_protocol_of_fine_tuning(data, recipe):
     for other in (again, flag):
         finetune.inherit_settings(other, dict(config=dataclasses.asdict(cfg)))
     assert all(getattr(again, name) == getattr(cfg, name) for name in (
-        "sampling", "stride", "frames", "views", "test_size", "raw_crop", "average", "min_score", "times_score"))
+        "sampling", "stride", "frames", "views", "test_size", "test_crop", "average", "min_score", "times_score"))
     assert flag.views == "9x1" and flag.sampling == cfg.sampling
 
 
