@@ -36,7 +36,7 @@ import math
 import os
 import re
 import signal
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -399,24 +399,11 @@ def person_clip(video, item, rng, cfg, size, frames, train=False):
 RANDAUGMENTS = {"none": (0, 0, 0.0), "videomae": (4, 21, 0.5), "mcl-ucf101": (1, 23, 1.0), "mcl-hmdb51": (3, 17, 1.0)}
 
 
-@contextmanager
-def global_seed(generator, purpose, row=0):
-    """Within it torch's global generator, from which torchvision's transforms draw, depends only on the step, on the
-    clip's row in the global batch and on what it is for; afterwards it is as it was."""
-    generator = generator or torch.default_generator
-    with torch.random.fork_rng(devices=()):
-        place = getattr(generator, "first", 0) + row
-        torch.default_generator.manual_seed(hash((generator.initial_seed(), purpose, place)) % 2**63)
-        yield
-
-
-def per_clip(transform, clips, generator=None, purpose=1):
-    """One of torchvision's random transforms of clips (B, 3, T, H, W): drawn anew for each, alike in its frames."""
-    out = []
+def per_clip(transform, clips):
+    """One of torchvision's random transforms of clips (B, 3, T, H, W): drawn anew for each, alike in its frames.  It
+    draws from torch's global generator, which `Plan.generator` seeds for every pass."""
     with torch.autocast(clips.device.type, enabled=False):                     # places and colours want fp32
-        for row, clip in enumerate(clips):
-            with global_seed(generator, purpose, row):
-                out.append(transform(clip.transpose(0, 1)))                    # (T, 3, H, W)
+        out = [transform(clip.transpose(0, 1)) for clip in clips]              # each (T, 3, H, W)
     return torch.stack(out).transpose(1, 2)
 
 
@@ -508,19 +495,18 @@ class Classifier(nn.Module):
         with torch.no_grad():
             clips = flip(clips, generator)[0] if c.flip else clips
             if self.randaugment:
-                clips = per_clip(transforms.Compose(self.randaugment), clips, generator)
+                clips = per_clip(transforms.Compose(self.randaugment), clips)
             inside = self.inside(clips) if c.focused else None
             if c.jitter or c.grey:
                 clips = colour_jitter(to_float01(clips), generator, hue=c.hue, p=c.jitter, grey=c.grey)
             clips = normalize(clips, self.network.config)
-            clips = per_clip(self.erasing, clips, generator, 2) if c.erasing else clips
+            clips = per_clip(self.erasing, clips) if c.erasing else clips
             if self.mixing:
                 both = clips if inside is None else torch.cat([clips, inside.expand_as(clips[:, :1])], 1)
                 order = torch.arange(len(clips), device=clips.device).view(-1, repeats).T.flatten()
                 both, targets, labels = both[order], targets[order], labels[order]     # the next is of another video
-                with global_seed(generator, purpose=0):                        # all clips of a pass share it
-                    mixed, targets = transforms.RandomChoice(self.mixing)(both.flatten(1, 2), targets)
-                both = mixed.view_as(both)
+                mixed, targets = transforms.RandomChoice(self.mixing)(both.flatten(1, 2), targets)
+                both = mixed.view_as(both)                                     # all clips of a pass share the draw
                 clips, inside = both[:, :3], None if inside is None else both[:, 3:, :1]
         logits = self.logits(clips, inside)                                    # (B, all classes)
         parts = list(zip(logits.split(self.sizes, 1), targets.split(self.sizes, 1), labels.T))
