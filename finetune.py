@@ -763,12 +763,10 @@ def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
 def run_inference(compute, items, sample, cfg, env, what, views=1):
     """Apply compute(clips on the device, n) -> n results, CPU tensors, to all items, sampled by `sample`, so many views
     of each -> dict from index to result, without those that could not be read, and the errors of these, also printed.
-    Every process takes its share of the batches.  A batch holds key frames of one video, which have one size."""
-    dataset, batches, size = Clips(items, sample, cfg.seed, replace=False), [], max(1, cfg.test_batch // views)
-    for _, group in itertools.groupby(range(len(items)), key=lambda i: items[i].path if cfg.data == "ava" else 0):
-        group = list(group)
-        batches += [group[i:i + size] for i in range(0, len(group), size)]
-    mine, results, errors = batches[env.rank::env.world], {}, []
+    Every process takes its share of the batches.  Key frames come one by one, as they have sizes of their own."""
+    dataset, size = Clips(items, sample, cfg.seed, replace=False), max(1, cfg.test_batch // views)
+    batches = torch.arange(len(items)).split(1 if cfg.data == "ava" else size)
+    mine, results, errors = [keys.tolist() for keys in batches[env.rank::env.world]], {}, []
     for number in (signal.SIGTERM, signal.SIGINT):                             # nothing is left to save
         signal.signal(number, signal.default_int_handler)
     found = loader(dataset, mine, cfg.workers, env.device)

@@ -789,8 +789,8 @@ def ava(tmp_path_factory):
         ["video_broke.mkv"])
 
 
-@pytest.mark.parametrize("times_score, test_batch, ap", [(True, 8, 2 / 3), (False, 8, 5 / 9), (True, 1, 2 / 3)])
-def test_actions_of_people_are_matched_to_theirs(times_score, test_batch, ap, ava):
+@pytest.mark.parametrize("times_score, ap", [(True, 2 / 3), (False, 5 / 9)])
+def test_actions_of_people_are_matched_to_theirs(times_score, ap, ava):
     """A model that knows the answer: what it says of a box must arrive at that box, video and second."""
     def logits(clips, boxes, count):
         assert clips.shape[-2:] == (48, 64) and count.sum() == len(boxes)
@@ -798,8 +798,7 @@ def test_actions_of_people_are_matched_to_theirs(times_score, test_batch, ap, av
         out[left, 0], out[~left, 11] = 5.0, 5.0
         return out
     model = SimpleNamespace(network=SimpleNamespace(config=dict(image_size=48, frames=2)), logits=logits)
-    cfg = Config(data="ava", workers=0, stride=2, image_size=48, frames=2)
-    cfg.test_batch, cfg.times_score = test_batch, times_score
+    cfg = Config(data="ava", workers=0, stride=2, image_size=48, frames=2, times_score=times_score)
     result, errors = finetune.detect(model, *finetune.ava_listing(ava, "test"), cfg, ENV)
     assert result["per_class"] == pytest.approx({"bend": 100 * ap, "sit": 100.0})  # of the broken video all is missed
     assert result["mAP"] == pytest.approx(100 * (ap + 1) / 2) and len(errors) == 1 and "video_broke" in errors[0]
@@ -814,7 +813,7 @@ def test_ava_end_to_end(recipe, ava, tune):
     network = built(out / "last.pt", data="ava", mode="test")
     assert network.head.weight.shape[0] == 80 and len(load_file(out / "last.pt")["classes"]) == 80
     assert network.forward_map(torch.randn(1, 3, 4, 48, 64)).shape[-2:] == (3, 4)        # stride 16, also of a ResNet
-    again, _ = tune(*flags, "--mode", "test", "--test-batch", 1, recipe=recipe, init=out / "last.pt")
+    again, _ = tune(*flags, "--mode", "test", recipe=recipe, init=out / "last.pt")
     assert again["per_class"] == pytest.approx(results["per_class"]) and again["videos"] == 3
     assert tune(*flags, "--mode", "test", "--boxes", "gt", recipe=recipe, init=out / "last.pt")[0]["videos"] == 3
 
