@@ -2019,7 +2019,7 @@ def resume_or_init(checkpoint, init, model, optimizer, scaler):
 # Settings that may change when a run goes on; of --init the path, not the content.
 MAY_CHANGE = {"out", "fresh", "init", "init_sha256", "world", "root", "place", "raft_weights", "device_batch",
               "workers", "compile", "log_every", "save_every", "preview_every", "test_data", "part", "classes", "views",
-              "train_views", "test_size", "test_short", "raw_crop", "average", "test_batch", "neighbours", "l2",
+              "train_views", "test_size", "test_crop", "average", "test_batch", "neighbours", "l2",
               "center", "boxes", "min_score", "times_score"}
 
 

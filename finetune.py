@@ -304,9 +304,8 @@ def key_frame_indices(video, second, frames, stride):
     """Frame numbers (frames,) of a clip, `stride` apart, centred on an annotated second of an AVA video.
 
     c - half, c - half + stride, ... with half = frames * stride // 2, clipped to the video (SlowFast, VideoMAE).  The
-    stride counts frames at 30 per second, as theirs; at another (mean) rate each distance from c is scaled, then
-    rounded.  A file of up to 905 s is the part from 900 s on (videos_15min), a longer one the whole video.  Raises
-    VideoError if it ends before that second.
+    stride counts frames at 30 per second, as theirs; at another (mean) rate distances from c are scaled.  A file of
+    up to 905 s is the part from 900 s on, a longer one the whole video.  VideoError if it ends before that second.
     """
     info = video.info
     time = second - 900 if info.seconds <= 905 else second
@@ -393,7 +392,7 @@ def person_clip(video, item, rng, cfg, size, frames, train=False):
                 count=np.array([len(boxes)]))
 
 
-# ---- 4. Augmentation ------------------------------------------------------------------------------------------------
+# ---- 4. Networks, augmentation, losses ------------------------------------------------------------------------------
 
 # Operations per clip, their magnitude (of 30), the probability of each.
 RANDAUGMENTS = {"none": (0, 0, 0.0), "videomae": (4, 21, 0.5), "mcl-ucf101": (1, 23, 1.0), "mcl-hmdb51": (3, 17, 1.0)}
@@ -406,8 +405,6 @@ def per_clip(transform, clips):
         out = [transform(clip.transpose(0, 1)) for clip in clips]              # each (T, 3, H, W)
     return torch.stack(out).transpose(1, 2)
 
-
-# ---- 5. Networks ----------------------------------------------------------------------------------------------------
 
 class MotionFocus(nn.Module):
     """MOFO's head: tokens (B, N, D), inside (B, N) bool -> features (B, D), the mean of the tokens inside the motion
@@ -593,7 +590,7 @@ def build_classifier(cfg, env, content, classes):
     return Classifier(network, [len(names) for names in heads(classes)], cfg, flow).eval()
 
 
-# ---- 6. Metrics -----------------------------------------------------------------------------------------------------
+# ---- 5. Metrics -----------------------------------------------------------------------------------------------------
 
 def accuracy(scores, read, labels, classes):
     """Scores (N, C), read (N,) bool, labels (N,) -> top-1, top-5, mean-class and per-class accuracy in percent.
@@ -698,7 +695,7 @@ def ava_mean_ap(detections, ground_truth, class_ids, excluded=(), iou=0.5, cap=N
     return float(np.nanmean(list(ap.values()))), ap
 
 
-# ---- 7. Classifiers on fixed features -------------------------------------------------------------------------------
+# ---- 6. Classifiers on fixed features -------------------------------------------------------------------------------
 
 def fit_linear(features, labels, classes, l2):
     """Multinomial logistic regression on features (N, D), standardised -> function from features to logits.
@@ -757,7 +754,7 @@ def knn_scores(gallery, labels, query, classes, k, temperature=0.07):
     return votes.new_zeros(len(query), classes).scatter_add(1, labels[nearest], votes).float()
 
 
-# ---- 8. Evaluation --------------------------------------------------------------------------------------------------
+# ---- 7. Evaluation --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def run_inference(compute, items, sample, cfg, env, what, views=1):
@@ -858,7 +855,7 @@ def compute_metrics(scores, read, labels, classes, cfg):
     return epic | result
 
 
-# ---- 9. Training ----------------------------------------------------------------------------------------------------
+# ---- 8. Training ----------------------------------------------------------------------------------------------------
 
 def train(cfg, env, listing, model, sample):
     """Train what has gradients; the loop is that of the pre-training scripts -> False if a signal stopped it."""
@@ -907,7 +904,7 @@ def train(cfg, env, listing, model, sample):
     return not stopping
 
 
-# ---- 10. Main -------------------------------------------------------------------------------------------------------
+# ---- 9. Main --------------------------------------------------------------------------------------------------------
 
 # What testing takes over from the run that made a checkpoint, unless a flag says otherwise.
 TRAINED_WITH = ("label", "focused", "sampling", "stride", "fps", "frames", "image_size", "views", "test_size",
@@ -1096,8 +1093,6 @@ def report(cfg, env, result, errors, test):
     settings = ("mode", "recipe", "init", "random_init", "data", "label", "train_split", "split")
     about = {name: getattr(cfg, name) for name in settings} | dict(videos=len(test.items), missing=test.missing)
     path.write_text(json.dumps(named | about | dict(unreadable=errors, per_class=per_class), indent=1))
-    for name, value in sorted(per_class.items(), key=lambda pair: pair[1]):
-        print0(f"  {value:6.2f}  {name}")
     numbers = "  ".join(f"{name} {value:.2f}" for name, value in named.items())
     print0(f"{numbers}  on {len(test.items)} videos -> {path}")
 
