@@ -47,8 +47,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, Log, MomentumContrast, Queue, RunConfig, StopSignal, UserError, all_reduce_mean, blur,
-                    clip_indices, colour_jitter, cosine_lr, eagerly, example_clips, find_videos, flip, loader,
+from common import (BACKBONES, Clips, Log, MomentumContrast, Queue, RunConfig, StopSignal, UserError, all_reduce_mean,
+                    blur, clip_indices, colour_jitter, cosine_lr, eagerly, example_clips, find_videos, flip, loader,
                     make_backbone, make_optimizer, map_to_rgb, normalize, open_run, plan_run, rand,
                     random_resized_crop, read_views, resume_or_init, run, save_checkpoint, save_sheet, setup,
                     step_batches, to_device, to_float01, wrap_model)
@@ -59,7 +59,7 @@ from common import (Clips, Log, MomentumContrast, Queue, RunConfig, StopSignal, 
 
 @dataclass
 class Config(RunConfig):
-    backbone: str = "r2plus1d_18"      # r2plus1d_18, r3d_18, s3d, slow_r50, r2plus1d_50, vit_tiny .. vit_huge
+    backbone: Literal[BACKBONES] = "r2plus1d_18"  # the network
     width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50, in (0, 8]
     image_size: int = 112              # side of the crop in pixels
     frames: int = 16                   # frames of a clip, in [2, 1e9]

@@ -47,8 +47,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Bottleneck, Clips, FlowEstimator, Log, MomentumContrast, Queue, RunConfig, StopSignal, UserError,
-                    ViT, all_reduce_mean, blur, colour_jitter, constant, cosine_lr, draw_box, eagerly,
+from common import (BACKBONES, Bottleneck, Clips, FlowEstimator, Log, MomentumContrast, Queue, RunConfig, StopSignal,
+                    UserError, ViT, all_reduce_mean, blur, colour_jitter, constant, cosine_lr, draw_box, eagerly,
                     example_clips, find_videos, item_frames, loader, make_backbone, make_optimizer, map_to_rgb,
                     normalize, open_run, patchify, plan_run, rand, read_views, resume_or_init, run, save_checkpoint,
                     save_sheet, setup, spatial_gradient, step_batches, to_device, to_float01, unnormalize, wrap_model)
@@ -59,7 +59,7 @@ from common import (Bottleneck, Clips, FlowEstimator, Log, MomentumContrast, Que
 
 @dataclass
 class Config(RunConfig):
-    backbone: str = "r2plus1d_50"      # r2plus1d_50, slow_r50, r2plus1d_18, r3d_18, vit_tiny .. vit_huge
+    backbone: Literal[BACKBONES] = "r2plus1d_50"  # the network; not s3d
     width: float = 1.0                 # channels relative to the published network: r2plus1d_50, slow_r50, in (0, 8]
     image_size: int = 224              # side of the crop in pixels
     frame_height: int = 240            # of the frames that crops are cut from, in [32, 1e9]

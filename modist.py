@@ -19,8 +19,7 @@ settle a question we follow them.  Our own choices, and where we differ, and why
  2. Flow is computed in the training step, on the crop that the RGB network sees: both modalities of a moment share
     crop and flip.  Only RGB gets colour jitter and blur.
  3. Each query is compared with the queue of its key's modality; the two cross-modal directions are summed.
- 4. Keys are encoded with running statistics instead of shuffling clips across GPUs, as in fame.py.  Batch
-    norm of the queries is over all processes.
+ 4. Keys are encoded with running statistics, as in fame.py; batch norm of the queries is over all processes.
  5. Optimiser, schedule, crops, colours and blur are those of MoCo on this network in Feichtenhofer et al. (2021,
     https://arxiv.org/abs/2104.14558; released: jitter .4, no hue); key momentum is constant, jitter affine per clip.
  6. RGB is normalised with ImageNet's mean and deviation or those of --init (released: .45 and .225).
@@ -42,11 +41,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Clips, FlowEstimator, Log, MomentumContrast, Queue, ResNet3D, RunConfig, StopSignal, UserError,
-                    all_reduce_mean, blur, colour_jitter, cosine_lr, draw_box, eagerly, example_clips, find_videos,
-                    flip, flow_picture, init_linear, item_frames, loader, make_backbone, make_optimizer, normalize,
-                    open_run, plan_run, random_resized_crop, read_views, resume_or_init, run, save_checkpoint,
-                    save_sheet, setup, spatial_gradient, step_batches, to_device, to_float01, wrap_model)
+from common import (BACKBONES, Clips, FlowEstimator, Log, MomentumContrast, Queue, ResNet3D, RunConfig, StopSignal,
+                    UserError, all_reduce_mean, blur, colour_jitter, cosine_lr, draw_box, eagerly, example_clips,
+                    find_videos, flip, flow_picture, init_linear, item_frames, loader, make_backbone, make_optimizer,
+                    normalize, open_run, plan_run, random_resized_crop, read_views, resume_or_init, run,
+                    save_checkpoint, save_sheet, setup, spatial_gradient, step_batches, to_device, to_float01,
+                    wrap_model)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ from common import (Clips, FlowEstimator, Log, MomentumContrast, Queue, ResNet3D
 
 @dataclass
 class Config(RunConfig):
-    backbone: str = "slow_r50"         # of RGB: slow_r50, r2plus1d_50, r2plus1d_18, r3d_18, s3d, vit_tiny .. vit_huge
+    backbone: Literal[BACKBONES] = "slow_r50"  # the network of RGB
     width: float = 1.0                 # channels relative to the published network: slow_r50, r2plus1d_50, in (0, 8]
     image_size: int = 224              # side of the crop in pixels
     frames: int = 8                    # RGB frames of a clip
