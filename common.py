@@ -2252,5 +2252,4 @@ def map_to_rgb(maps):
 def draw_box(images, box, colour="red"):
     """Outline one box (4,) on images (n, 3, h, w) in [0, 1]."""
     box, width = box[None].cpu(), max(1, images.shape[-1] // 75)
-    images = (images * 255).byte().cpu()
-    return torch.stack([draw_bounding_boxes(x, box, colors=colour, width=width) for x in images]).float() / 255
+    return torch.stack([draw_bounding_boxes(x, box, colors=colour, width=width) for x in images.cpu()])
