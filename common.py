@@ -1934,12 +1934,11 @@ def make_optimizer(name, model, lr, weight_decay, device, betas=(0.9, 0.95), lay
 def cosine_lr(step, steps, warmup, peak, floor, start=0.0, whole=False):
     """Linear from start * peak to `peak` in `warmup` steps, then half a cosine towards `floor` at `steps` (VideoMAE).
     With `whole` the cosine is that over all steps, and warm-up ends where it is by then (SlowFast, MoDist)."""
-    def cosine(step):
-        first = 0 if whole else warmup
-        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
+    first, now = 0 if whole else warmup, max(step, warmup)
+    rate = floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (now - first) / max(1, steps - first)))
     if step < warmup:                                      # VideoMAE's last step of warm-up is at the peak already
-        return start * peak + (cosine(warmup) - start * peak) * step / (warmup if start else max(1, warmup - 1))
-    return cosine(step)
+        rate = start * peak + (rate - start * peak) * step / (warmup if start else max(1, warmup - 1))
+    return rate
 
 
 @functools.cache
