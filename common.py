@@ -1390,32 +1390,25 @@ class Mlp(nn.Sequential):
         self.fc1, self.gelu, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
 
 
-class DropPath(nn.Module):
-    """Set whole samples to 0 with probability p, in training; a tensor, so that one graph serves all blocks."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.register_buffer("p", torch.tensor(float(p)), persistent=False)
-
-    def forward(self, x):
-        if not self.training:
-            return x
-        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.p
-        return x * kept / (1 - self.p)
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block; drop_path, if not None, drops a residual branch for whole samples."""
+    """Pre-norm transformer block; drop_path, if not None: share of samples whose residual branch is 0, in training."""
 
     def __init__(self, dim, heads, drop_path=None):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn, self.mlp = Attention(dim, heads), Mlp(dim, 4 * dim)
-        self.drop_path = DropPath(drop_path) if drop_path is not None else nn.Identity()
+        rate = None if drop_path is None else torch.tensor(float(drop_path))     # a tensor: one graph for all blocks
+        self.register_buffer("drop_path", rate, persistent=False)
+
+    def dropped(self, branch):
+        if self.drop_path is None or not self.training:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * kept / (1 - self.drop_path)
 
     def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.dropped(self.attn(self.norm1(x)))
+        return x + self.dropped(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):

@@ -901,7 +901,7 @@ def test_random_init_keeps_the_network_and_not_its_weights(pretrained):
     assert torch.equal(loaded.stem.conv1.weight, file) and not torch.equal(fresh.stem.conv1.weight, file)
     assert loaded.config == fresh.config
     assert built(init, 3, frames=16, image_size=48).config == dict(loaded.config, frames=16, image_size=48)
-    assert np.allclose([block.drop_path.p for block in built(pretrained("mofo"), 3, drop_path=0.2).blocks],
+    assert np.allclose([float(block.drop_path) for block in built(pretrained("mofo"), 3, drop_path=0.2).blocks],
                        [0, 0.1, 0.2])
 
 

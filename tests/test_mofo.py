@@ -322,7 +322,7 @@ def test_drop_path_drops_whole_branches_of_samples_and_grows_linearly_with_depth
     assert (sum(kinds) == 1).all() and all(kind.any() for kind in kinds)
     y = x + block.attn(block.norm1(x))
     torch.testing.assert_close(block.eval()(x), y + block.mlp(block.norm2(y)))
-    rates = [float(b.drop_path.p) for b in ViT(16, 4, 8, 2, 12, 5, 3, drop_path=0.2).blocks]
+    rates = [float(b.drop_path) for b in ViT(16, 4, 8, 2, 12, 5, 3, drop_path=0.2).blocks]
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
