@@ -391,7 +391,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     a = parser.parse_args()
     a.data = a.data if a.data == "toy" else str(Path(a.data).resolve())
-    a.name = Path(a.data).stem + " after toy" * a.init
+    a.name = Path(a.data).stem + " after toy" * a.init + " with RAFT" * bool(a.raft_weights)
     if a.table:
         table(a.size, a.name)
         return draw(a.size)
