@@ -1873,7 +1873,7 @@ class Plan(NamedTuple):
 
     def generator(self, env, seed, step, micro):
         """The random numbers of one forward pass, a function of (seed, step) and of the rows that it computes."""
-        torch.manual_seed(hash((seed, step, micro, env.rank)) % 2**63)             # for what the network itself draws
+        torch.manual_seed(hash((seed, step, micro, env.rank)) % 2**63)             # dropout, torchvision's transforms
         generator = RowGenerator(env.device)
         generator.manual_seed(hash((seed, step)) % 2**63)
         first = (micro * env.world + env.rank) * self.micro

@@ -7,7 +7,6 @@
 
 --recipe names the paper whose protocol is followed; together with --data and --mode it sets everything below, and
 flags override it.  README.md has a command for every mode and published figure, and says which files --init takes.
-
 A video that is missing, empty or broken counts as wrong and is reported.  Results go to the terminal and to
 results.json in the run's directory, named by their views, e.g. acc1_5x3: 5 clips in time x 3 crops in space.
 
@@ -17,17 +16,21 @@ Differs from the published protocols, and why
     a fixed magnitude (posterize is weaker then), bilinear sampling (bicubic) and no cutout (MCL); erased boxes get
     one noise for all frames, not one for each; a clip is mixed with one of the next video in the forward pass, with
     itself if there is none.  Colour jitter is one affine map per clip.
- 2. The last weights are tested (MOFO: those of the best epoch); there is no look at the test set during training.
+ 2. The last weights are tested (MOFO, FAME: those of the best epoch, by a look at the test set).
  3. MOFO's motion box is found by optical flow in the same pass, so it follows every augmentation.  Where two clips
     are mixed so are their insides: the union under mixup, the pasted region under cutmix.
- 4. --mode linear by default is our own probe: logistic regression on standardised features by L-BFGS, because with
-    fixed features there is nothing to tune but the penalty.  The papers' probes are recipes (MME's: without the
-    drop path that is active there).
+ 4. --mode linear by default is our own probe, logistic regression on standardised features by L-BFGS, where nothing
+    but the penalty is to be tuned.  The papers' probes are recipes (MME's: without its drop path).
  5. MoDist's precise batch norm is left out; its head averages over space and time before the linear layer.
- 6. FAME's and MCL's centre crops of 224 pixels of frames 240 high are scaled to the network's size.  Uniform clips of
-    a test take the middles of halves of a segment, as MME's do (VideoMAE's: their beginnings).
- 7. AVA with VideoMAE's recipe: crops are SlowFast's, of frames scaled to 256 to 320 (VideoMAE: 256), and boxes are as
-    annotated or detected (VideoMAE: shifted at random in training, enlarged by 10 and 5 % in a test).
+ 6. Tests with FAME and with MCL's SVM crop 224 / 240 of the short side, scaled (published: 224 pixels of frames 240
+    high, with R(2+1)D-18 112).  Test clips reach from the first to the last frame (MCL, MoDist: not to the end),
+    uniform ones take the middles of halves of a segment, as MME's do (VideoMAE: their beginnings), short videos repeat
+    the last frame (MCL: all).  --repeats cuts other clips of a video (VideoMAE, MME: augments the same).
+ 7. AVA with VideoMAE's recipe: crops are SlowFast's (VideoMAE: of frames scaled to 256), test frames are stretched to
+    multiples of 16 (padded), boxes are as annotated or detected (shifted in training, enlarged in a test), the loss is
+    a mean (times the number of boxes).
+ 8. MCL's biases and norms have no weight decay, and its clips are 32 frames at stride 2 (its scripts: 16 at 1).  MoDist
+    has the same crops on Something-Something as elsewhere, and three in a test (frames of 256 to 320; one).
 """
 import csv
 import itertools
@@ -90,7 +93,7 @@ class Config(RunConfig):
     test_size: int = 0                 # side of a test crop; 0 = --image-size
     test_crop: float = 1.0             # side of a test crop relative to the short side, in (0, 1]
     average: Literal["softmax", "logits"] = "softmax"  # what is averaged over views
-    test_batch: int = 64               # clips per GPU and forward pass, at test time; at least the views of a video
+    test_batch: int = 64               # clips per GPU and pass in a test; at least the views of a video; ava: one
     epochs: int = 50                   # passes over the training videos
     batch: int = 512                   # videos per step, over all GPUs and accumulation; --repeats of each
     device_batch: int = 8              # videos per GPU and forward pass
@@ -148,7 +151,7 @@ RECIPES = {
     "ava": dict(PLAIN, sampling="dense", views="1x1", test_size=256, flip=True, epochs=30, batch=128, lr=2.5e-4,
                 layer_decay=0.75, drop_path=0.2, jitter=1.0, hue=1 / 18),
     "retrieval": dict(sampling="dense", stride=2, views="10x1", train_views="10x1"),
-    # MOFO: motion-focused fine-tuning; 8 clips per GPU, how many GPUs is not said
+    # MOFO: motion-focused fine-tuning; 8 clips per GPU; on how many is not certain (a note says 3)
     "mofo finetune": dict(focused=True, epochs=100, batch=64, repeats=1),
     "mofo finetune epic": dict(label="action", randaugment="none", erasing=0.0),
     "mofo finetune ava": dict(focused=False, epochs=30, batch=128),
@@ -208,9 +211,8 @@ RECIPES = {
 # ---- 2. What only evaluation reads: AVA -----------------------------------------------------------------------------
 
 AVA_BOXES = "ava_detection_val_boxes_and_labels.csv", "ava_val_predicted_boxes.csv"
-AVA_LAYOUT = ("Expected there, in any depth: videos named by YouTube id, whole or cut to seconds 900-1801, the files "
-              f"of ava_v2.2.zip and, for a test, detected people: {' or '.join(AVA_BOXES)}. --root DIR names another "
-              "place, --boxes FILE other people; --boxes gt takes the true boxes, an oracle")
+AVA_LAYOUT = ("Expected there, in any depth: videos named by YouTube id, the files of ava_v2.2.zip and, for a test, "
+              f"detected people: {' or '.join(AVA_BOXES)} (or --boxes FILE, or --boxes gt, the truth). See --root")
 
 
 class KeyFrame(NamedTuple):
@@ -399,8 +401,8 @@ RANDAUGMENTS = {"none": (0, 0, 0.0), "videomae": (4, 21, 0.5), "mcl-ucf101": (1,
 
 
 def per_clip(transform, clips):
-    """One of torchvision's random transforms of clips (B, 3, T, H, W): drawn anew for each, alike in its frames.  It
-    draws from torch's global generator, which `Plan.generator` seeds for every pass."""
+    """One of torchvision's random transforms of clips (B, 3, T, H, W): drawn anew for each, alike in its frames, from
+    torch's global generator.  `Plan.generator` seeds that by step, pass and process, so their number has a say."""
     with torch.autocast(clips.device.type, enabled=False):                     # places and colours want fp32
         out = [transform(clip.transpose(0, 1)) for clip in clips]              # each (T, 3, H, W)
     return torch.stack(out).transpose(1, 2)
@@ -907,8 +909,8 @@ def train(cfg, env, listing, model, sample):
 # ---- 9. Main --------------------------------------------------------------------------------------------------------
 
 # What testing takes over from the run that made a checkpoint, unless a flag says otherwise.
-TRAINED_WITH = ("label", "focused", "sampling", "stride", "fps", "frames", "image_size", "views", "test_size",
-                "test_crop", "average", "unit_features", "min_score", "times_score", "flow")
+TRAINED_WITH = ("label focused sampling stride fps frames image_size views test_size test_crop average unit_features "
+                "min_score times_score flow flow_updates flow_size").split()
 
 
 def check(cfg):
@@ -1004,8 +1006,8 @@ def main(cfg):
         raise UserError("--init FILE: name a checkpoint, e.g. runs/mofo-toy/last.pt")
     content = load_file(cfg.init)
     content.pop("optimizer", None)                                             # large, and of no use here
-    if not isinstance(content.get("config"), dict):                            # another program made it
-        content["config"] = {}
+    made = content.get("config")
+    content["config"] = made if isinstance(made, dict) else {}                 # another program's may be anything
     inherit_settings(cfg, content)
     check(cfg)
     env, file = setup(cfg.seed), Path(cfg.init).resolve()
@@ -1153,8 +1155,7 @@ def export_huggingface(network, classes, folder):
     """
     head, c = isinstance(network.head, nn.Linear), network.config
     if not isinstance(network, ViT) or head != ("fc_norm" in c["norms"]):
-        raise UserError("only ViT networks can be exported, with fc_norm just if they have a head, as Hugging Face's "
-                        "VideoMAE is one")
+        raise UserError("only a ViT can be exported, with fc_norm just if it has a head, as Hugging Face's VideoMAE")
     if head and len(classes) != network.head.out_features:
         raise UserError(f"the head has {network.head.out_features} outputs and there are {len(classes)} class names")
     tensors, pairs = {}, [(ours, theirs) for theirs, ours in HUGGING_FACE]
@@ -1187,8 +1188,7 @@ def export_huggingface(network, classes, folder):
 def export(cfg, content):
     """Write a folder that Hugging Face transformers loads."""
     if cfg.focused or cfg.unit_features:
-        raise UserError("--mode export: MOFO's motion-focused head and features of unit length have no counterpart in "
-                        "Hugging Face's VideoMAE")
+        raise UserError("--mode export: Hugging Face's VideoMAE has neither MOFO's head nor features of unit length")
     head = re.compile(r"((module|backbone)\.)*(head|classifier)\.weight")
     outputs = next((len(x) for name, x in content["model"].items() if head.fullmatch(name)), 0)
     classes = named_classes(cfg, content) or [str(i) for i in range(outputs)]

@@ -185,6 +185,16 @@ def test_random_transforms_differ_between_clips_and_not_between_frames(name, dis
     assert len({str(clip.tolist()) for clip in out}) >= distinct
 
 
+def test_passes_and_processes_draw_their_own_transforms_and_the_same_ones_again():
+    plan, seen = common.Plan(8, 2, 2, 1, 4, 1.0, 0, 0.1, 0.0), []
+    model, clips = Classifier(small_vit(), [5], config(erasing=1.0)), noise_clips(1).expand(2, -1, -1, -1, -1)
+    model.logits = lambda clips, inside: (seen.append(clips), torch.zeros(2, 5))[-1]
+    for _, step, rank, micro in itertools.product(range(2), repeat=4):
+        model.train()(clips, torch.tensor([0, 1]), plan.generator(ENV._replace(rank=rank, world=2), 0, step, micro))
+    assert all(torch.equal(a, b) for a, b in zip(seen[:8], seen[8:]))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen[:8], 2))
+
+
 @pytest.mark.parametrize("settings", [dict(mixup=0.8), dict(cutmix=1.0), dict(mixup=0.8, cutmix=1.0)])
 def test_where_clips_are_mixed_so_are_their_insides_and_targets(settings, monkeypatch):
     """One clip is red, one green, one blue: the colour of a mixed pixel says how much it has of each."""
@@ -486,7 +496,9 @@ def test_every_combination_is_a_valid_configuration():
     ("ssv2", "mofo", "knn", dict(focused=False)), ("ava", "mofo", "finetune", dict(focused=False, repeats=1)),
     ("k400", "mme", "finetune", dict(lr=1e-3, epochs=75, min_crop=0.25, views="7x3", mixup=0.8, min_lr=1e-6)),
     ("ucf101", "fame", "linear", dict(classifier="trained", unit_features=True, epochs=100, drops="60,80")),
-    ("ucf101", "fame", "retrieval", dict(center=True, views="10x1", train_views="10x1", stride=2)),
+    ("ucf101", "fame", "retrieval", dict(center=True, views="10x1", train_views="10x1", test_crop=224 / 240)),
+    ("k400", "mcl", "linear", dict(classifier="trained", test_crop=224 / 256, lr=32.0, frames=32)),
+    ("toy", "fame", "finetune", dict(stride=2, test_crop=1.0)), ("toy", "mcl", "linear", dict(test_crop=1.0)),
     ("ucf101", "mcl", "linear", dict(classifier="svm", test_crop=224 / 240, train_views="20x1", frames=16)),
     ("hmdb51", "modist", "finetune", dict(lr=0.04, warmup_epochs=34.0, stride=8, whole_cosine=True)),
     ("ucf101", "modist", "retrieval", dict(views="10x1", train_views="10x1", frames=16, stride=2, test_size=0)),
@@ -523,12 +535,13 @@ def test_steps_clips_and_rate_are_those_of_the_paper(data, recipe):
 
 @pytest.mark.parametrize("data, recipe", [(data, recipe) for data in (*DATA_SETS, "my_videos") for recipe in PAPERS])
 def test_testing_again_follows_the_protocol_of_fine_tuning(data, recipe):
-    cfg, again = (config(data=data, recipe=recipe, mode=mode) for mode in ("finetune", "test"))
-    flag = config(data=data, recipe=recipe, mode="test", views="9x1")
+    cfg = config(data=data, recipe=recipe, mode="finetune", flow_size=48, flow_updates=3)
+    again, flag = config(data=data, mode="test"), config(data=data, mode="test", views="9x1")
     for other in (again, flag):
         finetune.inherit_settings(other, dict(config=dataclasses.asdict(cfg)))
     assert all(getattr(again, name) == getattr(cfg, name) for name in (
-        "sampling", "stride", "frames", "views", "test_size", "test_crop", "average", "min_score", "times_score"))
+        "sampling", "stride", "frames", "views", "test_size", "test_crop", "average", "min_score", "times_score",
+        "flow_size", "flow_updates"))
     assert flag.views == "9x1" and flag.sampling == cfg.sampling
 
 
@@ -672,12 +685,20 @@ def test_figures_of_epic_do_not_depend_on_what_is_averaged():
         cfg = Config(data="epic", label="verb-noun", average=average)
         result = finetune.compute_metrics(scores * read[:, None], read, labels, classes, cfg)
         assert result == pytest.approx(expected)
-    p, labels = torch.tensor([[0.15] * 4 + [0.4], [0.1] * 4 + [0.6], [0.0] * 4 + [1.0]]), torch.tensor([1, 4, 4])
-    for average, scores in (("softmax", p), ("logits", p.log() + 3)):                    # of verb 0: 0.6 and 0.4
+    p, labels = torch.tensor([[0.15] * 4 + [0.4], [0.6, 0, 0, 0, 0.4], [0.0] * 4 + [1.0]]), torch.tensor([1, 0, 4])
+    for average, scores in (("softmax", p), ("logits", p.log() + 3)):                    # of verb 0: 0.6; of verb 1: 0
         cfg = Config(data="epic", label="action", average=average)
         result = finetune.compute_metrics(scores, read, labels, ["0:0", "0:1", "0:2", "0:3", "2:4"], cfg)
         assert {name: result[name] for name in ("acc1", "verb_top1", "noun_top1")} == pytest.approx(
             dict(acc1=third, verb_top1=2 * third, noun_top1=third)) and "action_top1" not in result
+
+
+def test_scores_of_a_video_are_the_mean_over_its_views(place):
+    items = common.find_videos("toy", place / "toy", "test", toy=(8, 6, 32)).items
+    cfg = config(data="toy", workers=0, image_size=32, frames=4)
+    each, mean = (finetune.run_views(lambda clips: clips.float().std((2, 3, 4)), items, cfg, ENV, "3x1", "", one)[0]
+                  for one in (False, True))
+    assert torch.equal(each.mean(1), mean) and each.std(1).min() > 0 and each.shape == (6, 3, 3)
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -862,7 +883,7 @@ def test_testing_and_predicting_go_on_with_label_and_focus(average, place, tune,
     right = sum(row["label"] == truth[Path(row["path"]).name] for row in rows)
     assert len(rows) == 6 and 100 * right / 6 == pytest.approx(results["acc1_1x1"])
     assert "6 of 6 videos" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no counterpart"):                               # of MOFO's head
+    with pytest.raises(UserError, match="neither MOFO's head"):                               # of MOFO's head
         run("finetune", "--mode", "export", "--init", out / "last.pt", "--out", place / "runs/no-export")
 
 
@@ -978,6 +999,15 @@ def test_classes_that_would_become_one_are_refused():
     assert finetune.class_ids(test._replace(items=test.items[:1]), ["1", "2", "3"], config()).tolist() == [0]
 
 
+@pytest.mark.parametrize("script, flags", [("mofo", ""), ("finetune", "--recipe mofo --init")])
+def test_flow_has_the_size_that_is_asked_for(script, flags, place, pretrained, tmp_path, monkeypatch):
+    sizes, init = [], pretrained("mofo")
+    monkeypatch.setattr(common.Log, "step", lambda log, step, loss, flow, **more: sizes.append(flow.size))
+    flags = [*flags.split(), init] if flags else f"--image-size 32 {PRETRAIN[script]}".split()
+    run(script, *toy(place), *SHORT, *flags, "--flow", "tvl1", "--flow-size", 24, "--out", tmp_path)
+    assert sizes == [24, 24]
+
+
 def test_a_file_of_mofo_brings_its_head():
     for mode, focused in (("test", True), ("predict", True), ("knn", False)):
         cfg = config(mode=mode)
@@ -1033,7 +1063,7 @@ def test_a_file_of_class_names(lists, tune, tmp_path, capsys):
     ("--data epic --root EPIC --label verb-noun --mode knn", "takes one label"), ("--frames 3", "tubelet_size 2"),
     ("--data OWN/val/b_whole", "has no labels"), ("--mode predict", "does not say its classes|does not fit"),
     ("--mode test", "the data has|missing .*head"), ("--focused --init FAME", "--no-focused"),
-    ("--mode export --init FAME", "only ViT networks can be exported"), ("--init LISTS/numbers.txt", "numbers.txt"),
+    ("--mode export --init FAME", "only a ViT can be exported"), ("--init LISTS/numbers.txt", "numbers.txt"),
     ("--init nowhere.pt", "nowhere.pt"),
     ("--data LISTS/all.txt --test-data LISTS/overlap.txt", "1 of the 7 test videos are training videos.*jump/1.mp4"),
     ("--data LISTS/all.txt --test-data LISTS/all.txt", "24 of the 24 test videos are training videos.*--test-data"),
