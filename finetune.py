@@ -132,7 +132,7 @@ class Config(RunConfig):
     flow: Literal["raft_small", "raft_large", "tvl1"] = "raft_small"  # for --focused
     raft_weights: str = ""             # file with torchvision's RAFT weights; default: download
     flow_updates: int = 6              # refinement steps of RAFT
-    flow_size: int = 128               # side of the frames in which flow is estimated, or less
+    flow_size: int = 128               # largest side of the frames that flow sees; RAFT takes at least 128
 
 
 DENSE = dict(sampling="dense", views="5x3", repeats=2, flip=True)

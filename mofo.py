@@ -70,7 +70,7 @@ class Config(RunConfig):
     flow: Literal["raft_small", "raft_large", "tvl1"] = "raft_small"  # optical flow
     raft_weights: str = ""             # file with torchvision's RAFT state dict; default: download
     flow_updates: int = 6              # refinement steps of RAFT
-    flow_size: int = 128               # side of the frames in which flow is estimated, or less
+    flow_size: int = 128               # largest side of the frames that flow sees; RAFT takes at least 128
     epochs: int = 800                  # passes over the videos
     batch: int = 2048                  # videos per step, over all GPUs and accumulation; --repeats of each
     device_batch: int = 64             # videos per GPU and forward pass: as many as fit
