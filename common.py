@@ -1068,7 +1068,7 @@ def unnormalize(clips, config={}):
 
 def random_resized_crop(height, width, rng, area, ratio=(3 / 4, 4 / 3)):
     """A random box: its share of the frame is drawn from `area`, its aspect from `ratio`, each (least, most); the whole
-    frame if none of 10 draws fits."""
+    frame if none of 10 draws fits (our choice)."""
     for _ in range(10):
         size = height * width * rng.uniform(*area)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))

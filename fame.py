@@ -24,7 +24,7 @@ Differs from the paper and its released code, and why
     released shuffling gathers all clips.  Batch norm of the queries is over all processes.
  5. The blur's width is drawn per clip (released: once per process).  Colour jitter is one affine map per clip,
     colours are normalised with ImageNet's mean and deviation (released: Kinetics'), or those of --init.  Both views
-    go through the query encoder together.
+    go through the query encoder together.  On a GPU networks compute in bf16 (released: fp32).
  6. The schedule is a cosine (the released code's; the paper divides by 10 at epochs 120 and 180), per step instead
     of per epoch.  Videos shorter than a clip repeat their last frame; the two clips of a video may coincide.
  7. Unlike in a masked autoencoder, how a batch is spread matters: backgrounds come from clips of the same forward
@@ -90,7 +90,7 @@ RECIPES = {
     # our choice from here on
     "ssv2": dict(flip=0.0), "epic": {},
     "hmdb51": dict(queue=2048),
-    # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
+    # what a ViT gets instead of SGD, unless the recipe says otherwise; rates as in https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40),
     # some hundred videos; for large data the published --queue 65536 --momentum 0.999 --batch 64 --epochs 200
     "custom": dict(queue=512, momentum=0.99, epochs=100, batch=16, workers=2, log_every=1, save_every=50,

@@ -14,15 +14,16 @@ the motion map in space and time.
 
 Differs from the paper and its released code, and why
  1. Flow is computed in the training step, so clips of a video are not ranked: of two random ones the one with more
-    motion is taken with probability 0.7, else either: .68 of those taken are in the upper half (published: .85).
+    motion is taken with probability 0.7, else either: .68 of those taken are in the upper half (published: .85).  Each
+    clip has a draw of its own (released: a video), the two others are from the halves of sorted starts (from all).
  2. A clip's motion map is the mean over four pairs of its frames, --stride apart (released: windows of 8 flows, 4 on
     Kinetics, of neighbouring video frames; clips are ranked by all their flow summed).  It is not rounded to 8 bits,
     which in the released code makes strong motion wrap around to none.
  3. The target is flipped with its clip (released: 37.5 % of all targets are mirrored in one component or both).
  4. The spatio-temporal term weights time steps by their share of the motion.  The published softmax over raw sums
     (--attention softmax) picks one step and depends on units; our flow is over --stride frames, so its sums are larger.
- 5. Keys are encoded with running statistics instead of shuffling clips across GPUs, as in fame.py.  Batch
-    norm of the queries is over all processes.
+ 5. Keys are encoded with running statistics, as in fame.py; batch norm of the queries is over all processes.  On a
+    GPU networks compute in bf16 (released: fp32).
  6. Of a frame, the largest part of 4:3 is used (--frame-height, --frame-width), at a random place per sample.
     Colour jitter is one affine map per clip.  If none of 20 crop sizes fits, the first is cut to the frame.
  7. The weight of the order loss grows per step, not per epoch.  All videos are used (released: UCF101's from 64 frames
@@ -98,7 +99,7 @@ RECIPES = {
     # our choice from here on
     "ssv2": dict(flip=0.0), "epic": {},
     "hmdb51": dict(epochs=200, lr=0.08, order_weight=1.0, queue=16384),
-    # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
+    # what a ViT gets instead of SGD, unless the recipe says otherwise; rates as in https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, min_lr=0.0, weight_decay=0.1, warmup_epochs=40),
     # some hundred videos; for large data the published --queue 131072 --momentum 0.999 --batch 32 --epochs 400
     # --warmup-epochs 5 --image-size 224 --frame-height 240 --frame-width 320
@@ -137,10 +138,10 @@ def motion_target(flow, grid=GRID):
 
 def clip_map(flow, grid=GRID[1:]):
     """Flow (B, pairs, 2, h, w) of some pairs of frames of a clip -> its motion map (B, gh, gw): mean over pairs.  At
-    the border, 8 of 224 pixels wide, flow is unreliable: no motion there."""
+    the border, 1/28 of each side, flow is unreliable: no motion there."""
     motion = motion_boundary(flow[:, :, None]).mean(1)                          # (B, h, w)
-    ring = max(1, motion.shape[-1] // 28)
-    inside = F.pad(motion[:, ring:-ring, ring:-ring], (ring,) * 4)
+    top, left = (max(1, side // 28) for side in motion.shape[1:])
+    inside = F.pad(motion[:, top:-top, left:-left], (left, left, top, top))
     return F.adaptive_avg_pool2d(inside, grid)
 
 

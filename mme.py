@@ -16,7 +16,7 @@ it, too: what it must tell is finer in time than what it is shown.
 
 Differs from the paper and its released code, and why
  1. Flow is estimated in-line, on the very crop that the network sees, by RAFT: no offline pass, no archive of
-    trajectories, and displacements are in pixels of the crop.  `--flow tvl1` needs no weights (the toy data's default).
+    trajectories, and displacements are in pixels of the crop (released: Farneback's, after the frames are registered).
  2. Flow is float and read bilinearly.  The released code truncates it: what moves less than 1 pixel stands still.
  3. A pan of the camera needs no homography: the position target is the z-score of a token's four points, which
     removes what they have in common.  Our z-score has a noise floor, below which most of what zoom and roll leave
@@ -87,7 +87,7 @@ RECIPES = {
     "k400": dict(stride=4, length=4, epochs=1600),
     # our choice from here on: not published for MME
     "epic": {},
-    "ucf101": dict(stride=4, length=4, lr=3e-4, epochs=3200, batch=256),                 # VideoMAE's UCF101 run
+    "ucf101": dict(stride=4, length=4, lr=3e-4, epochs=3200, batch=256),  # VideoMAE's rate, stride, epochs
     "hmdb51": dict(stride=4, length=4, lr=3e-4, epochs=3200, batch=256),
     # our choice: some hundred videos on any machine (without a GPU say --flow tvl1, too).  For large data and GPUs:
     # --model vit_base --image-size 224 --batch 1024 --epochs 400 --lr 1.5e-4 --min-lr 1e-5 --warmup-epochs 40

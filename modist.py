@@ -14,8 +14,8 @@ the RGB network learns to see.  Only it is kept.  (Republished as MaCLR, ECCV 20
 The authors released evaluation code, network definitions and default settings, but no pre-training.  Where those
 settle a question we follow them.  Our own choices, and where we differ, and why
  1. Flow edges are the norm of all four derivatives of flow, Sobel as true gradients: camera translation, which all
-    pixels share, cancels.  They are cut at --edge-clip 1 pixel per pixel; the 99th percentile of 13 real clips, by
-    RAFT-small at 224 px, is 0.84.  Flow is between every fourth frame, as --motion-stride says.
+    pixels share, cancels.  They are cut at --edge-clip 1 pixel per pixel: in 13 real clips, by RAFT-small at 224 px,
+    0.9 % of the pixels are above it.  Flow is between every fourth frame, as --motion-stride says.
  2. Flow is computed in the training step, on the crop that the RGB network sees: both modalities of a moment share
     crop and flip.  Only RGB gets colour jitter and blur.
  3. Each query is compared with the queue of its key's modality; the two cross-modal directions are summed.
@@ -91,13 +91,13 @@ class Config(RunConfig):
 
 
 RECIPES = {   # all but k400 are our choice
-    "k400": {},                                      # the defaults above
+    "k400": {},                                      # the defaults above, see 5
     "ucf101": dict(queue=4096),
     "hmdb51": dict(queue=2048),
     "ssv2": dict(flip=0.0), "epic": {},
-    # what a ViT gets instead of SGD, unless the recipe says otherwise: MoCo v3's, https://arxiv.org/abs/2104.02057
+    # what a ViT gets instead of SGD, unless the recipe says otherwise; rates as in https://arxiv.org/abs/2104.02057
     "vit": dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40),
-    # some hundred videos; for large data the published --queue 65536 --momentum 0.999 --batch 64 --epochs 200
+    # some hundred videos; for large data the defaults: --queue 65536 --momentum 0.999 --batch 64 --epochs 200
     # --warmup-epochs 35 --image-size 224
     "custom": dict(image_size=112, queue=512, momentum=0.99, epochs=100, batch=8, warmup_epochs=1, workers=2,
                    log_every=1, save_every=50, preview_every=50),
