@@ -27,8 +27,8 @@ Differs from the paper and its released code, and why
     ViT-B, as the paper's FLOPs tell; the released script's is 192.
  6. HOG has no bias.  The released code draws a random one in every step, by accident; and it loses pixels whose
     gradient points exactly at the centre of a bin.
- 7. Where a video ends before the last trajectories do, its last frame is repeated: they stand still from there
-    (released: they begin earlier).
+ 7. A clip begins early enough for its trajectories.  Where a video is too short for that, its last frame is repeated:
+    they stand still from there (released: clips as VideoMAE's, trajectories begin earlier).
 
 Run    python mme.py                                         # toy data; 2.4 minutes of CPU time, loss 2.9 -> 2.2
        torchrun --nproc_per_node=8 mme.py --data ssv2 --root DIR                                 # not run by us
