@@ -105,7 +105,7 @@ GOOD, SEEN = "1j20qq1JyX4,0902,0.1,0.2,0.3,0.4,12,1", "1j20qq1JyX4,0902,0.1,0.2,
         "", "nothing", ACTIONS.replace("11", "1"), 'item { id: 4 }', ACTIONS + 'item { name: "x" }',
         ACTIONS.replace("11", "81"), ACTIONS.replace("11", "0"))),
     (VAL, None, "no ava_val_v2.2.csv below .*ava_v2.2.zip.*--root"), (NAMES, None, "no ava_action_list"),
-    (EXCLUDED, None, "no ava_val_excluded"), (BOXES, None, f"no .*labels.csv or {LTFB} .*--boxes gt .* an oracle"),
+    (EXCLUDED, None, "no ava_val_excluded"), (BOXES, None, f"no .*labels.csv or {LTFB} .*--boxes gt, the truth"),
     (VAL, GOOD.replace("1j20qq1JyX4", "elsewhere"), "1 listed, 0 found"), (BOXES, "", "no boxes"),
     (BOXES, SEEN.replace("0.9", "0.7"), "no boxes with score >= 0.8 in .*labels.csv")])
 def test_what_is_not_as_published_is_named(tmp_path, name, text, message):
