@@ -1325,6 +1325,8 @@ def tvl1(first, second, smoothness=0.1, theta=0.15, warps=3, iterations=10, coar
 
 def resize_flow(flow, h, w):
     """Flow (B, 2, H, W) in pixels of its grid -> (B, 2, h, w) in pixels of the new one."""
+    if flow.shape[-2:] == (h, w):
+        return flow
     scale = constant((w / flow.shape[-1], h / flow.shape[-2]), flow.device).view(2, 1, 1)
     return F.interpolate(flow, (h, w), mode="bilinear", align_corners=False) * scale
 
