@@ -1574,6 +1574,8 @@ def make_backbone(name="", image_size=224, frames=16, num_classes=0, patch_size=
         vit |= {key: VITS[name][key] for key in ("dim", "depth", "heads")}
     if "dim" in vit:
         return ViT(image_size, frames, patch_size, tubelet_size, num_classes=num_classes, mean=mean, std=std, **vit)
+    if name not in BACKBONES:
+        raise UserError(f"--backbone {name}: choose {', '.join(BACKBONES)}")
     if name in ("slow_r50", "r2plus1d_50"):
         net = ResNet3D(name, width, image_size, frames, num_classes)
     else:

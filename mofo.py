@@ -18,7 +18,7 @@ Differs from the paper, and why
     the data set, and the box needs no transforming.  `--flow tvl1` is the kind of estimator that MOFO has.
  2. Flow of one pair of frames per tubelet, --stride apart (released: of all neighbours), scaled to 128 pixels:
     flow costs most.  On 43 real clips such boxes overlap (IoU) by 0.80 with those of RAFT at 224 pixels and with 24
-    updates; at 224 pixels and with 6 updates 0.89, but at three times the cost; with the paper's TV-L1 0.77.
+    updates; at 224 pixels and with 6 updates 0.89, but at three times the cost; with TV-L1 0.77.
  3. The motion map averages the flow over windows of 2 pairs (8 video frames at stride 2, as many as released, but
     not sliding), and the lengths of the gradients over the windows.  One sum over the clip would cancel what goes and
     returns.

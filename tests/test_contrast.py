@@ -397,6 +397,10 @@ def test_torchvision_s_weights_load_and_give_its_features(name, size, tmp_path):
         torch.testing.assert_close(net.eval()(clips), public(clips).flatten(1), atol=1e-5, rtol=1e-4)
 
 
+def test_torchvision_s_other_networks_are_none_of_ours():
+    assert "--backbone swin3d_t: choose vit_tiny" in error_of(make_backbone, "swin3d_t", 64, 8)
+
+
 # ---- weights of image networks ---------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from common import FlowEstimator, read_clips, spatial_gradient, toy_video, tvl1, warp
+from common import FlowEstimator, read_clips, resize_flow, spatial_gradient, toy_video, tvl1, warp
 from conftest import SHARED, error_of, seeded, toy_clips
 from evidence import toy_flow
 
@@ -152,3 +152,10 @@ def test_raft_s_loop_is_torchvision_s(name, pairs, tmp_path, monkeypatch):
     with torch.no_grad():
         expected = torch.cat([raft(a, b, num_flow_updates=3)[-1] for a, b in zip(first.split(5), second.split(5))])
     torch.testing.assert_close(estimator(clips).flatten(0, 1), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_flow_that_has_the_size_is_not_resized():
+    flow = torch.randn(2, 2, 6, 8)
+    assert resize_flow(flow, 6, 8) is flow
+    resized = resize_flow(torch.ones_like(flow), 12, 24)
+    assert resized.shape == (2, 2, 12, 24) and (resized[:, 0] == 3).all() and (resized[:, 1] == 2).all()
