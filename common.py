@@ -931,18 +931,18 @@ def toy_video(seed, split, index, size=64, frames=36, label=None, sprite=True):
         camera=camera * unit).items()}
 
     xy = _toy_grid(size)                                                     # (2, H, W)
-    dark, middle = look.uniform([[0.05], [0.25]], [[0.2], [0.45]], (2, 3)).astype(np.float32)   # of the background
+    colours = look.uniform([[0.05], [0.25]], [[0.2], [0.45]], (2, 3))        # of the background
     texture = np.random.default_rng(look.integers(4))                        # and the sprite's: bright, and any
-    bright, fourth = texture.uniform([[0.75], [0.1]], [[1.0], [0.9]], (2, 3)).astype(np.float32)
+    colours = np.vstack([colours, texture.uniform([[0.75], [0.1]], [[1.0], [0.9]], (2, 3))])
+    dark, middle, bright, fourth = colours.astype(np.float32)[..., None, None, None]             # (3, 1, 1, 1): fast
     ground = _toy_scene(look, TOY_SCENES[scene], *(xy[:, None] - truth["camera"].T[:, :, None, None]) / unit)
     x, y = (xy[:, None] - truth["centre"].T[:, :, None, None]) / (truth["scale"][:, None, None] * unit)
     angle, wave = texture.uniform(0, 6.28), 6.28 / texture.uniform(8, 14)    # the texture moves and zooms with it
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     plaid = 0.5 + 0.5 * np.sin(wave * u) * np.sin(wave * v)
-    alpha = (_toy_depth(truth, slice(None)) + 0.5).clip(0, 1)[..., None] * sprite  # the edge moves by fractions of a px
-    background = dark + (middle - dark) * ground[..., None]
-    video = (1 - alpha) * background + alpha * (bright + (fourth - bright) * plaid[..., None])
-    return (video * 255).round().clip(0, 255).astype(np.uint8), truth
+    alpha = (_toy_depth(truth, slice(None)) + 0.5).clip(0, 1) * sprite       # the edge moves by fractions of a px
+    video = (1 - alpha) * (dark + (middle - dark) * ground) + alpha * (bright + (fourth - bright) * plaid)
+    return (video * 255).round().clip(0, 255).astype(np.uint8).transpose(1, 2, 3, 0), truth
 
 
 def _toy_grid(size):
@@ -1282,19 +1282,16 @@ def warp(image, flow):
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _tvl1_inner(flow, dual, gradient, square, residual, step, theta, tau=0.25):
-    rho = residual + (gradient * flow).sum(1, keepdim=True)
-    v = flow - gradient * (rho / square).clamp(-step, step)          # the data term, pixel by pixel
-    px, py = dual.unbind(2)                                          # px is 0 in the last column, py in the last row
-    divergence = px + py
-    divergence[..., 1:] -= px[..., :-1]
-    divergence[..., 1:, :] -= py[..., :-1, :]
-    flow = v + theta * divergence
-    du = torch.zeros_like(dual)                                      # forward differences
-    du[:, :, 0, :, :-1] = flow[..., 1:] - flow[..., :-1]
-    du[:, :, 1, :-1] = flow[..., 1:, :] - flow[..., :-1, :]
-    length = du.square().sum(2, keepdim=True).sqrt()                 # (a norm over dim 2 takes 20 times as long)
-    return flow, (dual + tau / theta * du) / (1 + tau / theta * length)
+def _tvl1_inner(flow, px, py, gradient, square, residual, step, theta, tau=0.25):
+    rho = residual.addcmul(gradient[:, :1], flow[:, :1]).addcmul_(gradient[:, 1:], flow[:, 1:])
+    flow = flow.addcmul(gradient, rho.div_(square).clamp_(-step, step), value=-1)   # the data term, pixel by pixel
+    flow.add_(px + py, alpha=theta)                                  # + theta * divergence of the dual
+    flow[..., 1:].sub_(px[..., :-1], alpha=theta)                    # px is 0 in the last column, py in the last row
+    flow[..., 1:, :].sub_(py[..., :-1, :], alpha=theta)
+    dx = F.pad(flow[..., 1:] - flow[..., :-1], (0, 1))               # forward differences
+    dy = F.pad(flow[..., 1:, :] - flow[..., :-1, :], (0, 0, 0, 1))
+    length = (dx * dx).addcmul_(dy, dy).sqrt_().mul_(tau / theta).add_(1)
+    return flow, dx.mul_(tau / theta).add_(px).div_(length), dy.mul_(tau / theta).add_(py).div_(length)
 
 
 def tvl1(first, second, smoothness=0.1, theta=0.15, warps=3, iterations=10, coarsest=16, inner=_tvl1_inner):
@@ -1312,14 +1309,14 @@ def tvl1(first, second, smoothness=0.1, theta=0.15, warps=3, iterations=10, coar
     for h, w in reversed(sides):
         I0, I1 = (F.interpolate(g, (h, w), mode="bilinear", antialias=True, align_corners=False) for g in grey)
         flow = resize_flow(flow, h, w)
-        dual = first.new_zeros(len(first), 2, 2, h, w)                            # (B, component of u, x or y, h, w)
+        px = py = torch.zeros_like(flow)                                          # the dual: (B, component of u, h, w)
         for _ in range(warps):
             warped = warp(I1, flow)
             gradient = spatial_gradient(warped[:, 0])                             # (B, 2, h, w)
             square = gradient.square().sum(1, keepdim=True) + 1e-6
             residual = warped - I0 - (gradient * flow).sum(1, keepdim=True)       # data term at u = 0
             for _ in range(iterations):
-                flow, dual = inner(flow, dual, gradient, square, residual, smoothness * theta, theta)
+                flow, px, py = inner(flow, px, py, gradient, square, residual, smoothness * theta, theta)
     return resize_flow(flow, H, W)
 
 
@@ -1911,9 +1908,9 @@ def step_batches(videos, plan, env, seed, start=0):
         yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
 
 
-def make_optimizer(name, model, lr, weight_decay, device, betas=(0.9, 0.95), layer_decay=1.0):
-    """adamw, fused on GPUs; sgd, nesterov: momentum 0.9.  Vectors (biases, norms) and the mask token have no weight
-    decay, except with sgd.  A group's `scale`, of its rate, falls by layer_decay per layer of a ViT below the head."""
+def make_optimizer(name, model, lr, weight_decay, betas=(0.9, 0.95), layer_decay=1.0):
+    """adamw, sgd or nesterov (momentum 0.9).  Vectors (biases, norms) and the mask token have no weight decay, except
+    with sgd.  A group's `scale`, of its rate, falls by layer_decay per layer of a ViT below the head."""
     top, groups = len(getattr(model, "blocks", ())) + 1, {}            # layers: 0 = patch_embed .. top = head
     for n, p in model.named_parameters():
         layer = 0 if n.startswith("patch_embed") else top
@@ -1924,8 +1921,8 @@ def make_optimizer(name, model, lr, weight_decay, device, betas=(0.9, 0.95), lay
             groups.setdefault((layer_decay ** (top - layer), decay), []).append(p)
     groups = [dict(params=params, scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr, betas, fused=device.type == "cuda")
-    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=name == "nesterov")
+        return torch.optim.AdamW(groups, lr, betas, fused=True)
+    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=name == "nesterov", fused=True)
 
 
 def cosine_lr(step, steps, warmup, peak, floor, start=0.0, whole=False):

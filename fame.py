@@ -261,7 +261,7 @@ def main(cfg):
     encoder = make_backbone(cfg.backbone, cfg.image_size, cfg.frames, width=cfg.width)
     model = FAME(encoder, cfg.merge, cfg.beta, cfg.flip, cfg.colour, cfg.queue, cfg.momentum,
                  cfg.temperature).to(env.device)
-    optimizer = make_optimizer(cfg.optimizer, model, plan.lr, cfg.weight_decay, env.device)
+    optimizer = make_optimizer(cfg.optimizer, model, plan.lr, cfg.weight_decay)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples, flow = example_clips(dataset), None                              # no optical flow here

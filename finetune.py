@@ -863,7 +863,7 @@ def train(cfg, env, listing, model, sample):
     """Train what has gradients; the loop is that of the pre-training scripts -> False if a signal stopped it."""
     plan, network = plan_run(cfg, len(listing.items), env), model.network
     out, checkpoint = open_run(f"finetune-{cfg.mode}", cfg, env, listing, plan)
-    optimizer = make_optimizer(cfg.optimizer, network, plan.lr, cfg.weight_decay, env.device, betas=(0.9, 0.999),
+    optimizer = make_optimizer(cfg.optimizer, network, plan.lr, cfg.weight_decay, betas=(0.9, 0.999),
                                layer_decay=cfg.layer_decay)
     drops = [float(epoch) for epoch in cfg.drops.split(",") if epoch]
     dataset = Clips(listing.items, sample, cfg.seed)

@@ -450,7 +450,7 @@ def main(cfg):
     model = MCL(encoder, flow, plan.steps, plan.warmup, cfg.motion_clips, cfg.motion_crops,
                 cfg.min_crop, cfg.flip, cfg.colour, cfg.queue, cfg.momentum, cfg.temperature, cfg.order_weight,
                 cfg.align_weight, cfg.attention).to(env.device)
-    optimizer = make_optimizer(cfg.optimizer, model, plan.lr, cfg.weight_decay, env.device)
+    optimizer = make_optimizer(cfg.optimizer, model, plan.lr, cfg.weight_decay)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples = example_clips(dataset)

@@ -423,7 +423,7 @@ def main(cfg):
                 **VITS[cfg.model] | dict(decoder_depth=1)).to(env.device)
     if cfg.compile and can_compile():
         model.hog = partial(model.hog, of_frame=torch.compile(frame_hog, dynamic=False))
-    optimizer = make_optimizer("adamw", model, plan.lr, cfg.weight_decay, env.device)
+    optimizer = make_optimizer("adamw", model, plan.lr, cfg.weight_decay)
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples = example_clips(dataset)
 

@@ -314,7 +314,7 @@ def main(cfg):
                    cfg.cross_weight, cfg.motion_motion, cfg.flip, cfg.colour, cfg.queue, cfg.momentum,
                    cfg.temperature).to(env.device)
     name = "nesterov" if cfg.optimizer == "sgd" else "adamw"
-    optimizer = make_optimizer(name, model, plan.lr, cfg.weight_decay, env.device)
+    optimizer = make_optimizer(name, model, plan.lr, cfg.weight_decay)
     optimizer.register_step_post_hook(lambda *_: model.update_keys())
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples = example_clips(dataset)

@@ -194,8 +194,9 @@ def pixel_target(clips01, patch_size, tubelet_size):
     """What is predicted: clips (B, 3, T, H, W) in [0, 1] -> (B, N, D), minus the mean and over the standard deviation
     (unbiased, + 1e-6) of each patch and colour, colour fastest."""
     patches = patchify(clips01, patch_size, tubelet_size).unflatten(-1, (3, -1))            # (B, N, 3, D / 3)
-    var, mean = torch.var_mean(patches, -1, keepdim=True)
-    return ((patches - mean) / (var.sqrt() + 1e-6)).transpose(-1, -2).flatten(2)
+    centred = patches - patches.mean(-1, keepdim=True)
+    std = (centred.square().sum(-1, keepdim=True) / (patches.shape[-1] - 1)).sqrt()          # torch.std: 6 times slower
+    return (centred / (std + 1e-6)).transpose(-1, -2).flatten(2)
 
 
 class Decoder(nn.Module):
@@ -357,7 +358,7 @@ def main(cfg):
                              cfg.flow_size)
     model = MOFO(flow, cfg.mask_ratio, cfg.inside_ratio, image_size=cfg.image_size, frames=cfg.frames,
                  patch_size=cfg.patch_size, tubelet_size=cfg.tubelet_size, **VITS[cfg.model]).to(env.device)
-    optimizer = make_optimizer("adamw", model, plan.lr, cfg.weight_decay, env.device)
+    optimizer = make_optimizer("adamw", model, plan.lr, cfg.weight_decay)
     dataset = Clips(listing.items, partial(sample_clips, cfg=cfg), cfg.seed)
     examples = example_clips(dataset)
 

@@ -254,7 +254,7 @@ class Step:
                 if compile:
                     self.model.hog = partial(self.model.hog, of_frame=torch.compile(mme.frame_hog, dynamic=False))
             self.model.to(env.device)
-        self.optimizer = make_optimizer("adamw", self.model, 1e-4, CONFIG.weight_decay, env.device)
+        self.optimizer = make_optimizer("adamw", self.model, 1e-4, CONFIG.weight_decay)
         self.net = wrap_model(self.model, env, compile)
         self.batch = to_device(torch.randint(256, (views * clips, frames, image_size, image_size, 3), dtype=torch.uint8), env.device)
         if script == "mcl":

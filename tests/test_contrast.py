@@ -547,7 +547,7 @@ def test_a_vit_gets_an_optimizer_of_its_own_but_keeps_the_recipe_and_the_flags(m
 def test_optimizers_train_all_but_the_keys_and_decay_what_they_should(name):
     model = tiny("fame", "slow_r50")
     model.head.mask_token = nn.Parameter(torch.zeros(1, 1, 8))                  # is no matrix
-    optimizer = make_optimizer(name, model, 0.3, 0.05, CPU)
+    optimizer = make_optimizer(name, model, 0.3, 0.05)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     on_vectors = 0.05 if name == "sgd" else 0.0
     trained = [*model.encoder.parameters(), *model.head.parameters()]

@@ -517,7 +517,7 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint(tmp_path, monkeypatch
 
     def save():
         save_checkpoint(path, nothing, Listing([], [], [], ""), 1, model, nothing,
-                        make_optimizer("adamw", model, 1e-3, 0.05, CPU), torch.amp.GradScaler("cpu", enabled=False))
+                        make_optimizer("adamw", model, 1e-3, 0.05), torch.amp.GradScaler("cpu", enabled=False))
     if earlier:
         save()
     was = path.read_bytes() if earlier else None

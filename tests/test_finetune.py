@@ -290,7 +290,7 @@ def test_layer_decay_and_what_vectors_get():
     network.local_MCA = torch.nn.ModuleList([MotionFocus(24)])
     network.blocks[0].norm1.weight.requires_grad = False
     for name, vectors in (("adamw", 0.0), ("sgd", 0.05), ("nesterov", 0.0)):
-        groups, seen = make_optimizer(name, network, 1.0, 0.05, ENV.device, layer_decay=0.5).param_groups, {}
+        groups, seen = make_optimizer(name, network, 1.0, 0.05, layer_decay=0.5).param_groups, {}
         for group in groups:
             seen |= {id(p): (group["scale"], group["weight_decay"]) for p in group["params"]}
         assert sum(len(g["params"]) for g in groups) == len(seen) == len([*network.parameters()]) - 1
@@ -300,7 +300,7 @@ def test_layer_decay_and_what_vectors_get():
             if p.requires_grad:
                 scale = scales.get(re.match(r"blocks\.\d|\w+", name)[0], 1.0)
                 assert seen[id(p)] == (scale, vectors if p.ndim < 2 else 0.05), name
-    resnet = make_optimizer("sgd", small_resnet(), 1.0, 0.05, ENV.device, layer_decay=0.5)
+    resnet = make_optimizer("sgd", small_resnet(), 1.0, 0.05, layer_decay=0.5)
     assert {g["scale"] for g in resnet.param_groups} == {1.0}
 
 
