@@ -95,7 +95,7 @@ RECIPES = {
                    workers=2, log_every=1, save_every=50, preview_every=50),
     # about two minutes of CPU time
     "toy": dict(model="vit_tiny", image_size=64, frames=8, min_crop=1.0, flow="tvl1", epochs=4, batch=8,
-                warmup_epochs=0.4, lr=0.03, min_lr=0.003, workers=2, log_every=10, save_every=100, preview_every=100),
+                warmup_epochs=0.4, lr=0.03, min_lr=0.003, workers=2, log_every=10, save_every=100, preview_every=256),
 }
 
 
