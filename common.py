@@ -1309,7 +1309,7 @@ def tvl1(first, second, smoothness=0.1, theta=0.15, warps=3, iterations=10, coar
     for h, w in reversed(sides):
         I0, I1 = (F.interpolate(g, (h, w), mode="bilinear", antialias=True, align_corners=False) for g in grey)
         flow = resize_flow(flow, h, w)
-        px = py = torch.zeros_like(flow)                                          # the dual: (B, component of u, h, w)
+        px, py = torch.zeros_like(flow), torch.zeros_like(flow)                   # the dual: (B, component of u, h, w)
         for _ in range(warps):
             warped = warp(I1, flow)
             gradient = spatial_gradient(warped[:, 0])                             # (B, 2, h, w)
