@@ -154,8 +154,9 @@ def position_target(displacement, valid, noise=NOISE):
     of motion.  Well below `noise` pixels (our choice) they give about 0.  A token is valid if any of its points is.
     """
     z = to_tokens(displacement.transpose(2, 3))                                 # (B, N, 2, L, 2, 2)
-    var, mean = torch.var_mean(z, (-2, -1), keepdim=True)
-    z = (z - mean) / (var + noise**2).sqrt()
+    centred = z - z.mean((-2, -1), keepdim=True)
+    var = centred.square().sum((-2, -1), keepdim=True) / 3                      # (torch.var: 17 times the time)
+    z = centred / (var + noise**2).sqrt()
     return z.flatten(2), to_tokens(valid).flatten(2).any(-1)
 
 
