@@ -69,8 +69,8 @@ ROWS = {                                             # name: script, its switche
     "random, as MoDist": ("modist", "", "random"), "MoDist, RGB alone": ("modist", "--cross-weight 0", ""),
     "MoDist": ("modist", "", ""),
 }
-# size: times the epochs of the toy recipe, toy videos, times its batch
-SIZES = {"toy": (1, 1024, 1), "cpu": (4, 1024, 1), "gpu": (16, 4096, 8)}
+# size: times the epochs of the toy recipe, toy videos, times its batch: `gpu` has as many steps as `cpu`
+SIZES = {"toy": (1, 1024, 1), "cpu": (4, 1024, 1), "gpu": (8, 4096, 8)}
 FEW, FEW_EPOCHS, FEW_LR = 256, 16, 0.07        # of 0.0027 to 0.07 where random weights and VideoMAE learn most
 SUPERVISED_LR = 0.024   # of 0.008, 0.024, 0.07 the best on 256 of the videos of `train`, learned on the others
 # The figure: what a method is compared with, and of each read-out the level of guessing.
@@ -90,8 +90,10 @@ def start(script, *flags):
 def pretrain(script, switches, kind, seed, a):
     """The checkpoint of a row; where it is random, of one step, whose weights the read-outs ignore."""
     recipe, (times, videos, larger) = dict(importlib.import_module(script).RECIPES["toy"]), SIZES[a.size]
-    recipe["epochs"] *= times
-    recipe["batch"] *= larger
+    factors = dict(epochs=times, preview_every=times, batch=larger, queue=larger, lr=1 / larger, min_lr=1 / larger,
+                   warmup_epochs=1024 * larger / videos)               # a step's rate stays that of the toy recipe
+    recipe |= {name: recipe[name] * factor for name, factor in factors.items() if name in recipe}
+    recipe["device_batch"] = recipe["batch"]
     if a.data != "toy":                                                # fewer videos, as many steps
         recipe["epochs"] *= max(1, videos // len(find_videos(a.data, "", "train").items))
         if a.raft_weights and "flow" in recipe:
@@ -100,7 +102,7 @@ def pretrain(script, switches, kind, seed, a):
     def directory(name):
         return Path("runs", re.sub(r"[^\w.]+", "-", f"{a.size} {name} {script} {switches} {kind} {seed}"))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()] + switches.split()
-    flags += ["--steps", 1] if kind else []
+    flags += ["--compile" if a.size == "gpu" else "--no-compile"] + ["--steps", 1] * bool(kind)
     flags += ["--init", directory("toy") / "last.pt"] if a.init else []
     out = directory(a.name)
     start(script, *flags, "--data", a.data, "--out", out, "--seed", seed, "--toy-train", videos)
