@@ -67,7 +67,7 @@ def waves(dx, dy, h=48, w=64):
 @pytest.mark.parametrize("dx, dy", [(0.4, -0.7), (1.5, 0.8), (-2.3, 1.1), (0.0, 3.0), (0.0, 0.0)])
 def test_tvl1_finds_a_known_sub_pixel_shift(dx, dy):
     first, second = waves(0, 0)[None], waves(dx, dy)[None]
-    flow = tvl1(first, second)
+    flow = tvl1(torch.stack([first, second], 1))
     error = (flow - torch.tensor([dx, dy]).view(2, 1, 1)).norm(dim=1)[0, 6:-6, 6:-6].mean()
     assert error < (0.2 if dx or dy else 1e-5)
     left = (warp(second, flow) - first)[..., 6:-6, 6:-6].abs().mean()           # the sign: second(x + u) = first(x)
