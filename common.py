@@ -705,10 +705,10 @@ def read_lines(path):
 
 def _toy(root, split, label, train=1024, test=256, size=64):
     """The toy data, written on first use; in its third split, `train_biased`, the scene gives the motion away."""
-    root = root / f"{size}px"
-    once_per_disk(lambda: make_toy(root, split, test if split == "test" else train, size))
+    root, videos = root / f"{size}px", test if split == "test" else train
+    once_per_disk(lambda: make_toy(root, split, videos, size))
     column, classes = ("label", TOY_CLASSES) if label == "motion" else ("scene", TOY_SCENES)
-    table = csv.DictReader(read_lines(root / f"{split}.csv"))
+    table = islice(csv.DictReader(read_lines(root / f"{split}.csv")), videos)
     rows = [(row["path"], root / split / Path(row["path"]).name, int(row[column])) for row in table]
     return make_listing("toy", split, rows, list(classes))
 
@@ -1003,10 +1003,10 @@ def make_toy(root, split, count, size=64):
     """Write root/<split>/<index>.mp4, the truth of each as .npz, and root/<split>.csv with lines path,label,scene.
 
     The list is written last: if it holds `count` videos there is nothing to do, and videos that are there are kept.
-    One root holds one size; fewer videos are a prefix of more.  The global generator is left alone.
+    One root holds one size; the first of a longer list are a shorter one.  The global generator is left alone.
     """
     root, listing = Path(root), Path(root, f"{split}.csv")
-    if listing.exists() and len(listing.read_text().splitlines()) == count + 1:
+    if listing.exists() and len(listing.read_text().splitlines()) > count:
         return
     (root / split).mkdir(parents=True, exist_ok=True)
     jobs = torch.utils.data.DataLoader(range(count), None, num_workers=os.cpu_count(), generator=torch.Generator(),

@@ -99,7 +99,7 @@ RECIPES = {
     # about two minutes of CPU time
     "toy": dict(backbone="vit_tiny", image_size=64, frames=8, min_crop=1.0, flip=0.0, colour=0.3, beta=0.3,
                 queue=256, momentum=0.99, epochs=7, batch=32, lr=8e-3, warmup_epochs=1, weight_decay=0.05, workers=2,
-                log_every=10, save_every=100, preview_every=100),
+                log_every=10, save_every=100, preview_every=100, toy_train=768),
 }
 
 

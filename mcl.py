@@ -110,7 +110,7 @@ RECIPES = {
     "toy": dict(backbone="vit_tiny", image_size=64, frame_height=64, frame_width=64, frames=8, flow="tvl1",
                 min_crop=0.5, flip=0.0, colour=0.3, queue=256, momentum=0.99, order_weight=1.0, epochs=2, batch=8,
                 lr=0.06, min_lr=0.0, warmup_epochs=1, weight_decay=0.05, workers=2, log_every=8,
-                save_every=100, preview_every=100),
+                save_every=100, preview_every=100, toy_train=768),
 }
 GRID = (4, 7, 7)                                     # of motion maps in time and space, at most
 

@@ -94,7 +94,7 @@ RECIPES = {
     "custom": dict(model="vit_small", image_size=112, batch=16, epochs=100, lr=0.024, min_lr=0.0, warmup_epochs=1,
                    workers=2, log_every=1, save_every=50, preview_every=50),
     # about two minutes of CPU time
-    "toy": dict(model="vit_tiny", image_size=64, frames=8, min_crop=1.0, flow="tvl1", epochs=4, batch=8,
+    "toy": dict(model="vit_tiny", image_size=64, frames=8, min_crop=1.0, flow="tvl1", toy_train=640, epochs=4, batch=8,
                 warmup_epochs=0.4, lr=0.03, min_lr=0.003, workers=2, log_every=10, save_every=100, preview_every=256),
 }
 

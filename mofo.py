@@ -97,8 +97,8 @@ RECIPES = {
                    workers=2, log_every=1, save_every=50, preview_every=50),
     # our choice: about two minutes of CPU time
     "toy": dict(model="vit_tiny", image_size=64, frames=8, stride=2, patch_size=8, min_crop=1.0, mask_ratio=0.75,
-                inside_ratio=0.6, flow="tvl1", epochs=4, batch=4, warmup_epochs=0.4, lr=0.16, min_lr=0.03, workers=2,
-                log_every=32, save_every=256, preview_every=256),
+                inside_ratio=0.6, flow="tvl1", toy_train=640, epochs=4, batch=2, warmup_epochs=0.4, lr=0.32,
+                min_lr=0.06, workers=2, log_every=32, save_every=256, preview_every=320),
 }
 
 
