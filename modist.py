@@ -105,7 +105,7 @@ RECIPES = {   # all but k400 are our choice
     # about two minutes of CPU time
     "toy": dict(width=0.25, image_size=64, frames=8, stride=2, motion_frames=8, motion_stride=2, fps=0.0,
                 flow="tvl1", edge_clip=0.5, min_shift=0.0, max_shift=0.2, min_crop=1.0, max_crop=1.0, flip=0.0,
-                queue=32, momentum=0.99, toy_train=768, epochs=2, batch=16, optimizer="adamw", lr=0.03,
+                queue=32, momentum=0.99, epochs=2, batch=16, optimizer="adamw", lr=0.03,
                 warmup_epochs=1, weight_decay=0.05, workers=2, log_every=8, save_every=100, preview_every=100),
 }
 

@@ -4,7 +4,7 @@
     python tests/evidence.py --size gpu --seeds 3           # longer, on more videos
     python tests/evidence.py --size cpu --data DIR --groups 'seq(\\d+)'    # real videos, one group left out at a time
     python tests/evidence.py --size cpu --table             # the table and the figure, from evidence.csv
-    python tests/evidence.py --size toy --no-labels         # the toy recipes as they are: the README's table
+    python tests/evidence.py --size toy --no-labels         # the toy recipes, on 1,024 videos: README's table
 
 A cell is a row of ROWS and a seed: pre-training, then all read-outs.  Each figure of it becomes a line of
 tests/evidence.csv, in percent unless said.  Read-outs, fixed before any result was seen, on `test`
