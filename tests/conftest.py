@@ -2,6 +2,7 @@
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -69,6 +70,18 @@ def error_of(function, *args, **kwargs):
         function(*args, **kwargs)
     assert "\n" not in str(info.value) and str(info.value).startswith("error: ")
     return str(info.value)
+
+
+def slow_gradient(x, middle=1):
+    """d/dx and d/dy of x (H, W): central differences, averaged over three lines of weights 1, middle, 1."""
+    H, W = len(x), len(x[0])
+    out = np.zeros((2, H, W))
+    def at(r, c):                                                               # the border is replicated
+        return x[min(max(r, 0), H - 1)][min(max(c, 0), W - 1)]
+    for r, c, (k, weight) in itertools.product(range(H), range(W), ((-1, 1), (0, middle), (1, 1))):
+        out[0, r, c] += weight / (2 + middle) * (at(r + k, c + 1) - at(r + k, c - 1)) / 2
+        out[1, r, c] += weight / (2 + middle) * (at(r + 1, c + k) - at(r - 1, c + k)) / 2
+    return out
 
 
 def seeded(seed=0, first=0, total=None):

@@ -302,6 +302,8 @@ def test_toy_data_hold_their_truth_and_are_continued(tmp_path):
     (tmp_path / "32px/train_biased.csv").unlink()
     assert find_videos("toy", tmp_path, "train_biased", toy=(6, 3, 32)).items[:5] == first.items
     assert Path(first.items[0].path).read_bytes() == before and not list(tmp_path.rglob("*.tmp"))
+    assert find_videos("toy", tmp_path, "train_biased", toy=toy).items == first.items       # of the longer list
+    assert len((tmp_path / "32px/train_biased.csv").read_text().splitlines()) == 7
     assert len(find_videos("toy", tmp_path, "test", toy=toy).items) == 3
 
 

@@ -8,24 +8,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from common import FlowEstimator, read_clips, resize_flow, spatial_gradient, toy_video, tvl1, warp
-from conftest import SHARED, error_of, seeded, toy_clips
+from common import FlowEstimator, _tvl1_inner, read_clips, resize_flow, spatial_gradient, toy_video, tvl1, warp
+from conftest import SHARED, error_of, seeded, slow_gradient, toy_clips
 from evidence import toy_flow
 
 RAFT = SHARED / "weights" / "raft_small.pth"
 needs_raft = pytest.mark.skipif(not RAFT.exists(), reason=f"{RAFT} is not here")
-
-
-def slow_gradient(x, middle=1):
-    """d/dx and d/dy of x (H, W): central differences, averaged over three lines of weights 1, middle, 1."""
-    H, W = len(x), len(x[0])
-    out = np.zeros((2, H, W))
-    def at(r, c):                                                               # the border is replicated
-        return x[min(max(r, 0), H - 1)][min(max(c, 0), W - 1)]
-    for r, c, (k, weight) in itertools.product(range(H), range(W), ((-1, 1), (0, middle), (1, 1))):
-        out[0, r, c] += weight / (2 + middle) * (at(r + k, c + 1) - at(r + k, c - 1)) / 2
-        out[1, r, c] += weight / (2 + middle) * (at(r + 1, c + k) - at(r - 1, c + k)) / 2
-    return out
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (1, 4), (6, 1), (2, 3, 4, 5)])
@@ -62,6 +50,18 @@ def waves(dx, dy, h=48, w=64):
     z = [torch.sin(x / 3.1 + y / 7 + k) + torch.sin(y / 2.7 - x / 9 + 2 * k) + torch.sin((x + y) / 4.3)
          for k in range(3)]
     return 0.5 + torch.stack(z) / 6
+
+
+def test_a_step_of_tvl1_is_that_of_plain_differences():
+    """On frames of 4 x 5, which the neighbours of a last column or row must not leave."""
+    u, px, py, gradient, slope = torch.randn(5, 2, 2, 4, 5, generator=seeded()).unbind()
+    residual, px[..., -1], py[..., -1, :] = torch.randn(2, 1, 4, 5, generator=seeded(1)), 0, 0
+    new = u - gradient * (residual + (slope * u).sum(1, keepdim=True)).clamp(-0.3, 0.3)
+    new += 0.25 * (px - F.pad(px, (1, -1)) + py - F.pad(py, (0, 0, 1, -1)))                    # the divergence
+    dx, dy = F.pad(new.diff(dim=-1), (0, 1)), F.pad(new.diff(dim=-2), (0, 0, 0, 1))
+    length = 1 + 1.6 * (dx**2 + dy**2).sqrt()
+    found = _tvl1_inner(u, px, py, gradient, slope, residual, 0.3, 1.6)
+    torch.testing.assert_close(found, (new, (px + dx) / length, (py + dy) / length))
 
 
 @pytest.mark.parametrize("dx, dy", [(0.4, -0.7), (1.5, 0.8), (-2.3, 1.1), (0.0, 3.0), (0.0, 0.0)])

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 import mcl
 from common import Bottleneck, Item, Video, make_backbone, to_float01, unnormalize
-from conftest import FakeFlow, FakeVideo, error_of, golden_arrays, noise, numbers, scrambled, seeded, tiny_video
+from conftest import (FakeFlow, FakeVideo, error_of, golden_arrays, noise, numbers, scrambled, seeded, slow_gradient,
+                      tiny_video)
 from mcl import (GRID, MCL, Config, alignment_loss, alignment_map, clip_map, crop_resize, hot_box, motion_boundary,
                  motion_crop, motion_target, preview, random_starts, sample_clips, split, tournament)
 from test_contrast import with_statistics
 from test_fame import slow_info_nce
-from test_flow import slow_gradient
 
 VIT = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3)
 

@@ -11,11 +11,10 @@ from torch import nn
 import fame
 import modist
 from common import Item, Video, to_float01, unnormalize
-from conftest import FakeFlow, FakeVideo, noise, numbers, seeded, tiny_video
+from conftest import FakeFlow, FakeVideo, noise, numbers, seeded, slow_gradient, tiny_video
 from modist import Config, MoDist, motion_maps, projection, sample_clips, two_starts
 from test_contrast import tiny
 from test_fame import dot, slow_info_nce
-from test_flow import slow_gradient
 
 
 def normal(*shape, seed=0):

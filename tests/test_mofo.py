@@ -11,8 +11,7 @@ from torch import nn
 from common import (Attention, Block, FlowEstimator, VITS, ViT, normalize, patchify, sincos_positions, unpatchify)
 from mofo import (MOFO, MaskedAutoencoder, find_motion, motion_box, motion_map, motion_tube_mask, multi_scale_crop,
                   pixel_target)
-from conftest import golden_arrays, seeded, toy_clips
-from test_flow import slow_gradient
+from conftest import golden_arrays, seeded, slow_gradient, toy_clips
 
 TINY = dict(image_size=16, frames=4, patch_size=8, tubelet_size=2, dim=24, depth=2, heads=3, decoder_dim=12,
             decoder_depth=1, decoder_heads=2)                                   # 2 x 2 x 2 tokens
