@@ -1,7 +1,7 @@
 """What the methods learn: each against its own baseline, with the same network, data, steps and read-outs.
 
     python tests/evidence.py --size cpu --seeds 3           # toy data; goes on where evidence.csv ends
-    python tests/evidence.py --size gpu --seeds 3           # longer, on more videos
+    python tests/evidence.py --size gpu --seeds 3           # as many steps, larger batches, more videos
     python tests/evidence.py --size cpu --data DIR --groups 'seq(\\d+)'    # real videos, one group left out at a time
     python tests/evidence.py --size cpu --table             # the table and the figure, from evidence.csv
     python tests/evidence.py --size toy --no-labels         # the toy recipes, on 1,024 videos: README's table
