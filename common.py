@@ -1277,7 +1277,7 @@ def warp(image, flow):
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _tvl1_inner(flow, px, py, gradient, slope, residual, step, tension, tau=0.25):
+def _tvl1_inner(flow, px, py, gradient, slope, residual, step, theta, tau=0.25):
     """One step on the data term and one on the dual (px, py), which is held times theta / tau.  Neighbours are those in
     memory, three times as fast: beyond a last column (row) they are wrong, but there differences and dual are 0."""
     rho = residual.addcmul(slope[:, :1], flow[:, :1]).addcmul_(slope[:, 1:], flow[:, 1:]).clamp_(-step, step)
@@ -1288,7 +1288,7 @@ def _tvl1_inner(flow, px, py, gradient, slope, residual, step, tension, tau=0.25
     torch.sub(u[1:], u[:-1], out=dx.view(-1)[:-1])                   # forward differences
     torch.sub(u[W:], u[:-W], out=dy.view(-1)[:-W])
     dx[..., -1], dy[..., -1, :] = 0, 0
-    length = (dx * dx).addcmul_(dy, dy).sqrt_().mul_(tension).add_(1)
+    length = (dx * dx).addcmul_(dy, dy).sqrt_().mul_(tau / theta).add_(1)
     return flow, dx.add_(px).div_(length), dy.add_(py).div_(length)
 
 
@@ -1296,9 +1296,9 @@ def tvl1(video, smoothness=0.1, theta=0.15, warps=3, iterations=10, coarsest=16,
     """TV-L1 flow (Zach, Pock and Bischof 2007) of neighbouring frames, (n, T, 3, H, W) in [0, 1] -> (n (T-1), 2, H, W).
 
     Minimises |grad u| + smoothness * |second(x + u) - first(x)| from coarse to fine, alternating a pointwise step on
-    the data term with a dual step on the total variation.  Grey values are 0..255.  The constants (usual: 0.15, 0.3)
-    take a third off the error on the toy sprites and agree better with RAFT on real clips.  The finest level has half
-    the image's size: 4x cheaper at the same agreement (our choices).
+    the data term with a dual step on the total variation; flow in pixels, grey values 0..255.  The constants (usual:
+    0.15, 0.3) take a third off the error on the toy sprites and agree better with RAFT on real clips.  The finest level
+    has half the image's size: 4x cheaper at the same agreement (our choices).
     """
     H, W = video.shape[-2:]
     grey = video.mul(constant((76.2, 149.7, 29.1), video.device)[:, None, None]).sum(2)        # (n, T, H, W)
@@ -1315,7 +1315,7 @@ def tvl1(video, smoothness=0.1, theta=0.15, warps=3, iterations=10, coarsest=16,
             square = gradient.square().sum(1, keepdim=True) + 1e-6
             slope, residual = gradient / square, (warped - I0 - (gradient * flow).sum(1, keepdim=True)) / square
             for _ in range(iterations):
-                flow, px, py = inner(flow, px, py, gradient, slope, residual, smoothness * theta, 0.25 / theta)
+                flow, px, py = inner(flow, px, py, gradient, slope, residual, smoothness * theta, theta)
     return resize_flow(flow, H, W)
 
 

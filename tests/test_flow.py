@@ -59,8 +59,8 @@ def test_a_step_of_tvl1_is_that_of_plain_differences():
     new = u - gradient * (residual + (slope * u).sum(1, keepdim=True)).clamp(-0.3, 0.3)
     new += 0.25 * (px - F.pad(px, (1, -1)) + py - F.pad(py, (0, 0, 1, -1)))                    # the divergence
     dx, dy = F.pad(new.diff(dim=-1), (0, 1)), F.pad(new.diff(dim=-2), (0, 0, 0, 1))
-    length = 1 + 1.6 * (dx**2 + dy**2).sqrt()
-    found = _tvl1_inner(u, px, py, gradient, slope, residual, 0.3, 1.6)
+    length = 1 + 0.25 / 0.15 * (dx**2 + dy**2).sqrt()
+    found = _tvl1_inner(u, px, py, gradient, slope, residual, 0.3, 0.15)
     torch.testing.assert_close(found, (new, (px + dx) / length, (py + dy) / length))
 
 
