@@ -190,6 +190,7 @@ def setup(seed=0):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                       # fp32 matmuls that remain may use TF32
         torch.backends.cudnn.benchmark = True
+        torch.set_num_threads(1)                                         # the cores are the loader's: here we only draw
         amp = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if world > 1 and not dist.is_initialized():
         # torchrun keeps its store when it starts processes again: they must not read what those before wrote there.
