@@ -1003,8 +1003,8 @@ def _toy_depth(truth, frame):
 def make_toy(root, split, count, size=64):
     """Write root/<split>/<index>.mp4, the truth of each as .npz, and root/<split>.csv with lines path,label,scene.
 
-    The list is written last: if it holds `count` videos there is nothing to do, and videos that are there are kept.
-    One root holds one size; the first of a longer list are a shorter one.  The global generator is left alone.
+    The list is written last: with `count` videos or more there is nothing to do; videos that are there are kept.
+    One root holds one size; a shorter list is the start of a longer one.  The global generator is left alone.
     """
     root, listing = Path(root), Path(root, f"{split}.csv")
     if listing.exists() and len(listing.read_text().splitlines()) > count:

@@ -198,7 +198,8 @@ def test_a_real_step_does_not_wait_and_is_nearly_the_same_in_bf16(name):
 def test_a_compiled_step_is_the_same(name):
     compiled, eager = (step(name, torch.bfloat16, compile) for compile in (True, False))
     assert compiled[0] == pytest.approx(eager[0], rel=0.02)
-    assert name == "mcl" or compiled[1] == pytest.approx(eager[1], rel=0.1)    # H200: fame 5 %, and nearer to fp32
+    bound = 0.1 if name == "fame" else 0.05                                     # H200: fame 5 %, and nearer to fp32
+    assert name == "mcl" or compiled[1] == pytest.approx(eager[1], rel=bound)   # (it has second derivatives)
 
 
 @needs_gpu
